@@ -1,0 +1,43 @@
+"""The storage of the KV cache on one device: pages, and how many bytes they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def bytes_per_block(num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes one block takes over all layers: 2 (K and V) · L · G · D · S · element size."""
+    return 2 * num_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class KVPages:
+    """K and V pages of every layer: per layer [P blocks, G heads, S tokens, D].
+
+    A (block, layer, head) cell is contiguous [S, D], so that checkpoints can be keyed by it. Which request a
+    block belongs to is not known here (`cache.blocks` owns that).
+    """
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    block_size: int
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVPages:
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        # zeros, not empty: padded block tables may read a page before it is written, and 0 · NaN is NaN
+        pages = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)]
+        return cls(k=tuple(pages[:num_layers]), v=tuple(pages[num_layers:]), block_size=block_size)

@@ -1,0 +1,155 @@
+"""The configuration of `holdfast serve`: one frozen tree, every field with a default, a unit and a meaning.
+
+The CLI flags are generated from this tree (`--max-model-len` from `max_model_len`, one help panel per section);
+names are vLLM's where vLLM has the thing. `check()` refuses what cannot work, by flag name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from holdfast.core.errors import ConfigError
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A field that becomes a flag. `help` states meaning and unit."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Model"""
+
+    served_model_name: str | None = option(
+        None, "Name in the API. Default: the last part of MODEL, without .gguf."
+    )
+    tokenizer: str | None = option(None, "Folder with tokenizer.json, or a .gguf. Default: MODEL itself.")
+    chat_template: str | None = option(
+        None, "Jinja file (or the template itself) used instead of the model's own."
+    )
+    revision: str | None = option(None, "Branch, tag or commit, when MODEL is a hub id.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
+        "auto", "Type of weights, activations and KV cache. auto: as the checkpoint; for float16 on CPU, bfloat16."
+    )
+    max_model_len: int | None = option(
+        None, "Tokens one request may hold, prompt and output. Default: the model's limit, or what the cache holds."
+    )
+    max_logprobs: int = option(20, "Most alternatives a request may ask for per token.")
+    seed: int | None = option(
+        None, "Seed of the seeds given to requests that name none. Default: from the operating system."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig:
+    """Device"""
+
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs. auto: cuda if there is one.")
+    cpu_threads: int | None = option(None, "Threads of the worker on CPU. Default: the cores this process may use.")
+    tensor_parallel_size: int = option(1, "Devices that share each layer. Only 1 works yet.")
+    pipeline_parallel_size: int = option(1, "Groups of layers on devices of their own. Only 1 works yet.")
+    data_parallel_size: int = option(1, "Copies of the model. Only 1 works yet.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """KV cache"""
+
+    block_size: int = option(16, "Tokens per block.")
+    kv_cache_dtype: Literal["auto"] = option("auto", "Type of cached keys and values. Only auto (as --dtype) works yet.")
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        "Memory for the KV cache in bytes; 512M, 4G and the like are understood (SI). "
+        "Default on CPU: what --max-num-seqs full requests need, at most 4G and 40 % of the free memory; "
+        "on cuda: from --gpu-memory-utilization.",
+        bytes=True,
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "Share of a GPU's memory for weights, workspace and KV cache together, in (0, 1]."
+    )
+    enable_prefix_caching: bool = option(True, "Keep finished blocks and reuse them for equal prefixes.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Scheduler"""
+
+    max_num_seqs: int = option(128, "Requests that run at once.")
+    max_num_batched_tokens: int = option(
+        1024, "Tokens computed in one step; longer prompts are prefilled in chunks."
+    )
+    max_queued_seqs: int = option(
+        1024, "Requests that may live (run or wait) beyond --max-num-seqs; further ones get 429 with Retry-After."
+    )
+    priority_aging_steps: int = option(
+        256, "Steps of waiting that make up for one level of priority, so that nothing starves."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Server"""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8000, "Port to listen on; 0: any free one.")
+    api_key: tuple[str, ...] = option((), "Key clients must send as a bearer token, on every path but /health; may be repeated.")
+    max_body_bytes: int = option(16_000_000, "Largest request body; 16M and the like are understood (SI).", bytes=True)
+    shutdown_timeout: float = option(30.0, "Seconds that live requests get to finish after SIGTERM or Ctrl-C.")
+    startup_timeout: float = option(600.0, "Seconds that loading may take before the start is given up.")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least level that is logged.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything `holdfast serve` can be told, beside MODEL itself."""
+
+    model: ModelConfig = ModelConfig()
+    device: DeviceConfig = DeviceConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    server: ServerConfig = ServerConfig()
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a value out of range, naming the flag, the value and the range."""
+        for flag, value, least in (
+            ("--max-model-len", self.model.max_model_len, 2),
+            ("--max-logprobs", self.model.max_logprobs, 0),
+            ("--cpu-threads", self.device.cpu_threads, 1),
+            ("--block-size", self.cache.block_size, 1),
+            ("--kv-cache-memory-bytes", self.cache.kv_cache_memory_bytes, 1),
+            ("--max-num-seqs", self.scheduler.max_num_seqs, 1),
+            ("--max-num-batched-tokens", self.scheduler.max_num_batched_tokens, 1),
+            ("--max-queued-seqs", self.scheduler.max_queued_seqs, 0),
+            ("--priority-aging-steps", self.scheduler.priority_aging_steps, 1),
+            ("--port", self.server.port, 0),
+            ("--max-body-bytes", self.server.max_body_bytes, 1),
+            ("--shutdown-timeout", self.server.shutdown_timeout, 0),
+            ("--startup-timeout", self.server.startup_timeout, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{flag} {value}: must be at least {least}")
+        if self.server.port > 65535:
+            raise ConfigError(f"--port {self.server.port}: must be at most 65535")
+        if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"--gpu-memory-utilization {self.cache.gpu_memory_utilization}: must be above 0 and at most 1"
+            )
+        if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens {self.scheduler.max_num_batched_tokens}: must be at least --max-num-seqs "
+                f"({self.scheduler.max_num_seqs}), so that every running request can take one token per step"
+            )
+        for flag, degree in (
+            ("--tensor-parallel-size", self.device.tensor_parallel_size),
+            ("--pipeline-parallel-size", self.device.pipeline_parallel_size),
+            ("--data-parallel-size", self.device.data_parallel_size),
+        ):
+            if degree != 1:
+                raise ConfigError(f"{flag} {degree}: not supported yet; this version runs a model on one device")
+
+
+def sections() -> list[dataclasses.Field[Any]]:
+    """The sections of `ServeConfig` in order; a section's docstring is its title."""
+    return list(dataclasses.fields(ServeConfig))

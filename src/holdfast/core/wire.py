@@ -1,0 +1,290 @@
+"""Every message that crosses a process border: msgspec structs in msgpack, never pickle.
+
+    gateway ──ToEngine──▶ engine ──ToWorker──▶ worker
+    gateway ◀──ToGateway── engine ◀──ToEngineFromWorker── worker
+    any child ──ToSupervisor──▶ supervisor ──ToChild──▶ any child
+
+A direction is a tagged union, so a decoder made for it refuses everything else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from holdfast.core.config import ServeConfig
+from holdfast.core.request import SamplingParams, TokenLogprobs
+from holdfast.core.spec import ModelInfo
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Array-encoded and tagged with the class name."""
+
+
+# --- gateway → engine ------------------------------------------------------------------------------
+
+
+class Submit(_Message):
+    """Run one request. `request_id` is unique among live requests; `priority`: lower runs sooner."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+
+
+class Abort(_Message):
+    """Forget these requests and free their blocks. Answered by nothing; unknown ids are ignored."""
+
+    request_ids: list[str]
+
+
+ToEngine = Submit | Abort
+
+# --- engine → gateway ------------------------------------------------------------------------------
+
+
+class TokenOutput(_Message):
+    """What one step added to one request.
+
+    `start` is the index of `token_ids[0]` in the request's output: the receiver drops what it already has.
+    The message that carries a `finish` is the last one of its request.
+    """
+
+    request_id: str
+    start: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    """One per token, when the request asked for them."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Once, with the first output: entries for prompt tokens 1 … n-1 (token 0 has no prediction)."""
+    finish: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The token that ended the request, when it was one of `stop_token_ids` or an end-of-sequence token."""
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache instead of being computed."""
+    error: str | None = None
+
+
+class EngineStats(_Message):
+    """Gauges are now, counters since the engine's start."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_used_blocks: int
+    """Blocks that live requests hold; cached blocks nobody holds do not count."""
+    prefix_queries: int
+    """Counter: prompt tokens looked up in the prefix cache."""
+    prefix_hits: int
+    """Counter: prompt tokens found there."""
+    preemptions: int
+    steps: int
+
+
+class Outputs(_Message):
+    """Everything one step produced, and the engine's state after it."""
+
+    replica: int
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+class EngineReady(_Message):
+    """The replica can take requests."""
+
+    replica: int
+    max_model_len: int
+    """Tokens a request may hold, prompt and output together."""
+    block_size: int
+    num_blocks: int
+
+
+ToGateway = Outputs | EngineReady
+
+# --- engine → worker -------------------------------------------------------------------------------
+
+
+class NewRequest(_Message):
+    """A request the worker does not hold: new, or back from preemption.
+
+    `token_ids` is all of it, prompt and output so far; the first `num_computed` are in the cache already.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    block_ids: list[int]
+    num_computed: int
+
+
+class ContinuedRequest(_Message):
+    """A request the worker holds: what changed since the last step that named it."""
+
+    request_id: str
+    new_token_ids: list[int]
+    """Tokens accepted since then (normally the one the worker sampled itself)."""
+    new_block_ids: list[int]
+    num_computed: int
+
+
+class Step(_Message):
+    """One forward pass, as a diff. `num_tokens[i]` tokens are computed for the i-th of `new` + `continued`.
+
+    A request is sampled when the step computes its last token.
+    """
+
+    step_id: int
+    new: list[NewRequest]
+    continued: list[ContinuedRequest]
+    num_tokens: list[int]
+    dropped: list[str]
+    """Requests the worker shall forget before it runs: finished, aborted or preempted."""
+
+
+class StopWorker(_Message):
+    """Leave the loop and exit with 0."""
+
+
+ToWorker = Step | StopWorker
+
+# --- worker → engine -------------------------------------------------------------------------------
+
+
+class WorkerReady(_Message):
+    """Weights are loaded; the device has room for `num_blocks` blocks of KV."""
+
+    rank: str
+    num_blocks: int
+
+
+class SampledToken(_Message):
+    """The next token of one request."""
+
+    request_id: str
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class PromptLogprobs(_Message):
+    """Logprobs of a stretch of a request's prompt (a chunk's worth), in order."""
+
+    request_id: str
+    entries: list[TokenLogprobs]
+
+
+class StepResult(_Message):
+    """What a step sampled: one entry per request whose last token the step computed."""
+
+    step_id: int
+    sampled: list[SampledToken]
+    prompt_logprobs: list[PromptLogprobs]
+
+
+class StepError(_Message):
+    """The step raised; the worker has forgotten every request named in it."""
+
+    step_id: int
+    rank: str
+    error: str
+
+
+ToEngineFromWorker = WorkerReady | StepResult | StepError
+
+# --- children ↔ supervisor -------------------------------------------------------------------------
+
+
+class Endpoints(msgspec.Struct, frozen=True):
+    """Where the processes of one `holdfast serve` meet: ipc:// addresses inside its private folder."""
+
+    folder: str
+
+    @property
+    def supervisor(self) -> str:
+        """ROUTER bound by the supervisor; every child connects a DEALER named after itself."""
+        return f"ipc://{self.folder}/supervisor"
+
+    @property
+    def gateway(self) -> str:
+        """PULL bound by the gateway; every engine pushes `ToGateway`."""
+        return f"ipc://{self.folder}/gateway"
+
+    def engine(self, replica: int) -> str:
+        """PULL bound by the engine; the gateway pushes `ToEngine`."""
+        return f"ipc://{self.folder}/engine-{replica}"
+
+    def results(self, replica: int) -> str:
+        """PULL bound by the engine; its workers push `ToEngineFromWorker`."""
+        return f"ipc://{self.folder}/results-{replica}"
+
+    def worker(self, rank: str) -> str:
+        """PULL bound by the worker; its engine pushes `ToWorker`."""
+        return f"ipc://{self.folder}/worker-{rank}"
+
+
+class Boot(msgspec.Struct, frozen=True):
+    """What every child reads when it starts (`boot.json` in the run folder)."""
+
+    config: ServeConfig
+    model: ModelInfo
+    endpoints: Endpoints
+
+
+class Progress(_Message):
+    """A line for the user while the service starts. `fraction` in [0, 1], or None."""
+
+    text: str
+    fraction: float | None = None
+
+
+class Ready(_Message):
+    """The child does its work from now on."""
+
+    text: str = ""
+
+
+class Failed(_Message):
+    """The child cannot go on and is about to exit."""
+
+    error: str
+    user_error: bool
+    """What the user did wrong (no traceback shown), or what the machine did."""
+    traceback: str = ""
+
+
+ToSupervisor = Progress | Ready | Failed
+
+
+class Drain(_Message):
+    """To the gateway: take no new request, finish the live ones within `deadline` seconds, exit."""
+
+    deadline: float
+
+
+class ReplicaLost(_Message):
+    """To the gateway: this replica is gone; its requests must end with this definite error."""
+
+    replica: int
+    reason: str
+
+
+class Stop(_Message):
+    """Leave the loop and exit with 0."""
+
+
+ToChild = Drain | ReplicaLost | Stop
+
+# --- coding ----------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+encode = msgspec.msgpack.Encoder().encode
+
+
+def decoder(of: Any) -> msgspec.msgpack.Decoder[Any]:
+    """A decoder for one direction (a union above). It raises `msgspec.ValidationError` on anything else."""
+    return msgspec.msgpack.Decoder(of)
