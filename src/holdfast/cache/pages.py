@@ -25,6 +25,10 @@ class KVPages:
     v: tuple[Tensor, ...]
     block_size: int
 
+    @property
+    def num_blocks(self) -> int:
+        return self.k[0].shape[0]
+
     @classmethod
     def allocate(
         cls,

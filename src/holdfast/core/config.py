@@ -22,19 +22,17 @@ def option(default: Any, help: str, **extra: Any) -> Any:
 class ModelConfig:
     """Model"""
 
-    served_model_name: str | None = option(
-        None, "Name in the API. Default: the last part of MODEL, without .gguf."
-    )
+    served_model_name: str | None = option(None, "Name in the API. Default: the last part of MODEL, without .gguf.")
     tokenizer: str | None = option(None, "Folder with tokenizer.json, or a .gguf. Default: MODEL itself.")
-    chat_template: str | None = option(
-        None, "Jinja file (or the template itself) used instead of the model's own."
-    )
+    chat_template: str | None = option(None, "Jinja file (or the template itself) used instead of the model's own.")
     revision: str | None = option(None, "Branch, tag or commit, when MODEL is a hub id.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
-        "auto", "Type of weights, activations and KV cache. auto: as the checkpoint; for float16 on CPU, bfloat16."
+        "auto",
+        "Type of weights, activations and KV cache. auto: as the checkpoint; for float16 on CPU, bfloat16.",
     )
     max_model_len: int | None = option(
-        None, "Tokens one request may hold, prompt and output. Default: the model's limit, or what the cache holds."
+        None,
+        "Tokens one request may hold, prompt and output. Default: the model's limit, or what the cache holds.",
     )
     max_logprobs: int = option(20, "Most alternatives a request may ask for per token.")
     seed: int | None = option(
@@ -58,7 +56,9 @@ class CacheConfig:
     """KV cache"""
 
     block_size: int = option(16, "Tokens per block.")
-    kv_cache_dtype: Literal["auto"] = option("auto", "Type of cached keys and values. Only auto (as --dtype) works yet.")
+    kv_cache_dtype: Literal["auto"] = option(
+        "auto", "Type of cached keys and values. Only auto (as --dtype) works yet."
+    )
     kv_cache_memory_bytes: int | None = option(
         None,
         "Memory for the KV cache in bytes; 512M, 4G and the like are understood (SI). "
@@ -77,11 +77,10 @@ class SchedulerConfig:
     """Scheduler"""
 
     max_num_seqs: int = option(128, "Requests that run at once.")
-    max_num_batched_tokens: int = option(
-        1024, "Tokens computed in one step; longer prompts are prefilled in chunks."
-    )
+    max_num_batched_tokens: int = option(512, "Tokens computed in one step; longer prompts are prefilled in chunks.")
     max_queued_seqs: int = option(
-        1024, "Requests that may live (run or wait) beyond --max-num-seqs; further ones get 429 with Retry-After."
+        1024,
+        "Requests that may live (run or wait) beyond --max-num-seqs; further ones get 429 with Retry-After.",
     )
     priority_aging_steps: int = option(
         256, "Steps of waiting that make up for one level of priority, so that nothing starves."
@@ -94,8 +93,12 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port to listen on; 0: any free one.")
-    api_key: tuple[str, ...] = option((), "Key clients must send as a bearer token, on every path but /health; may be repeated.")
-    max_body_bytes: int = option(16_000_000, "Largest request body; 16M and the like are understood (SI).", bytes=True)
+    api_key: tuple[str, ...] = option(
+        (), "Key clients must send as a bearer token, on every path but /health; may be repeated."
+    )
+    max_body_bytes: int = option(
+        16_000_000, "Largest request body; 16M and the like are understood (SI).", bytes=True
+    )
     shutdown_timeout: float = option(30.0, "Seconds that live requests get to finish after SIGTERM or Ctrl-C.")
     startup_timeout: float = option(600.0, "Seconds that loading may take before the start is given up.")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least level that is logged.")

@@ -1,20 +1,20 @@
 """Every error Holdfast raises on purpose.
 
-    HoldfastError
-    ├── UserError               what the user did wrong: names the field, the value, the allowed range
-    │   ├── ConfigError         a flag, a plan, a contradiction between them, or this machine lacks what they ask
-    │   ├── ModelError          a checkpoint: unknown architecture, missing tensor, wrong shape, truncated file
-    │   └── RequestError        one API request; carries an HTTP status
-    │       ├── InvalidRequest      400
-    │       ├── Unauthorized        401
-    │       ├── NotFound            404
-    │       ├── BodyTooLarge        413
-    │       ├── QueueFull           429, with a Retry-After
-    │       └── Unavailable         503, with a Retry-After
-    └── MachineError            what the machine did wrong: names the rank and the step
-        ├── StartupError        a process did not come up
-        ├── ProcessDied         a process ended that should not have
-        └── StepFailed          a step raised on a device
+HoldfastError
+├── UserError               what the user did wrong: names the field, the value, the allowed range
+│   ├── ConfigError         a flag, a plan, a contradiction between them, or this machine lacks what they ask
+│   ├── ModelError          a checkpoint: unknown architecture, missing tensor, wrong shape, truncated file
+│   └── RequestError        one API request; carries an HTTP status
+│       ├── InvalidRequest      400
+│       ├── Unauthorized        401
+│       ├── NotFound            404
+│       ├── BodyTooLarge        413
+│       ├── QueueFull           429, with a Retry-After
+│       └── Unavailable         503, with a Retry-After
+└── MachineError            what the machine did wrong: names the rank and the step
+    ├── StartupError        a process did not come up
+    ├── ProcessDied         a process ended that should not have
+    └── StepFailed          a step raised on a device
 """
 
 from __future__ import annotations

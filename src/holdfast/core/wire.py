@@ -27,7 +27,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 # --- gateway → engine ------------------------------------------------------------------------------
 
 
-class Submit(_Message):
+class Submit(_Message, frozen=True):
     """Run one request. `request_id` is unique among live requests; `priority`: lower runs sooner."""
 
     request_id: str
@@ -36,7 +36,7 @@ class Submit(_Message):
     priority: int = 0
 
 
-class Abort(_Message):
+class Abort(_Message, frozen=True):
     """Forget these requests and free their blocks. Answered by nothing; unknown ids are ignored."""
 
     request_ids: list[str]
@@ -47,7 +47,7 @@ ToEngine = Submit | Abort
 # --- engine → gateway ------------------------------------------------------------------------------
 
 
-class TokenOutput(_Message):
+class TokenOutput(_Message, frozen=True):
     """What one step added to one request.
 
     `start` is the index of `token_ids[0]` in the request's output: the receiver drops what it already has.
@@ -69,7 +69,7 @@ class TokenOutput(_Message):
     error: str | None = None
 
 
-class EngineStats(_Message):
+class EngineStats(_Message, frozen=True):
     """Gauges are now, counters since the engine's start."""
 
     num_running: int
@@ -85,7 +85,7 @@ class EngineStats(_Message):
     steps: int
 
 
-class Outputs(_Message):
+class Outputs(_Message, frozen=True):
     """Everything one step produced, and the engine's state after it."""
 
     replica: int
@@ -93,7 +93,7 @@ class Outputs(_Message):
     stats: EngineStats
 
 
-class EngineReady(_Message):
+class EngineReady(_Message, frozen=True):
     """The replica can take requests."""
 
     replica: int
@@ -108,7 +108,7 @@ ToGateway = Outputs | EngineReady
 # --- engine → worker -------------------------------------------------------------------------------
 
 
-class NewRequest(_Message):
+class NewRequest(_Message, frozen=True):
     """A request the worker does not hold: new, or back from preemption.
 
     `token_ids` is all of it, prompt and output so far; the first `num_computed` are in the cache already.
@@ -122,7 +122,7 @@ class NewRequest(_Message):
     num_computed: int
 
 
-class ContinuedRequest(_Message):
+class ContinuedRequest(_Message, frozen=True):
     """A request the worker holds: what changed since the last step that named it."""
 
     request_id: str
@@ -132,7 +132,7 @@ class ContinuedRequest(_Message):
     num_computed: int
 
 
-class Step(_Message):
+class Step(_Message, frozen=True):
     """One forward pass, as a diff. `num_tokens[i]` tokens are computed for the i-th of `new` + `continued`.
 
     A request is sampled when the step computes its last token.
@@ -146,7 +146,7 @@ class Step(_Message):
     """Requests the worker shall forget before it runs: finished, aborted or preempted."""
 
 
-class StopWorker(_Message):
+class StopWorker(_Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 
@@ -155,14 +155,14 @@ ToWorker = Step | StopWorker
 # --- worker → engine -------------------------------------------------------------------------------
 
 
-class WorkerReady(_Message):
+class WorkerReady(_Message, frozen=True):
     """Weights are loaded; the device has room for `num_blocks` blocks of KV."""
 
     rank: str
     num_blocks: int
 
 
-class SampledToken(_Message):
+class SampledToken(_Message, frozen=True):
     """The next token of one request."""
 
     request_id: str
@@ -170,14 +170,14 @@ class SampledToken(_Message):
     logprobs: TokenLogprobs | None = None
 
 
-class PromptLogprobs(_Message):
+class PromptLogprobs(_Message, frozen=True):
     """Logprobs of a stretch of a request's prompt (a chunk's worth), in order."""
 
     request_id: str
     entries: list[TokenLogprobs]
 
 
-class StepResult(_Message):
+class StepResult(_Message, frozen=True):
     """What a step sampled: one entry per request whose last token the step computed."""
 
     step_id: int
@@ -185,7 +185,7 @@ class StepResult(_Message):
     prompt_logprobs: list[PromptLogprobs]
 
 
-class StepError(_Message):
+class StepError(_Message, frozen=True):
     """The step raised; the worker has forgotten every request named in it."""
 
     step_id: int
@@ -234,20 +234,20 @@ class Boot(msgspec.Struct, frozen=True):
     endpoints: Endpoints
 
 
-class Progress(_Message):
+class Progress(_Message, frozen=True):
     """A line for the user while the service starts. `fraction` in [0, 1], or None."""
 
     text: str
     fraction: float | None = None
 
 
-class Ready(_Message):
+class Ready(_Message, frozen=True):
     """The child does its work from now on."""
 
     text: str = ""
 
 
-class Failed(_Message):
+class Failed(_Message, frozen=True):
     """The child cannot go on and is about to exit."""
 
     error: str
@@ -259,20 +259,20 @@ class Failed(_Message):
 ToSupervisor = Progress | Ready | Failed
 
 
-class Drain(_Message):
+class Drain(_Message, frozen=True):
     """To the gateway: take no new request, finish the live ones within `deadline` seconds, exit."""
 
     deadline: float
 
 
-class ReplicaLost(_Message):
+class ReplicaLost(_Message, frozen=True):
     """To the gateway: this replica is gone; its requests must end with this definite error."""
 
     replica: int
     reason: str
 
 
-class Stop(_Message):
+class Stop(_Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 

@@ -1,0 +1,64 @@
+"""What every child process does before and after its own work: title, logs, death pipe, and a last word.
+
+    python -m MODULE NAME BOOT_FILE DEATH_FD
+
+The child holds the read end of a pipe whose write end only the supervisor has. When the supervisor is gone,
+however it went, the read ends and so does the child: no orphan survives.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import setproctitle
+import zmq
+
+from holdfast.core import wire
+from holdfast.core.errors import UserError
+from holdfast.core.logs import setup_logging
+
+Control = zmq.Socket[bytes]
+"""A child's DEALER to the supervisor: sends `ToSupervisor`, receives `ToChild`."""
+
+Body = Callable[[wire.Boot, Control], None]
+
+
+def run_child(body: Body) -> None:
+    """The main function of a child process: run `body` until it returns, then exit.
+
+    Exit status 0: `body` returned (it was told to stop). 1: it raised; the supervisor has been told why.
+    """
+    name, boot_file, death_fd = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    boot = msgspec.json.decode(Path(boot_file).read_bytes(), type=wire.Boot)
+    threading.Thread(target=_die_with_parent, args=(death_fd, boot.endpoints.folder), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the supervisor decides
+    setproctitle.setproctitle(f"holdfast {name}")
+    setup_logging(name, boot.config.server.log_level)
+    context = zmq.Context()
+    control = context.socket(zmq.DEALER)
+    control.setsockopt(zmq.IDENTITY, name.encode())
+    control.connect(boot.endpoints.supervisor)
+    gc.freeze()  # what the imports made lives for ever: keep the collector from walking it
+    status = 0
+    try:
+        body(boot, control)
+    except Exception as error:  # noqa: BLE001 - the process border: reported, then the process ends
+        status = 1
+        control.send(wire.encode(wire.Failed(str(error), isinstance(error, UserError), traceback.format_exc())))
+    context.destroy(linger=1000)
+    sys.exit(status)
+
+
+def _die_with_parent(death_fd: int, folder: str) -> None:
+    os.read(death_fd, 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)

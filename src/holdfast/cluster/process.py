@@ -1,0 +1,62 @@
+"""One child process as its parent sees it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Child:
+    """A running child. `pidfd` becomes readable when it ends; it is never a guess about a reused pid."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    death_pipe: int
+    """Write end; the child ends when this closes."""
+    ready: bool = False
+
+    @classmethod
+    def start(cls, module: str, name: str, boot_file: str) -> Child:
+        """`python -m module name boot_file fd`, in a process group of its own."""
+        read_end, write_end = os.pipe()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, name, boot_file, str(read_end)],
+                pass_fds=[read_end],
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+            )
+        finally:
+            os.close(read_end)
+        return cls(name, process, os.pidfd_open(process.pid), write_end)
+
+    def wait(self, deadline: float) -> bool:
+        """Whether it has ended by `deadline` (`time.monotonic()` seconds)."""
+        try:
+            self.process.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL, and reap."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """Give back the descriptors of an ended child."""
+        os.close(self.pidfd)
+        os.close(self.death_pipe)
+
+    def how_it_ended(self) -> str:
+        """`exit status 1`, `killed by SIGKILL`."""
+        code = self.process.returncode
+        if code is None:
+            return "still running"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

@@ -1,0 +1,24 @@
+"""The gateway's process."""
+
+from __future__ import annotations
+
+import asyncio
+
+import uvloop
+import zmq.asyncio
+
+from holdfast.cluster.child import Control, run_child
+from holdfast.core import wire
+from holdfast.gateway.main import run
+
+
+def body(boot: wire.Boot, control: Control) -> None:
+    async def main() -> None:
+        await run(boot, zmq.asyncio.Socket.shadow(control))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+if __name__ == "__main__":
+    run_child(body)

@@ -1,0 +1,305 @@
+"""Who runs in the next step. Pure: state in, `Step` out; no clock, no sockets, no tensors.
+
+    add / abort ──▶ waiting (by rank) ──admit──▶ running ──update──▶ finished
+                        ▲───────preempt─────────────┘
+
+A request's rank is `arrival + priority · priority_aging_steps`, in steps: it is fixed for life, smaller goes first.
+Everybody ages alike, so an old request of low priority has a smaller rank than any newcomer in the end: nothing
+starves. Preemption takes the largest rank, so the smallest always makes progress.
+"""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+
+from holdfast.cache.blocks import BlockPool
+from holdfast.core.config import SchedulerConfig
+from holdfast.core.errors import ConfigError
+from holdfast.core.request import TokenLogprobs
+from holdfast.core.wire import (
+    ContinuedRequest,
+    EngineStats,
+    FinishReason,
+    NewRequest,
+    Step,
+    StepResult,
+    Submit,
+    TokenOutput,
+)
+from holdfast.schedule.sequence import Sequence
+
+
+def fit_model_len(wanted: int | None, max_positions: int, num_blocks: int, block_size: int) -> int:
+    """The tokens one request may hold: `--max-model-len`, or all that model and cache allow.
+
+    Raises `ConfigError` if `wanted` exceeds either.
+    """
+    capacity = num_blocks * block_size
+    if wanted is None:
+        if capacity < 2:
+            raise ConfigError("--kv-cache-memory-bytes: the KV cache has no room for a single block")
+        return min(max_positions, capacity)
+    if wanted > max_positions:
+        raise ConfigError(f"--max-model-len {wanted}: the model knows {max_positions} positions")
+    if wanted > capacity:
+        raise ConfigError(
+            f"--max-model-len {wanted}: the KV cache holds {capacity} tokens "
+            f"({num_blocks} blocks of {block_size}); lower it or raise --kv-cache-memory-bytes"
+        )
+    return wanted
+
+
+class Scheduler:
+    """The queue and the cache of one replica. One step is in flight at a time: schedule, then update or fail."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        *,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        prefix_caching: bool = True,
+    ) -> None:
+        assert max_model_len <= pool.num_blocks * pool.block_size, "one request alone must fit"
+        self.config = config
+        self.pool = pool
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.prefix_caching = prefix_caching
+        self.running: list[Sequence] = []
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        """Heap of (rank, order of submission, sequence)."""
+        self._sequences: dict[str, tuple[int, Sequence]] = {}
+        """Every live request: request id → (order of submission, sequence)."""
+        self._in_flight: dict[Sequence, int] = {}
+        """Tokens each sequence computes in the step that is out."""
+        self._dropped: list[str] = []
+        """Requests the worker still holds but must forget."""
+        self._steps = self._submitted = self._preemptions = 0
+        self._prefix_queries = self._prefix_hits = 0
+
+    # --- requests come and go ---
+
+    def add(self, submit: Submit) -> None:
+        """Queue a request. The gateway has validated it: 1 ≤ prompt tokens < max_model_len, id not in use."""
+        assert submit.request_id not in self._sequences, f"request id {submit.request_id} is in use"
+        assert 0 < len(submit.prompt_token_ids) < self.max_model_len
+        rank = self._steps + submit.priority * self.config.priority_aging_steps
+        sequence = Sequence(submit, rank, self.pool.block_size)
+        self._submitted += 1
+        self._sequences[submit.request_id] = (self._submitted, sequence)
+        heappush(self._waiting, (rank, self._submitted, sequence))
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Forget requests and release their blocks. Unknown ids are ignored. Not while a step is in flight."""
+        assert not self._in_flight
+        for request_id in request_ids:
+            if request_id in self._sequences:
+                self._remove(self._sequences[request_id][1])
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    # --- one step ---
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when there is nothing to compute. Running requests go before waiting ones;
+        among them those that need one token before those in mid-prompt, so a long prompt stalls nobody."""
+        assert not self._in_flight
+        preemptions = self._preemptions
+        budget = self.config.max_num_batched_tokens
+        for sequence in sorted(self.running, key=lambda s: (s.num_missing > 1, s.rank)):
+            count = min(sequence.num_missing, budget)
+            if count and sequence.resident and (freed := self._make_room(sequence, count)) is not None:
+                self._in_flight[sequence] = count
+                budget += freed - count
+        while self._waiting and budget and self._preemptions == preemptions:
+            count = self._admit(self._waiting[0][2], budget)
+            if not count:
+                break
+            heappop(self._waiting)
+            budget -= count
+        return self._step() if self._in_flight else None
+
+    def _make_room(self, sequence: Sequence, count: int) -> int | None:
+        """Give `sequence` the blocks for `count` more tokens, preempting the largest ranks if need be.
+
+        Returns the step tokens that preempted requests gave back, or None if `sequence` had to go itself.
+        """
+        freed = 0
+        wanted = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
+        while wanted > self.pool.num_available:
+            victim = max(self.running, key=lambda s: (s.rank, self._sequences[s.request_id][0]))
+            freed += self._in_flight.pop(victim, 0)
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        sequence.block_ids += self.pool.allocate(max(wanted, 0))
+        return freed
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._preemptions += 1
+        self.running.remove(victim)
+        self._dropped.append(victim.request_id)
+        self.pool.release(victim.reset())
+        heappush(self._waiting, (victim.rank, self._sequences[victim.request_id][0], victim))
+
+    def _admit(self, sequence: Sequence, budget: int) -> int:
+        """Start a waiting sequence if it fits; returns the tokens it computes in this step, 0 if it must wait.
+
+        It is let in only if all its tokens fit, and a block more for every running request: else it would soon
+        preempt or be preempted.
+        """
+        if len(self.running) >= self.config.max_num_seqs:
+            return 0
+        cached = self._cached_prefix(sequence)
+        num_cached = len(cached) * self.pool.block_size
+        wanted = self.pool.blocks_for(sequence.num_tokens) - len(cached) + self.pool.num_idle(cached)
+        if wanted + len(self.running) > self.pool.num_available and self.running:
+            return 0
+        count = min(sequence.num_tokens - num_cached, budget)
+        self.pool.take(cached)
+        new = self.pool.allocate(self.pool.blocks_for(num_cached + count) - len(cached))
+        sequence.block_ids = cached + new
+        sequence.num_computed = num_cached
+        if sequence.num_output_tokens == 0:
+            sequence.num_cached_tokens = num_cached
+        if self.prefix_caching:
+            self._prefix_queries += sequence.num_tokens
+            self._prefix_hits += num_cached
+        self.running.append(sequence)
+        self._in_flight[sequence] = count
+        return count
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Known blocks that begin the sequence; at least its last token stays to be computed, for its logits."""
+        if not self.prefix_caching or sequence.wants_prompt_logprobs:
+            return []
+        full_blocks = (sequence.num_tokens - 1) // self.pool.block_size
+        return self.pool.match(sequence.hashes(full_blocks), sequence.token_ids)
+
+    def _step(self) -> Step:
+        self._steps += 1
+        new: list[tuple[NewRequest, int]] = []
+        continued: list[tuple[ContinuedRequest, int]] = []
+        for sequence, count in self._in_flight.items():
+            news = sequence.tell()
+            if isinstance(news, NewRequest):
+                new.append((news, count))
+            else:
+                continued.append((news, count))
+        dropped, self._dropped = self._dropped, []
+        return Step(
+            self._steps,
+            [request for request, _ in new],
+            [request for request, _ in continued],
+            [count for _, count in new] + [count for _, count in continued],
+            dropped,
+        )
+
+    # --- its result ---
+
+    def update(self, result: StepResult) -> list[TokenOutput]:
+        """Account for the step that was in flight; what it added to each request that got a token."""
+        assert result.step_id == self._steps, "a result of another step"
+        sampled = {token.request_id: token for token in result.sampled}
+        for chunk in result.prompt_logprobs:
+            self._sequences[chunk.request_id][1].prompt_logprobs += chunk.entries
+        in_flight, self._in_flight = self._in_flight, {}
+        outputs = []
+        for sequence, count in in_flight.items():
+            self._advance(sequence, count)
+            token = sampled.get(sequence.request_id)
+            assert (token is None) == (sequence.num_missing > 0), "sampled exactly when all tokens are computed"
+            if token is not None:
+                outputs.append(self._append(sequence, token.token_id, token.logprobs))
+        return outputs
+
+    def fail(self, error: str) -> list[TokenOutput]:
+        """The step in flight raised: its requests end with this error, the others go on."""
+        in_flight, self._in_flight = self._in_flight, {}
+        outputs = []
+        for sequence in in_flight:
+            outputs.append(
+                TokenOutput(sequence.request_id, sequence.num_output_tokens, [], finish="error", error=error)
+            )
+            self._remove(sequence)
+        return outputs
+
+    def _advance(self, sequence: Sequence, count: int) -> None:
+        """`count` tokens more are in the cache; blocks that they completed may be shared."""
+        size = self.pool.block_size
+        first, last = sequence.num_computed // size, (sequence.num_computed + count) // size
+        sequence.num_computed += count
+        if self.prefix_caching:
+            for index, prefix_hash in enumerate(sequence.hashes(last)[first:], start=first):
+                tokens = sequence.token_ids[index * size : (index + 1) * size]
+                self.pool.publish(sequence.block_ids[index], prefix_hash, tokens)
+
+    def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        first = sequence.num_output_tokens == 0
+        prompt_logprobs = sequence.prompt_logprobs if sequence.wants_prompt_logprobs else None
+        sequence.token_ids.append(token_id)
+        finish = self._finish(sequence, token_id)
+        if finish:
+            self._remove(sequence)
+        return TokenOutput(
+            sequence.request_id,
+            sequence.num_output_tokens - 1,
+            [token_id],
+            logprobs=[logprobs] if logprobs else None,
+            prompt_logprobs=prompt_logprobs,
+            finish=finish,
+            stop_token_id=token_id if finish == "stop" else None,
+            num_cached_tokens=sequence.num_cached_tokens if first else 0,
+        )
+
+    def _finish(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        params = sequence.params
+        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
+        if (is_eos or token_id in params.stop_token_ids) and sequence.num_output_tokens >= params.min_tokens:
+            return "stop"
+        if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= self.max_model_len:
+            return "length"
+        return None
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Forget a live request wherever it is."""
+        del self._sequences[sequence.request_id]
+        if sequence.resident:
+            self._dropped.append(sequence.request_id)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+            heapify(self._waiting)
+        self.pool.release(sequence.reset())
+
+    # --- looking in ---
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=len(self._waiting),
+            num_blocks=self.pool.num_blocks,
+            num_used_blocks=self.pool.num_blocks - self.pool.num_available,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            preemptions=self._preemptions,
+            steps=self._steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless queues, sequences and block accounting agree."""
+        waiting = [entry[2] for entry in self._waiting]
+        assert {s.request_id for s in self.running + waiting} == set(self._sequences)
+        assert len(self.running) + len(waiting) == len(self._sequences)
+        assert len(self.running) <= self.config.max_num_seqs
+        for sequence in waiting:
+            assert not (sequence.block_ids or sequence.num_computed or sequence.resident)
+        for sequence in self.running:
+            assert sequence.num_computed <= sequence.num_tokens <= self.max_model_len
+            assert len(sequence.block_ids) >= self.pool.blocks_for(sequence.num_computed)
+        self.pool.check_integrity(sequence.block_ids for sequence in self.running)

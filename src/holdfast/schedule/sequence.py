@@ -1,0 +1,85 @@
+"""One request while the scheduler knows it: its tokens, its blocks, and what its worker has been told."""
+
+from __future__ import annotations
+
+from holdfast.cache.blocks import ROOT, chain
+from holdfast.core.request import SamplingParams, TokenLogprobs
+from holdfast.core.wire import ContinuedRequest, NewRequest, Submit
+
+
+class Sequence:
+    """`token_ids` is prompt then output; the first `num_computed` have their keys and values in `block_ids`.
+
+    There is no prefill and no decode: a step computes some of the `num_missing` tokens, and when it computes the
+    last one a new token is sampled.
+    """
+
+    def __init__(self, submit: Submit, rank: int, block_size: int) -> None:
+        self.request_id = submit.request_id
+        self.params: SamplingParams = submit.params
+        self.token_ids = list(submit.prompt_token_ids)
+        self.num_prompt_tokens = len(submit.prompt_token_ids)
+        self.rank = rank
+        """Smaller runs first and is preempted last; fixed for life."""
+        self.num_computed = 0
+        self.num_cached_tokens = 0
+        self.block_ids: list[int] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.resident = False
+        """Whether the worker holds this request."""
+        self._block_size = block_size
+        self._hashes: list[bytes] = []
+        self._tokens_told = 0
+        self._blocks_told = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_missing(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt logprobs are still owed: then every prompt token must be computed, cached or not."""
+        return self.params.prompt_logprobs is not None and self.num_output_tokens == 0
+
+    def hashes(self, num_blocks: int) -> list[bytes]:
+        """Prefix hashes of the first `num_blocks` full blocks."""
+        size = self._block_size
+        while len(self._hashes) < num_blocks:
+            start = len(self._hashes) * size
+            parent = self._hashes[-1] if self._hashes else ROOT
+            self._hashes.append(chain(parent, self.token_ids[start : start + size]))
+        return self._hashes[:num_blocks]
+
+    def tell(self) -> NewRequest | ContinuedRequest:
+        """What the worker must learn before it can compute the next tokens; remembered as told."""
+        told, blocks_told = self._tokens_told, self._blocks_told
+        self._tokens_told, self._blocks_told = len(self.token_ids), len(self.block_ids)
+        if self.resident:
+            return ContinuedRequest(
+                self.request_id, self.token_ids[told:], self.block_ids[blocks_told:], self.num_computed
+            )
+        self.resident = True
+        return NewRequest(
+            self.request_id,
+            self.token_ids[:],
+            self.num_prompt_tokens,
+            self.params,
+            self.block_ids[:],
+            self.num_computed,
+        )
+
+    def reset(self) -> list[int]:
+        """Forget all computed state (preemption). Returns the blocks: the caller releases them."""
+        blocks, self.block_ids = self.block_ids, []
+        self.num_computed = 0
+        self.resident = False
+        self.prompt_logprobs = []
+        return blocks

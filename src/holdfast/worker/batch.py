@@ -1,0 +1,110 @@
+"""What a worker knows of its requests, and the tensors of one step made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.core.request import SamplingParams
+from holdfast.core.wire import Step
+from holdfast.kernels.interface import BatchLayout
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request as the steps have told it so far."""
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    block_ids: list[int]
+    num_computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request's part of a step: tokens [start, stop) are computed; sampled if they reach its last token."""
+
+    request: RequestState
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        return self.stop == len(self.request.token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        request = self.request
+        return request.params.prompt_logprobs is not None and len(request.token_ids) == request.num_prompt_tokens
+
+
+class Requests:
+    """The requests this worker holds, kept up to date by step diffs."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, RequestState] = {}
+
+    def apply(self, step: Step) -> list[Work]:
+        """Take in a step; returns what it computes, in the step's order."""
+        for request_id in step.dropped:
+            self._held.pop(request_id, None)
+        named = []
+        for new in step.new:
+            state = RequestState(
+                new.request_id,
+                list(new.token_ids),
+                new.num_prompt_tokens,
+                new.params,
+                list(new.block_ids),
+                new.num_computed,
+            )
+            self._held[new.request_id] = state
+            named.append(state)
+        for continued in step.continued:
+            state = self._held[continued.request_id]
+            state.token_ids += continued.new_token_ids
+            state.block_ids += continued.new_block_ids
+            state.num_computed = continued.num_computed
+            named.append(state)
+        return [
+            Work(state, state.num_computed, state.num_computed + count)
+            for state, count in zip(named, step.num_tokens, strict=True)
+        ]
+
+    def forget(self, step: Step) -> None:
+        """Drop every request a failed step named."""
+        for request_id in [r.request_id for r in step.new] + [r.request_id for r in step.continued]:
+            self._held.pop(request_id, None)
+
+
+def layout(work: list[Work], block_size: int, device: torch.device) -> tuple[Tensor, BatchLayout]:
+    """Token ids int64 [T] and the layout of a step."""
+    token_ids: list[int] = []
+    positions = np.empty(sum(part.stop - part.start for part in work), dtype=np.int64)
+    slots = np.empty_like(positions)
+    widest = max(-(-part.stop // block_size) for part in work)
+    tables = np.zeros((len(work), widest), dtype=np.int32)
+    row = 0
+    for table, part in zip(tables, work, strict=True):
+        token_ids += part.request.token_ids[part.start : part.stop]
+        num_blocks = -(-part.stop // block_size)
+        table[:num_blocks] = part.request.block_ids[:num_blocks]
+        rows = slice(row, row + part.stop - part.start)
+        positions[rows] = np.arange(part.start, part.stop)
+        slots[rows] = (
+            table[positions[rows] // block_size].astype(np.int64) * block_size + positions[rows] % block_size
+        )
+        row = rows.stop
+    batch = BatchLayout(
+        query_lens=tuple(part.stop - part.start for part in work),
+        context_lens=tuple(part.stop for part in work),
+        positions=torch.from_numpy(positions).to(device),
+        slots=torch.from_numpy(slots).to(device),
+        block_tables=torch.from_numpy(tables).to(device),
+    )
+    return torch.tensor(token_ids, dtype=torch.int64, device=device), batch

@@ -1,0 +1,120 @@
+"""Bring one device up: kernels, weights, and as many KV blocks as its memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from holdfast.cache.pages import KVPages, bytes_per_block
+from holdfast.core.config import ServeConfig
+from holdfast.core.errors import ConfigError
+from holdfast.core.request import SamplingParams
+from holdfast.core.spec import ModelInfo
+from holdfast.core.wire import NewRequest, Step
+from holdfast.hardware.host import available_memory, usable_cores
+from holdfast.kernels.select import select_kernels
+from holdfast.models.load import load_decoder
+from holdfast.worker.runner import Runner
+from holdfast.worker.sampler import Sampler
+
+CPU_CACHE_LIMIT = 4_000_000_000
+CPU_CACHE_SHARE = 0.4
+
+
+def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str, float | None], None]) -> Runner:
+    """Load `model` on the configured device. `progress(text, fraction)` tells the user how far it is.
+
+    Raises `ConfigError` when the device or its memory is not there, `ModelError` when the checkpoint is bad.
+    """
+    device = pick_device(config.device.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.device.cpu_threads or usable_cores())
+    dtype = pick_dtype(config.model.dtype, model, device)
+    kernels = select_kernels(device.type)
+    decoder = load_decoder(model, kernels, dtype, device, lambda fraction: progress("loading weights", fraction))
+    runner = Runner(
+        decoder,
+        _pages(config, model, dtype, device, num_blocks=1),
+        Sampler(kernels, model.eos_token_ids),
+        device,
+    )
+    num_blocks = _num_blocks(config, model, dtype, device, runner)
+    runner.pages = _pages(config, model, dtype, device, num_blocks)
+    tokens = num_blocks * config.cache.block_size
+    progress(f"{device.type}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
+    return runner
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The torch device for `--device`; a GPU that is asked for must be there."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ConfigError("--device cuda: torch finds no CUDA device on this machine")
+    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+
+
+def pick_dtype(wanted: str, model: ModelInfo, device: torch.device) -> torch.dtype:
+    """The torch dtype for `--dtype`. CPUs have no fast float16, so `auto` turns it into bfloat16 there."""
+    name = model.dtype if wanted == "auto" else wanted
+    if wanted == "auto" and name == "float16" and device.type == "cpu":
+        name = "bfloat16"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _num_blocks(
+    config: ServeConfig, model: ModelInfo, dtype: torch.dtype, device: torch.device, runner: Runner
+) -> int:
+    spec, cache = model.spec, config.cache
+    per_block = bytes_per_block(spec.num_layers, spec.num_kv_heads, spec.head_dim, cache.block_size, dtype)
+    longest = config.model.max_model_len or spec.max_positions
+    enough = config.scheduler.max_num_seqs * -(-longest // cache.block_size)
+    free = _free_cuda_memory(config, device, runner) if device.type == "cuda" else available_memory()
+    if cache.kv_cache_memory_bytes is not None:
+        budget = cache.kv_cache_memory_bytes
+        if budget > free:
+            raise ConfigError(f"--kv-cache-memory-bytes {budget}: only {free} bytes are free on {device.type}")
+    elif device.type == "cuda":
+        budget = free
+    else:
+        budget = min(CPU_CACHE_LIMIT, int(CPU_CACHE_SHARE * free))
+    if budget < per_block:
+        raise ConfigError(f"the KV cache gets {max(budget, 0)} bytes on {device.type}, a block needs {per_block}")
+    return min(enough, budget // per_block)
+
+
+def _free_cuda_memory(config: ServeConfig, device: torch.device, runner: Runner) -> int:
+    """Bytes left for the KV cache: `--gpu-memory-utilization` of the card, less what others hold, less the weights
+    and the peak workspace of the largest step, measured by running one."""
+    torch.cuda.reset_peak_memory_stats(device)
+    runner.run(_largest_step(config, config.scheduler.max_num_batched_tokens))
+    runner.forget(_largest_step(config, 1))
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return int(total * config.cache.gpu_memory_utilization) - others - peak
+
+
+def _largest_step(config: ServeConfig, num_tokens: int) -> Step:
+    """One prompt of `num_tokens`, all of it written into block 0: right for memory, worthless as text."""
+    params = SamplingParams(seed=0, max_tokens=1, temperature=1.0, top_p=0.5)
+    blocks = [0] * -(-num_tokens // config.cache.block_size)
+    request = NewRequest("memory profile", [0] * num_tokens, num_tokens, params, blocks, 0)
+    return Step(0, [request], [], [num_tokens], [])
+
+
+def _pages(
+    config: ServeConfig, model: ModelInfo, dtype: torch.dtype, device: torch.device, num_blocks: int
+) -> KVPages:
+    spec = model.spec
+    return KVPages.allocate(
+        num_layers=spec.num_layers,
+        num_blocks=num_blocks,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=config.cache.block_size,
+        dtype=dtype,
+        device=device,
+    )
