@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +43,15 @@ class KVPages:
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVPages:
+        """All zero: padded block tables may read a page before it is written, and 0 · NaN is NaN."""
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
-        # zeros, not empty: padded block tables may read a page before it is written, and 0 · NaN is NaN
-        pages = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)]
+        pages = [_zeros(shape, dtype, device) for _ in range(2 * num_layers)]
         return cls(k=tuple(pages[:num_layers]), v=tuple(pages[num_layers:]), block_size=block_size)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros come from the kernel page by page as they are used; torch's are all written at once, which
+    # takes seconds for a cache of gigabytes
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

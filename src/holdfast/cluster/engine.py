@@ -52,6 +52,8 @@ class Engine:
             assert step or not self.scheduler.has_work, "work that is never scheduled"
             outputs = self._execute(step) if step else []
             self.gateway.send(wire.encode(wire.Outputs(self.replica, outputs, self.scheduler.stats())))
+            if not self.scheduler.has_work and log.isEnabledFor(logging.DEBUG):
+                self.scheduler.check_integrity()  # every reference to every block, whenever we fall idle
 
     def _make_scheduler(self, num_blocks: int) -> Scheduler:
         config, model = self.boot.config, self.boot.model

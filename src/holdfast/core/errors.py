@@ -112,3 +112,7 @@ class ProcessDied(MachineError):
 
 class StepFailed(MachineError):
     """A step raised on a device; the requests in it end with this error."""
+
+
+class TokenLogGap(MachineError):
+    """Tokens of a request got lost between the engine and the token log; the request cannot go on."""

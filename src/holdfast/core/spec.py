@@ -31,6 +31,8 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     truncate: bool = True
     attention_factor: float = 1.0
     """Multiplies cos and sin (YaRN's temperature); already resolved, 1 otherwise."""
+    frequency_divisors: tuple[float, ...] = ()
+    """One per rotated pair, or none: the form in which GGUF files carry Llama 3's scaling."""
 
 
 class MoeSpec(msgspec.Struct, frozen=True, kw_only=True):

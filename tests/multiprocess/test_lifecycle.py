@@ -1,0 +1,145 @@
+"""Start, stop and death of the real processes. Guards against orphans, silent ends, and lies on /health."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from support.service import TITLES, Service, demo_model, wait_for
+
+SMALL = ("--kv-cache-memory-bytes", "64M", "--max-model-len", "1024")
+
+
+@pytest.fixture
+def service(tmp_path: Path):
+    service = Service(demo_model(), *SMALL, log=tmp_path / "log")
+    try:
+        yield service.wait_ready()
+    finally:
+        if service.process.poll() is None:
+            service.process.kill()
+        service.wait_end()
+
+
+class Stream(threading.Thread):
+    """One streamed completion in a thread; `first` is set at its first event, `events` are the data lines."""
+
+    def __init__(self, service: Service, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.service, self.max_tokens = service, max_tokens
+        self.first, self.events = threading.Event(), []
+        self.start()
+        assert self.first.wait(60)
+
+    def run(self) -> None:
+        body = {"prompt": "Once upon a time", "max_tokens": self.max_tokens}
+        body |= {"stream": True, "ignore_eos": True, "model": "SmolLM2-135M-Instruct.Q4_1"}
+        request = urllib.request.Request(
+            f"{self.service.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            for line in reply:
+                if line.startswith(b"data: "):
+                    self.events.append(line[6:].strip().decode())
+                    self.first.set()
+
+    def result(self) -> list[str]:
+        self.join(60)
+        assert not self.is_alive(), "a request was left without a terminal reply"
+        return self.events
+
+
+def test_processes_are_named_and_health_is_true(service: Service):
+    assert service.health()[0] == 200
+    for title in TITLES:
+        assert service.child(title).is_running()
+    assert len(service.children) == 3
+    assert "curl " in service.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_then_stops(service: Service, number: signal.Signals):
+    stream = Stream(service, max_tokens=60)
+    service.signal(number)
+    wait_for("draining", lambda: service.health()[0] in (503, 0), 10)
+    assert service.wait_end() == 0
+    events = stream.result()
+    assert events[-1] == "[DONE]", "a live request is finished, not cut"
+    assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_second_signal_ends_live_requests_with_an_error(service: Service):
+    stream = Stream(service, max_tokens=900)
+    service.signal(signal.SIGTERM)
+    wait_for("draining", lambda: service.health()[0] == 503, 10)
+    service.signal(signal.SIGTERM)
+    assert service.wait_end() == 0
+    assert "error" in json.loads(stream.result()[-1])
+
+
+@pytest.mark.parametrize("title", ["holdfast worker 0.0.0", "holdfast engine 0"])
+def test_a_killed_child_ends_requests_definitely_and_the_service_with_1(service: Service, title: str):
+    stream = Stream(service, max_tokens=900)
+    service.child(title).kill()
+    assert service.wait_end() == 1
+    error = json.loads(stream.result()[-1])["error"]
+    assert "SIGKILL" in error["message"]
+    assert title.removeprefix("holdfast ") in error["message"]
+
+
+def test_a_killed_gateway_ends_the_service(service: Service):
+    service.child("holdfast gateway").kill()
+    assert service.wait_end() == 1
+    assert "gateway died (killed by SIGKILL)" in service.text()
+
+
+def test_no_orphan_when_the_supervisor_is_killed(service: Service):
+    service.process.kill()
+    assert service.wait_end() == -signal.SIGKILL
+    assert not service.living_children()
+
+
+def test_stop_while_loading_leaves_nothing(tmp_path: Path):
+    service = Service(demo_model(), *SMALL, log=tmp_path / "log")
+    wait_for("children started", lambda: "demo" in service.text() or "llama" in service.text(), 30)
+    assert service.stop() == 0
+
+
+def test_a_busy_port_is_said_by_name(service: Service, tmp_path: Path):
+    second = Service(demo_model(), *SMALL, "--port", str(service.port), log=tmp_path / "second")
+    assert second.wait_end() == 2
+    assert str(service.port) in second.text()
+    assert "Traceback" not in second.text()
+    assert service.health()[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--max-model-len", "8193"], "--max-model-len 8193: the model knows 8192 positions"),
+        (["--max-model-len", "8192", "--kv-cache-memory-bytes", "1M"], "the KV cache holds"),
+        (["--kv-cache-memory-bytes", "1"], "a block needs"),
+        (["--device", "cuda"], "--device cuda"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2: not supported yet"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(tmp_path: Path, flags: list[str], said: str):
+    if flags[0] == "--device" and Path("/dev/nvidia0").exists():
+        pytest.skip("there is a CUDA device")
+    service = Service(demo_model(), *flags, log=tmp_path / "log")
+    assert service.wait_end() == 2
+    assert said in service.text()
+    assert "Traceback" not in service.text()
+
+
+def test_no_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    service = Service(demo_model(), *SMALL, log=tmp_path / "log").wait_ready()
+    assert list(tmp_path.glob("holdfast-*"))
+    assert service.stop() == 0
+    assert not list(tmp_path.glob("holdfast-*"))
