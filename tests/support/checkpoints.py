@@ -56,7 +56,9 @@ def oracle_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
 class Driver:
     """Runs requests through a decoder in steps of any make-up, their blocks scattered over the cache."""
 
-    def __init__(self, decoder: Decoder, requests: Sequence[Sequence[int]], block_size: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self, decoder: Decoder, requests: Sequence[Sequence[int]], block_size: int = 4, seed: int = 0
+    ) -> None:
         spec = decoder.spec
         widths = [-(-len(tokens) // block_size) for tokens in requests]
         blocks = list(range(1, sum(widths) + 1))

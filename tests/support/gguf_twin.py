@@ -1,7 +1,8 @@
 """The GGUF file that llama.cpp's converter would make of a tiny checkpoint, written with the `gguf` package.
 
-Tensor names come from the package's own maps, so they check ours. What the converter does to the numbers is done here:
-rotary rows of the "llama" architecture permuted, fused q-k-v split apart, experts stacked, Gemma's norms raised by 1.
+Tensor names come from the package's own maps, so they check ours. What the converter does to the numbers
+is done here: rotary rows of the "llama" architecture permuted, fused q-k-v split apart, experts stacked, Gemma's
+norms raised by 1.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def write_twin(config: Any, folder: Path, path: Path, *, kind: str = "F32") -> s
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     quant = gguf.GGMLQuantizationType[kind]
     for name, tensor in _converted(config, load_file(folder / "model.safetensors")).items():
+        if config.model_type == "bloom":
+            name = name.removeprefix("transformer.")  # noqa: PLW2901 - as the converter does
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert mapped is not None, name
         data = tensor.contiguous().numpy()
@@ -54,18 +57,11 @@ def write_twin(config: Any, folder: Path, path: Path, *, kind: str = "F32") -> s
 
 def _write_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
     num_heads = config.num_attention_heads
-    mlp_size = next(
-        (
-            value
-            for name in ("intermediate_size", "ffn_hidden_size", "n_inner")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        4 * config.hidden_size,
-    )
+    plain = config.model_type in ("gpt2", "bloom", "falcon")
     writer.add_context_length(getattr(config, "max_position_embeddings", 2048))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(mlp_size)
+    writer.add_feed_forward_length(4 * config.hidden_size if plain else config.intermediate_size)
     writer.add_head_count(num_heads)
     writer.add_eos_token_id(2)
     if config.model_type == "falcon":
@@ -116,7 +112,7 @@ def _converted(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             out[name] = _convert(config, name, tensor)
     for name, parts in experts.items():
         out[name] = torch.stack([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
-    if config.model_type.startswith("llama") and config.rope_parameters["rope_type"] == "llama3":
+    if config.model_type == "llama" and config.rope_parameters["rope_type"] == "llama3":
         out["rope_freqs.weight"] = _llama3_divisors(config)
     return out
 

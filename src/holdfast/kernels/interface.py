@@ -6,12 +6,14 @@ V vocabulary, E experts, K experts per token, P blocks in the cache, S tokens pe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from torch import Tensor
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,13 @@ class BatchLayout:
     """int64 [T]: block id * S + offset, where this step's keys and values go."""
     block_tables: Tensor
     """int32 [B, widest]: block ids in order of position; padded with 0."""
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def derive(self, key: str, make: Callable[[BatchLayout], T]) -> T:
+        """What a backend works out from this layout once per step: made on the first layer, kept for the rest."""
+        if key not in self.derived:
+            self.derived[key] = make(self)
+        return cast(T, self.derived[key])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +81,7 @@ class Kernels(Protocol):
         """Rotary embedding of x [T, heads, D]: cos_sin float32 [positions, 2, rotary_dim / 2], half-split."""
         ...
 
-    def store_kv(
-        self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
-    ) -> None:
+    def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
         """Write k, v [T, G, D] into pages [P, G, S, D] at `slots`. Changes the pages."""
         ...
 
@@ -115,4 +122,3 @@ class Kernels(Protocol):
         top_k int64 [B] (0: off), top_p and min_p float32 [B] (1 and 0: off). The most likely token always stays.
         """
         ...
-

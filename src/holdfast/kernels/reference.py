@@ -1,0 +1,245 @@
+"""The reference backend: plain torch, on any device. Close to every other backend, bit-exact with none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.kernels.interface import Activation, AttentionOptions, BatchLayout
+from holdfast.kernels.philox import philox
+
+_MAX_GATHERED_TOKENS = 1 << 16
+"""Keys, padding included, that one batch of decodes copies out of the pages: bounds the memory of a step."""
+_MAX_SCORE_ROWS = 256
+"""Query rows whose scores are held in memory at once when torch's fused attention does not fit."""
+_MAX_COUNTERS = 1 << 17
+"""Philox counters of one call: some dozens of bytes of temporary memory each."""
+_FEW_CANDIDATES = 1024
+"""Tokens that top-p looks at first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """N requests of one query length L whose attention is one batched call over T padded keys."""
+
+    rows: slice | Tensor
+    """The tokens of the step that belong to it, request by request."""
+    tables: Tensor
+    """int64 [N, 1, blocks]."""
+    distance: Tensor
+    """int64 [N, L, T]: key position - query position."""
+    from_start: bool
+    """One request whose queries are all its tokens: causal without a mask."""
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    """By window, made when first asked for."""
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[N, 1, L, T] to add to scores: 0 where a query sees a key, -inf elsewhere. Padded keys lie in the
+        future, so causality hides them too."""
+        if window not in self.masks:
+            hidden = self.distance > 0
+            if window is not None:
+                hidden |= self.distance <= -window
+            zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self.masks[window] = zeros.masked_fill_(hidden, -torch.inf)[:, None]
+        return self.masks[window]
+
+
+class ReferenceKernels:
+    """`Kernels` in torch; see the protocol for what each call promises."""
+
+    name = "reference"
+    exact = False
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def embedding(self, token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+        rows = F.embedding(token_ids, table)
+        return rows if scale == 1.0 else rows * scale
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+
+    def rotate(self, x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = cos_sin[positions][:, None].unbind(2)  # [T, 1, rotary_dim / 2] each
+        half = cos.shape[-1]
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+
+    def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+        block_size = k_pages.shape[2]
+        blocks, offsets = slots // block_size, slots % block_size
+        k_pages[blocks, :, offsets] = k
+        v_pages[blocks, :, offsets] = v
+
+    def attention(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: BatchLayout, options: AttentionOptions
+    ) -> Tensor:
+        _, num_heads, head_dim = q.shape
+        out = torch.empty_like(q)
+        for group in batch.derive("reference groups", partial(_groups, block_size=k_pages.shape[2])):
+            count, length, _ = group.distance.shape
+            queries = q[group.rows].view(count, length, num_heads, head_dim).transpose(1, 2)
+            keys, values = _gather(k_pages, group.tables), _gather(v_pages, group.tables)
+            if options.softcap is None and options.alibi_slopes is None:
+                result = _fused_attention(queries, keys, values, group, options)
+            else:
+                result = _explicit_attention(queries, keys, values, group, options)
+            out[group.rows] = result.transpose(1, 2).reshape(count * length, num_heads, head_dim)
+        return out
+
+    def activate(self, x: Tensor, kind: Activation) -> Tensor:
+        if kind == "silu":
+            return F.silu(x)
+        if kind == "relu":
+            return F.relu(x)
+        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+    def gated_activate(self, gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
+        return self.activate(gate, kind) * up
+
+    def route(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        probabilities = logits.float().softmax(dim=-1)
+        # a stable sort, unlike topk, gives ties to the lowest expert
+        ids = probabilities.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
+        weights = probabilities.gather(1, ids)
+        return weights / weights.sum(dim=-1, keepdim=True) if renormalize else weights, ids
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return torch.tanh(x / cap) * cap
+
+    def gumbel_noise(self, seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+        rows_at_once = max(1, _MAX_COUNTERS * 4 // vocab_size)
+        parts = zip(torch.split(seeds, rows_at_once), torch.split(positions, rows_at_once), strict=True)
+        return torch.cat([_gumbel_rows(*part, vocab_size) for part in parts])
+
+    def filter_logits(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        """Each filter is a threshold, so equal logits stay or go together, in whatever order they come."""
+        if (min_p > 0).any():
+            logits = _drop_below(logits, logits.amax(dim=-1, keepdim=True) + min_p.log()[:, None])
+        if (top_k > 0).any():
+            ranked = logits.topk(min(int(top_k.max()), logits.shape[1]), dim=-1).values
+            kth = ranked.gather(1, (top_k.clamp(1, ranked.shape[1]) - 1)[:, None])
+            logits = _drop_below(logits, kth.masked_fill_((top_k == 0)[:, None], -torch.inf))
+        if (top_p < 1).any():
+            logits = _drop_below(logits, _nucleus(logits, top_p))
+        return logits
+
+
+def _drop_below(logits: Tensor, threshold: Tensor) -> Tensor:
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def _nucleus(logits: Tensor, top_p: Tensor) -> Tensor:
+    """The least logit of each row's top-p set, [B, 1]; -inf where top_p is off."""
+    vocab_size, count = logits.shape[1], _FEW_CANDIDATES
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    while True:  # sorting the whole vocabulary costs ten times the first few, which mostly hold the mass
+        ranked = logits.topk(min(count, vocab_size), dim=-1).values
+        probabilities = (ranked - total).exp()
+        if count >= vocab_size or not ((probabilities.sum(dim=-1) < top_p) & (top_p < 1)).any():
+            break
+        count *= 8
+    mass_before = probabilities.cumsum(dim=-1) - probabilities
+    size = (mass_before < top_p[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
+    return ranked.gather(1, size - 1).masked_fill_((top_p >= 1)[:, None], -torch.inf)
+
+
+def _groups(batch: BatchLayout, *, block_size: int) -> list[_Group]:
+    """The batched calls of a step: single-token queries together, by context length; longer ones alone."""
+    starts = [0, *accumulate(batch.query_lens)]
+    decodes = [index for index, length in enumerate(batch.query_lens) if length == 1]
+    cuts: list[list[int]] = [[index] for index, length in enumerate(batch.query_lens) if length > 1]
+    if len(decodes) * max((batch.context_lens[i] for i in decodes), default=0) > _MAX_GATHERED_TOKENS:
+        decodes.sort(key=lambda index: batch.context_lens[index])
+    members: list[int] = []
+    for index in decodes:
+        if members and (len(members) + 1) * batch.context_lens[index] > _MAX_GATHERED_TOKENS:
+            cuts.append(members)
+            members = []
+        members.append(index)
+    return [_group(batch, cut, starts, block_size) for cut in (*cuts, members) if cut]
+
+
+def _group(batch: BatchLayout, members: list[int], starts: list[int], block_size: int) -> _Group:
+    first, count, length = members[0], len(members), batch.query_lens[members[0]]
+    device = batch.positions.device
+    num_blocks = -(-max(batch.context_lens[index] for index in members) // block_size)
+    consecutive = (
+        members == list(range(first, first + count)) and starts[first + count] - starts[first] == count * length
+    )
+    if consecutive:
+        rows: slice | Tensor = slice(starts[first], starts[first] + count * length)
+        tables = batch.block_tables[first : first + count, :num_blocks]
+    else:
+        rows = torch.tensor([starts[index] for index in members], device=device)
+        tables = batch.block_tables[torch.tensor(members, device=device), :num_blocks]
+    keys = torch.arange(num_blocks * block_size, device=device)
+    distance = keys - batch.positions[rows].view(count, length, 1)
+    from_start = count == 1 and length == batch.context_lens[first]
+    return _Group(rows, tables.long()[:, None], distance, from_start)
+
+
+def _gather(pages: Tensor, tables: Tensor) -> Tensor:
+    """Pages [P, G, S, D] at tables [N, 1, W] → [N, G, W·S, D]: one copy of whole (block, head) cells."""
+    num_blocks, num_kv_heads, block_size, head_dim = pages.shape
+    cells = tables * num_kv_heads + torch.arange(num_kv_heads, device=tables.device)[:, None]
+    rows = pages.view(num_blocks * num_kv_heads, block_size * head_dim).index_select(0, cells.flatten())
+    return rows.view(tables.shape[0], num_kv_heads, tables.shape[2] * block_size, head_dim)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, group: _Group, options: AttentionOptions) -> Tensor:
+    """q [N, H, L, D], k and v [N, G, T, D] → [N, H, L, D]."""
+    count, num_heads, length, head_dim = q.shape
+    if length == 1:
+        mask = group.mask(options.window, q.dtype)
+        # the H / G query heads of a KV head become rows of one query: no copy of k and v per head
+        grouped = q.reshape(count, k.shape[1], num_heads // k.shape[1], head_dim)
+        return F.scaled_dot_product_attention(grouped, k, v, mask, scale=options.scale).view(q.shape)
+    if group.from_start and options.window is None:
+        k, v = k[:, :, :length], v[:, :, :length]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale, enable_gqa=True)
+    mask = group.mask(options.window, q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=options.scale, enable_gqa=True)
+
+
+def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, group: _Group, options: AttentionOptions) -> Tensor:
+    """As `_fused_attention`, with soft-cap and ALiBi, in float32."""
+    count, num_heads, length, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    k, v = k.float()[:, :, None], v.float()[:, :, None]
+    grouped = q.float().view(count, num_kv_heads, num_heads // num_kv_heads, length, head_dim)
+    mask = group.mask(options.window, q.dtype)[:, None]
+    out = torch.empty_like(grouped)
+    for start in range(0, length, _MAX_SCORE_ROWS):
+        rows = slice(start, start + _MAX_SCORE_ROWS)
+        scores = grouped[:, :, :, rows] @ k.transpose(-1, -2) * options.scale
+        if options.softcap is not None:
+            scores = torch.tanh(scores / options.softcap) * options.softcap
+        if options.alibi_slopes is not None:
+            slopes = options.alibi_slopes.view(num_kv_heads, -1, 1, 1)
+            scores += slopes * group.distance[:, None, None, rows]
+        scores += mask[:, :, :, rows]
+        out[:, :, :, rows] = scores.softmax(dim=-1) @ v
+    return out.view(q.shape).to(q.dtype)
+
+
+def _gumbel_rows(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    blocks = torch.arange(-(-vocab_size // 4), device=seeds.device)
+    zeros = torch.zeros_like(blocks)
+    mask = 0xFFFFFFFF
+    seeds, positions = seeds[:, None], positions[:, None]
+    words = philox((blocks, positions & mask, zeros, zeros), (seeds & mask, (seeds >> 32) & mask))
+    # float64: in float32 the largest words round to a uniform of 1, whose noise is -inf
+    uniform = (torch.stack(words, dim=-1).flatten(1)[:, :vocab_size].double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform)).float()

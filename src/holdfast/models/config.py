@@ -1,0 +1,244 @@
+"""A checkpoint's configuration under one set of names: transformers' `config.json` spelling.
+
+GGUF metadata is translated into it, so that a family reads one kind of config whatever the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from holdfast.core.errors import ModelError
+from holdfast.core.spec import RopeSpec
+from holdfast.models.gguf_file import GGUFFile, read_floats
+
+T = TypeVar("T")
+
+# other spellings of the same thing: GPT-2, BLOOM and Falcon have their own, which win, as they do in transformers
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_embed": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "seq_length": "max_position_embeddings",
+    "n_head_kv": "num_key_value_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "n_inner": "intermediate_size",
+    "ffn_hidden_size": "intermediate_size",
+    "ffn_dim": "intermediate_size",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "num_local_experts": "num_experts",
+    "activation_function": "hidden_act",
+    "activation": "hidden_act",
+    "hidden_activation": "hidden_act",
+}
+
+# GGUF metadata key behind "<architecture>." → config.json key
+_GGUF_KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "value_head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "rope.dimension_count": "rotary_dim",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Typed access to the values; every complaint names the file, the field and the value."""
+
+    path: str
+    values: Mapping[str, Any]
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.endswith(".gguf")
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value: int = self._get(name, int, default)
+        if value < 1:
+            raise ModelError(f"{self.path}: {name} {value}: must be at least 1")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return float(self._get(name, (int, float), default))
+
+    def flag(self, name: str, default: bool) -> bool:
+        value: bool = self._get(name, bool, default)
+        return value
+
+    def choice(self, name: str, options: Mapping[str, T], default: str | None = None) -> T:
+        """`options[value]`; refuses a value that is not among them."""
+        value = self._get(name, str, default)
+        if value not in options:
+            raise ModelError(f"{self.path}: {name} {value!r} is not supported (known: {', '.join(options)})")
+        return options[value]
+
+    def require(self, name: str, wanted: Any) -> None:
+        """Refuse a switch whose other positions Holdfast does not implement. Absent means `wanted`."""
+        value = self.values.get(name)
+        if value is not None and value != wanted:
+            raise ModelError(f"{self.path}: {name} {value!r} is not supported (only {wanted!r} is)")
+
+    def _get(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise ModelError(f"{self.path}: {name} is missing")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ModelError(f"{self.path}: {name} {value!r} has the wrong type")
+        return value
+
+
+def hf_config(path: str, raw: Mapping[str, Any]) -> Config:
+    """The values of a config.json, aliases resolved. Raises `ModelError` for what no family supports."""
+    values = dict(raw)
+    values |= {name: values[alias] for alias, name in _ALIASES.items() if alias in values}
+    config = Config(path, values)
+    if "text_config" in raw:
+        raise ModelError(f"{path}: text_config: multimodal models ({raw.get('architectures')}) are not supported")
+    config.require("quantization_config", None)
+    config.require("is_encoder_decoder", False)
+    config.require("is_decoder", True)
+    return config
+
+
+def gguf_config(header: GGUFFile) -> Config:
+    """GGUF metadata as a config; what the metadata need not say is read off the tensor directory."""
+    path, metadata, tensors = header.path, header.metadata, header.tensors
+    arch = metadata["general.architecture"]
+    values: dict[str, Any] = {
+        name: metadata[f"{arch}.{key}"] for key, name in _GGUF_KEYS.items() if f"{arch}.{key}" in metadata
+    }
+    if "token_embd.weight" not in tensors:
+        raise ModelError(f"{path}: tensor token_embd.weight is missing")
+    values["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    values["tie_word_embeddings"] = "output.weight" not in tensors
+    values["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    values["num_ln_in_parallel_attn"] = 2 if "blk.0.attn_norm_2.weight" in tensors else 1
+    if "rope_freqs.weight" in tensors:
+        values["rope_frequency_divisors"] = read_floats(header, "rope_freqs.weight")
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        per_layer = values.get(name)
+        if isinstance(per_layer, list):  # one number per layer
+            if len(set(per_layer)) > 1:
+                raise ModelError(f"{path}: {name} {per_layer}: layers of different sizes are not supported")
+            values[name] = per_layer[0]
+    if values.get("value_head_dim") != values.get("head_dim"):
+        raise ModelError(f"{path}: {arch}.attention.value_length differs from key_length, which is not supported")
+    if "rotary_dim" in values and "head_dim" in values:
+        values["partial_rotary_factor"] = values["rotary_dim"] / values["head_dim"]
+    prefix = f"{arch}.rope.scaling."
+    scaling = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if scaling.get("type", "none") != "none":
+        values["rope_scaling"] = _gguf_rope_scaling(path, prefix, scaling)
+    return Config(path, values)
+
+
+def _gguf_rope_scaling(path: str, prefix: str, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    names = {
+        "type": "rope_type",
+        "factor": "factor",
+        "original_context_length": "original_max_position_embeddings",
+        "yarn_beta_fast": "beta_fast",
+        "yarn_beta_slow": "beta_slow",
+    }
+    neutral = {"finetuned": scaling.get("finetuned"), "attn_factor": 1.0, "yarn_log_multiplier": 0.0}
+    for key, value in scaling.items():
+        if key not in names and neutral.get(key) != value:
+            raise ModelError(f"{path}: {prefix}{key} {value} is not supported")
+    return {name: scaling[key] for key, name in names.items() if key in scaling}
+
+
+def rope_spec(config: Config, head_dim: int, *, theta: float = 10000.0) -> RopeSpec:
+    """The one rotary embedding of a model, from `rope_parameters` (transformers 5) or `rope_theta` and
+    `rope_scaling` (4); `theta` is the family's default."""
+    values = config.values
+    found = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if config.has(name)}
+    found |= values.get("rope_scaling") or {}
+    found |= values.get("rope_parameters") or {}
+    rope = parse_rope(config, found, head_dim, theta=theta)
+    divisors = tuple(values.get("rope_frequency_divisors") or ())
+    if divisors and len(divisors) != rope.rotary_dim // 2:
+        raise ModelError(f"{config.path}: {len(divisors)} rope frequencies for {rope.rotary_dim // 2} rotated pairs")
+    return msgspec.structs.replace(rope, frequency_divisors=divisors)
+
+
+def max_positions(config: Config, rope: RopeSpec) -> int:
+    """Configs often keep the trained length in `max_position_embeddings` when YaRN is switched on."""
+    stated = config.integer("max_position_embeddings")
+    return max(stated, int(rope.original_max_positions * rope.factor)) if rope.scaling == "yarn" else stated
+
+
+def parse_rope(config: Config, found: Mapping[str, Any], head_dim: int, *, theta: float = 10000.0) -> RopeSpec:
+    """One dict of rope parameters as a `RopeSpec`. Raises `ModelError` for a type that is not supported."""
+    rope = Config(config.path, found)
+    kind = found.get("rope_type") or found.get("type") or "default"
+    common: dict[str, Any] = {
+        "theta": rope.number("rope_theta", theta),
+        "rotary_dim": int(head_dim * rope.number("partial_rotary_factor", 1.0)),
+    }
+    if kind in ("default", "none"):
+        return RopeSpec(**common)
+    if kind == "linear":
+        return RopeSpec(**common, scaling="linear", factor=rope.number("factor"))
+    if kind not in ("llama3", "yarn"):
+        raise ModelError(f"{config.path}: rope_type {kind!r} is not supported (known: default, linear, llama3, yarn)")
+    trained = found.get("original_max_position_embeddings")
+    common["original_max_positions"] = trained or config.integer("max_position_embeddings")
+    factor = rope.number("factor")
+    if kind == "llama3":
+        return RopeSpec(
+            **common,
+            scaling="llama3",
+            factor=factor,
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+        )
+    return RopeSpec(
+        **common,
+        scaling="yarn",
+        factor=factor,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        truncate=rope.flag("truncate", True),
+        attention_factor=_yarn_temperature(rope, factor),
+    )
+
+
+def _yarn_temperature(rope: Config, factor: float) -> float:
+    """What YaRN multiplies cos and sin with: sqrt(1/t) = 0.1 ln(factor) + 1 (arXiv:2309.00071, eq. 22),
+    DeepSeek's quotient of two of them, or what the config states."""
+    if rope.has("attention_factor"):
+        return rope.number("attention_factor")
+
+    def temperature(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.has("mscale") and rope.has("mscale_all_dim"):
+        return temperature(rope.number("mscale")) / temperature(rope.number("mscale_all_dim"))
+    return temperature(1.0)

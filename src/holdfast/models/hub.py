@@ -1,0 +1,35 @@
+"""From what the user calls a model to a place on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from holdfast.core.errors import ModelError
+
+_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
+_NOT_FILES = ["original/*", "onnx/*"]
+"""Copies of the weights in other formats, in sub-folders of some repositories."""
+
+
+def resolve_model(model: str, revision: str | None = None) -> str:
+    """An absolute local path: `model` itself if it exists, else the snapshot of the hub id "org/name",
+    downloaded unless it is cached.
+
+    Raises `ModelError`, saying what was tried, when it is neither or cannot be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(path.absolute())
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(("/", ".gguf")):
+        raise ModelError(f"{model}: no such file or folder, and not a hub id of the form org/name")
+
+    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415 - 0.1 s, and most starts are local
+
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT_FILES)
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"{model}: no such file or folder here, and not to be had from the hub{at}: {error}"
+        ) from error
+    return str(Path(folder).absolute())
