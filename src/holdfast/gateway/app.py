@@ -1,0 +1,266 @@
+"""The HTTP application: OpenAI's routes, and those that operators need."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from holdfast import __version__
+from holdfast.core.config import ServeConfig
+from holdfast.core.errors import HoldfastError, InvalidRequest, MachineError, RequestError, Unavailable
+from holdfast.gateway import schema
+from holdfast.gateway.door import Door, error_response, unless_disconnected
+from holdfast.gateway.generation import Generation, Piece
+from holdfast.gateway.metrics import CONTENT_TYPE, Metrics
+from holdfast.gateway.openai import Job, ServedModel, chat_job, chat_prompt, completion_job, text_prompt
+from holdfast.gateway.protocol import (
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse_body,
+)
+from holdfast.gateway.replies import DONE, ChatReply, CompletionReply, Reply, error_body, event, to_json
+from holdfast.gateway.router import Router, Status
+
+logger = logging.getLogger(__name__)
+
+_CLIENT_LEFT = 499
+"""nginx's status for a client that closed the connection; nobody reads it."""
+
+
+@dataclass(slots=True)
+class Service:
+    """What the routes work with. `model` is there once the tokenizer is loaded and the engine ready."""
+
+    router: Router
+    metrics: Metrics
+    config: ServeConfig
+    model: ServedModel | None = None
+
+    @property
+    def status(self) -> Status:
+        status = self.router.status
+        return "starting" if status == "ready" and self.model is None else status
+
+    @property
+    def served(self) -> ServedModel:
+        """The model; the door lets nobody pass before it is there."""
+        if self.model is None:
+            raise Unavailable("the service is starting", retry_after=1)
+        return self.model
+
+
+def build_app(service: Service) -> ASGIApp:
+    """The ASGI application, door included."""
+    app = FastAPI(title="Holdfast", version=__version__, docs_url=None, redoc_url=None)
+    app.add_exception_handler(RequestError, _show_error)
+    app.add_exception_handler(MachineError, _show_error)
+    app.add_exception_handler(HTTPException, _show_http_error)
+    app.add_exception_handler(ClientDisconnect, _nobody_reads)
+    app.add_exception_handler(Exception, _show_failure)
+    _add_operator_routes(app, service)
+    _add_model_routes(app, service)
+    _add_generation_routes(app, service)
+    schema.install(app)
+    server = service.config.server
+    return Door(app, api_keys=server.api_key, max_body_bytes=server.max_body_bytes, status=lambda: service.status)
+
+
+def _add_operator_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health", responses=schema.health_responses())
+    async def health() -> Response:
+        """The truth about the service: 200 when it can take requests."""
+        status = service.status
+        body = {"status": status, "requests": service.router.num_live}
+        return _json(body, 200 if status == "ready" else 503, None if status == "ready" else {"Retry-After": "1"})
+
+    @app.get("/version", responses=schema.responses(schema.Version))
+    async def version() -> Response:
+        return _json({"version": __version__})
+
+    @app.get("/metrics", responses=schema.text_responses(CONTENT_TYPE))
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _add_model_routes(app: FastAPI, service: Service) -> None:
+    def card(model: ServedModel) -> dict[str, Any]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "holdfast",
+            "max_model_len": model.max_model_len,
+        }
+
+    @app.get("/v1/models", responses=schema.responses(schema.ModelList))
+    async def models() -> Response:
+        return _json({"object": "list", "data": [card(service.served)]})
+
+    @app.get("/v1/models/{model_id:path}", responses=schema.responses(schema.ModelCard))
+    async def model(model_id: str) -> Response:
+        service.served.check_name(model_id)
+        return _json(card(service.served))
+
+    @app.post("/tokenize", **schema.body(TokenizeRequest, schema.Tokens))
+    async def tokenize(request: Request) -> Response:
+        body = await _read(request, TokenizeRequest)
+        model = service.served
+        model.check_name(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequest("one of `prompt` and `messages` is needed", param="prompt")
+        if body.prompt is not None:
+            prompt = await text_prompt(body.prompt, model, add_special_tokens=body.add_special_tokens is not False)
+        else:
+            prompt = await chat_prompt(body, body.messages or [], model)
+        token_ids = prompt.token_ids
+        reply: dict[str, Any] = {"count": len(token_ids), "max_model_len": model.max_model_len, "tokens": token_ids}
+        if body.return_token_strs:
+            reply["token_strs"] = [model.tokenizer.token_text(token_id) for token_id in token_ids]
+        return _json(reply)
+
+    @app.post("/detokenize", **schema.body(DetokenizeRequest, schema.Text))
+    async def detokenize(request: Request) -> Response:
+        body = await _read(request, DetokenizeRequest)
+        model = service.served
+        model.check_name(body.model)
+        model.check_tokens(body.tokens, "tokens")
+        return _json({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+def _add_generation_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", **schema.body(CompletionRequest, schema.Completion))
+    async def completions(request: Request) -> Response:
+        body = await _read(request, CompletionRequest)
+        request_id = _request_id(request, body.request_id, CompletionReply)
+        job = await completion_job(body, service.served, request_id)
+        return await _answer(request, service, job, CompletionReply)
+
+    @app.post("/v1/chat/completions", **schema.body(ChatCompletionRequest, schema.ChatCompletion))
+    async def chat_completions(request: Request) -> Response:
+        body = await _read(request, ChatCompletionRequest)
+        request_id = _request_id(request, body.request_id, ChatReply)
+        job = await chat_job(body, service.served, request_id)
+        return await _answer(request, service, job, ChatReply)
+
+
+async def _answer(request: Request, service: Service, job: Job, shape: type[Reply]) -> Response:
+    """Submit the job; the whole reply, or the stream of it. Whatever happens, the engine is left clean."""
+    model = service.served
+    reply = shape(job, model.name, model.tokenizer, int(time.time()))
+    generation = Generation(job, service.router, model.tokenizer)
+    generation.submit()
+    if job.stream:
+        return EventStream(generation, reply)
+    try:
+        body = await unless_disconnected(request.receive, _collect(generation, reply))
+    finally:
+        generation.close()
+        _log_end(generation)
+    return Response(status_code=_CLIENT_LEFT) if body is None else _json(body)
+
+
+async def _collect(generation: Generation, reply: Reply) -> dict[str, Any]:
+    whole = [Piece(choice.index) for choice in generation.choices]
+    async for pieces in generation.pieces():
+        for piece in pieces:
+            whole[piece.index].extend(piece)
+    return reply.whole(generation, whole)
+
+
+class EventStream(Response):
+    """Server-sent events of one generation. An error after the start is an event of its own, and the last."""
+
+    def __init__(self, generation: Generation, reply: Reply) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._generation = generation
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(receive, self._stream(send))
+        finally:
+            self._generation.close()
+            _log_end(self._generation)
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for events in self._events():
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        generation, reply = self._generation, self._reply
+        try:
+            async for pieces in generation.pieces():
+                chunks = [chunk for piece in pieces for chunk in reply.chunks(generation, piece)]
+                if chunks:
+                    yield b"".join(map(event, chunks))
+        except HoldfastError as error:
+            logger.warning("request %s: %s", generation.job.request_id, error)
+            yield event(error_body(error))
+            return
+        yield (event(reply.usage_chunk(generation)) if generation.job.include_usage else b"") + DONE
+
+
+async def _read(request: Request, kind: type[Body]) -> Body:
+    """The body, validated. Raises `RequestError`."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise InvalidRequest(f"Content-Type {content_type!r}: must be application/json")
+    return parse_body(kind, await request.body())
+
+
+def _request_id(request: Request, asked: str | None, shape: type[Reply]) -> str:
+    """As the client asked in the body; or from its X-Request-Id, which it may have sent before."""
+    return shape.id_prefix + (asked or f"{request.state.request_id}-{uuid.uuid4().hex[:8]}")
+
+
+def _log_end(generation: Generation) -> None:
+    ended = [choice for choice in generation.choices if choice.finished]
+    logger.debug(
+        "request %s: %d prompt tokens, %d tokens, %d of %d choices finished",
+        generation.job.request_id,
+        sum(len(prompt.token_ids) for prompt in generation.job.prompts),
+        sum(choice.num_tokens for choice in generation.choices),
+        len(ended),
+        len(generation.choices),
+    )
+
+
+def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(body), status, headers, "application/json")
+
+
+async def _show_error(_: Request, error: Exception) -> Response:
+    if isinstance(error, MachineError):
+        logger.error("%s", error)
+    return error_response(error)
+
+
+async def _show_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+    body = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
+    return _json(body, error.status_code, dict(error.headers or {}))
+
+
+async def _nobody_reads(_: Request, __: Exception) -> Response:
+    return Response(status_code=_CLIENT_LEFT)
+
+
+async def _show_failure(_: Request, error: Exception) -> Response:
+    # starlette raises it again afterwards, so that uvicorn logs the traceback
+    return _json(error_body(error), 500)

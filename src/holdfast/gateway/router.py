@@ -1,0 +1,265 @@
+"""The gateway's end of the wire: requests to the engines, tokens back, and who is still owed a reply."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import zmq
+import zmq.asyncio
+
+from holdfast.core.errors import InvalidRequest, QueueFull, TokenLogGap, Unavailable
+from holdfast.core.wire import (
+    Abort,
+    Endpoints,
+    EngineReady,
+    Outputs,
+    Submit,
+    ToGateway,
+    TokenOutput,
+    decoder,
+    encode,
+)
+from holdfast.gateway.metrics import Metrics
+from holdfast.gateway.tokenlog import TokenLog
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["starting", "ready", "draining", "lost"]
+
+
+class Mailbox:
+    """Outputs of the engine requests of one API call, in order of arrival. One reader."""
+
+    def __init__(self) -> None:
+        self._outputs: list[TokenOutput] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, output: TokenOutput) -> None:
+        self._outputs.append(output)
+        self._arrived.set()
+
+    async def get(self) -> list[TokenOutput]:
+        """Everything that arrived since the last call; waits until there is something."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+@dataclass(slots=True)
+class _Live:
+    """An engine request that is owed an end."""
+
+    mailbox: Mailbox
+    replica: int
+    num_prompt_tokens: int
+    submitted: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    last_token: float = 0.0
+    num_tokens: int = 0
+
+
+class Router:
+    """Sends requests to replicas (one, for now) and their outputs to mailboxes.
+
+    `submit` makes a request live and opens its log entry. It stops being live by exactly one of: an output
+    with a `finish`, `abort` by the reader (who then knows the end by itself), or an error output from
+    `replica_lost` or `end_all`. What an engine says about a request that is not live is dropped. The log entry
+    goes when the reader calls `forget`, after its reply was delivered or its client left.
+    """
+
+    def __init__(self, endpoints: Endpoints, log: TokenLog, metrics: Metrics, *, max_live: int) -> None:
+        """Binds the gateway's PULL. `max_live`: engine requests that may live at once."""
+        self._endpoints = endpoints
+        self._log = log
+        self._metrics = metrics
+        self._max_live = max_live
+        self._context = zmq.Context()
+        self._incoming = zmq.asyncio.Socket.shadow(self._context.socket(zmq.PULL))
+        self._incoming.set_hwm(0)
+        self._incoming.bind(endpoints.gateway)
+        self._outgoing = {0: self._connect(0)}
+        self._ready: dict[int, EngineReady] = {}
+        self._live: dict[str, _Live] = {}
+        self._draining = False
+        self._was_ready = False
+        self._some_ready = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def status(self) -> Status:
+        if self._draining:
+            return "draining"
+        if self._ready:
+            return "ready"
+        return "lost" if self._was_ready else "starting"
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def max_live(self) -> int:
+        """Engine requests that may live at once."""
+        return self._max_live
+
+    async def run(self) -> None:
+        """Deliver what the engines say, for ever."""
+        decode = decoder(ToGateway).decode
+        while True:
+            message = decode(await self._incoming.recv())
+            if isinstance(message, EngineReady):
+                self._ready[message.replica] = message
+                self._was_ready = True
+                self._some_ready.set()
+            else:
+                self._deliver(message)
+
+    async def wait_ready(self) -> EngineReady:
+        """The first replica's announcement."""
+        await self._some_ready.wait()
+        return next(iter(self._ready.values()))
+
+    def submit(self, requests: Sequence[Submit]) -> Mailbox:
+        """Make these engine requests live, all or none.
+
+        Raises `QueueFull` when too many live already, `InvalidRequest` when an id is in use, `Unavailable` when
+        there is no replica.
+        """
+        if self.status != "ready":
+            raise Unavailable(f"the service is {self.status}", retry_after=1)
+        if len(self._live) + len(requests) > self._max_live:
+            raise QueueFull(
+                f"{len(self._live)} sequences are running or waiting, at most {self._max_live} may; try again later",
+                code="queue_full",
+                retry_after=1,
+            )
+        for request in requests:
+            if request.request_id in self._log:
+                raise InvalidRequest(f"`request_id`: {request.request_id!r} is in use", param="request_id")
+        replica = next(iter(self._ready))
+        mailbox = Mailbox()
+        self._idle.clear()
+        for request in requests:
+            self._live[request.request_id] = _Live(mailbox, replica, len(request.prompt_token_ids))
+            self._log.open(request.request_id, request.prompt_token_ids, request.params)
+            self._outgoing[replica].send(encode(request), zmq.NOBLOCK)
+        return mailbox
+
+    def abort(self, request_ids: Iterable[str], reason: Literal["stop", "abort"] = "abort") -> None:
+        """End these requests here and in the engine; those that are not live are ignored.
+
+        `reason`: `stop` when the reader found the end in the text, `abort` when nobody reads any more.
+        """
+        of_replica: dict[int, list[str]] = {}
+        for request_id in request_ids:
+            if request_id in self._live:
+                of_replica.setdefault(self._live[request_id].replica, []).append(request_id)
+                self._end(request_id, reason)
+        for replica, ids in of_replica.items():
+            self._outgoing[replica].send(encode(Abort(ids)), zmq.NOBLOCK)
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """The reply is delivered or nobody waits for it: abort what still lives, drop the log entries."""
+        self.abort(request_ids)
+        for request_id in request_ids:
+            self._log.close(request_id)
+
+    def replica_lost(self, replica: int, reason: str) -> None:
+        """The replica is gone: its requests end with an error. A new one may announce itself later."""
+        logger.error("replica %d is lost: %s", replica, reason)
+        self._ready.pop(replica, None)
+        if not self._ready:
+            self._some_ready.clear()
+        self._metrics.engine_lost(replica)
+        self._outgoing[replica].close(linger=0)  # with what it had not read yet
+        self._outgoing[replica] = self._connect(replica)
+        self._fail([id for id, live in self._live.items() if live.replica == replica], reason)
+
+    async def drain(self, deadline: float) -> None:
+        """Take no new request and wait `deadline` seconds for the live ones, then end them with an error."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), deadline)
+        if self._live:
+            logger.warning("%d requests did not finish within %g s", len(self._live), deadline)
+        self.end_all("the service is shutting down")
+
+    def end_all(self, reason: str) -> None:
+        """End every live request with a definite error, and take no new ones."""
+        self._draining = True
+        self._fail(list(self._live), reason)
+
+    def close(self) -> None:
+        self._incoming.close(linger=0)
+        for socket in self._outgoing.values():
+            socket.close(linger=0)
+        self._context.term()
+
+    def _connect(self, replica: int) -> zmq.Socket[bytes]:
+        # a plain socket: with no limit on its queue a send never waits, so `abort` works in any `finally`
+        socket = self._context.socket(zmq.PUSH)
+        socket.set_hwm(0)
+        socket.connect(self._endpoints.engine(replica))
+        return socket
+
+    def _deliver(self, message: Outputs) -> None:
+        self._metrics.engine_stats(message.replica, message.stats)
+        now = time.monotonic()
+        for output in message.outputs:
+            live = self._live.get(output.request_id)
+            if live is None:
+                continue
+            try:
+                new = self._log.append(output)
+            except TokenLogGap as error:
+                self._fail([output.request_id], str(error))
+                continue
+            if new is not None:
+                self._observe(live, len(new.token_ids), now)
+                live.mailbox.put(new)
+                if new.finish is not None:
+                    self._end(output.request_id, new.finish)
+
+    def _fail(self, request_ids: list[str], reason: str) -> None:
+        of_replica: dict[int, list[str]] = {}
+        for request_id in request_ids:
+            live = self._live[request_id]
+            of_replica.setdefault(live.replica, []).append(request_id)
+            live.mailbox.put(
+                TokenOutput(request_id=request_id, start=live.num_tokens, token_ids=[], finish="error", error=reason)
+            )
+            self._end(request_id, "error")
+        for replica, ids in of_replica.items():
+            self._outgoing[replica].send(encode(Abort(ids)), zmq.NOBLOCK)
+
+    def _observe(self, live: _Live, num_new: int, now: float) -> None:
+        if num_new == 0:
+            return
+        if live.first_token is None:
+            live.first_token = now
+            self._metrics.first_token.observe(now - live.submitted)
+            self._metrics.prompt_tokens.inc(live.num_prompt_tokens)
+        else:
+            self._metrics.inter_token.observe(now - live.last_token)
+        live.last_token = now
+        live.num_tokens += num_new
+        self._metrics.generation_tokens.inc(num_new)
+
+    def _end(self, request_id: str, reason: str) -> None:
+        live = self._live.pop(request_id)
+        if not self._live:
+            self._idle.set()
+        self._metrics.request_ended(reason)
+        self._metrics.latency.observe(time.monotonic() - live.submitted)
+        self._metrics.request_prompt.observe(live.num_prompt_tokens)
+        self._metrics.request_generation.observe(live.num_tokens)
+        if live.first_token is not None and live.num_tokens > 1:
+            self._metrics.per_token.observe((live.last_token - live.first_token) / (live.num_tokens - 1))

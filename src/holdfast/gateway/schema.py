@@ -1,0 +1,174 @@
+"""The OpenAPI description: shapes of replies, and of bodies that the routes parse themselves."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from holdfast.gateway.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+_BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+_REF = "#/components/schemas/{model}"
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    status: Literal["starting", "ready", "draining", "lost"]
+    requests: int
+
+
+class Version(BaseModel):
+    version: str
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Tokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(BaseModel):
+    prompt: str
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ChatToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenWithTop(ChatToken):
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenWithTop]
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def responses(success: type[BaseModel], *, statuses: tuple[int, ...] = (401, 404, 405, 500, 503)) -> Responses:
+    """A route's replies: `success`, and errors in OpenAI's shape."""
+    return {200: {"model": success}, **{status: {"model": Error} for status in statuses}}
+
+
+def health_responses() -> Responses:
+    return {200: {"model": Health}, 503: {"model": Health}, 405: {"model": Error}}
+
+
+def text_responses(content_type: str) -> Responses:
+    replies = responses(Error, statuses=(401, 405, 500, 503))
+    return replies | {200: {"content": {content_type: {"schema": {"type": "string"}}}}}
+
+
+def body(request: type[BaseModel], success: type[BaseModel]) -> dict[str, Any]:
+    """Arguments for a route that parses `request` from the body itself."""
+    reply = responses(success, statuses=(400, 401, 404, 405, 413, 429, 500, 503))
+    if issubclass(request, CompletionRequest | ChatCompletionRequest):
+        reply[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    content = {"application/json": {"schema": {"$ref": _REF.format(model=request.__name__)}}}
+    return {"responses": reply, "openapi_extra": {"requestBody": {"required": True, "content": content}}}
+
+
+def install(app: FastAPI) -> None:
+    """Let /openapi.json describe the bodies too, which FastAPI does not see."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, definitions = models_json_schema([(each, "validation") for each in _BODIES], ref_template=_REF)
+            document["components"]["schemas"] |= definitions["$defs"]
+            for path in document["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
