@@ -1,0 +1,93 @@
+"""The `holdfast` command. It only reads flags and calls the room that does the work, imported when needed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from holdfast import __version__
+from holdfast.bench.config import BenchConfig
+from holdfast.cli.flags import with_flags
+from holdfast.cli.help import PanelHelp
+from holdfast.core.config import ServeConfig
+from holdfast.core.errors import HoldfastError, UserError
+
+app = typer.Typer(
+    help="Serve large language models over many devices: plan it, run the plan, lose nothing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"holdfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Serve large language models over many devices: plan it, run the plan, lose nothing."""
+
+
+@app.command(cls=PanelHelp)
+@with_flags(ServeConfig)
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face folder, a .gguf file, or a hub id like Qwen/Qwen3-0.6B.",
+            show_default=False,
+        ),
+    ],
+    config: ServeConfig,
+) -> None:
+    """Serve MODEL behind the OpenAI API.
+
+    It listens on http://127.0.0.1:8000 once it says so; Ctrl-C lets live requests finish and stops it.
+    BYTES are written 65536, 512M, 4GB (powers of 1000) or 4GiB (powers of 1024).
+    """
+    config.check()
+    from holdfast.cluster.supervisor import serve as supervise  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(supervise(model, config))
+
+
+bench = typer.Typer(help="Measure a server.", no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("serve", cls=PanelHelp)
+@with_flags(BenchConfig)
+def bench_serve(config: BenchConfig) -> None:
+    """Drive any OpenAI-compatible server and report its latencies and throughput.
+
+    Exit code 0; 1 if a request failed; 2 if nothing could be measured. Ctrl-C shows what was measured so far.
+    """
+    from holdfast.bench.serve import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(config))
+
+
+def main() -> None:
+    """Run the command line. What the user did wrong is one line on stderr and exit code 2; what the machine did
+    wrong is said in full, and exit code 1."""
+    try:
+        app(prog_name="holdfast")
+    except HoldfastError as error:
+        print(f"holdfast: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+if __name__ == "__main__":
+    main()

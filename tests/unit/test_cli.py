@@ -1,0 +1,234 @@
+"""The command line: frozen flags, the way from flags to the configuration tree, help and errors."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from holdfast import __version__
+from holdfast.cli.flags import format_bytes, parse_bytes, with_flags
+from holdfast.cli.help import PanelHelp
+from holdfast.cli.main import app
+from holdfast.core.config import ServeConfig, option, sections
+
+SERVE_FLAGS = [
+    "--served-model-name",
+    "--tokenizer",
+    "--chat-template",
+    "--revision",
+    "--dtype",
+    "--max-model-len",
+    "--max-logprobs",
+    "--seed",
+    "--device",
+    "--cpu-threads",
+    "--tensor-parallel-size",
+    "--pipeline-parallel-size",
+    "--data-parallel-size",
+    "--block-size",
+    "--kv-cache-dtype",
+    "--kv-cache-memory-bytes",
+    "--gpu-memory-utilization",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--max-queued-seqs",
+    "--priority-aging-steps",
+    "--host",
+    "--port",
+    "--api-key",
+    "--max-body-bytes",
+    "--shutdown-timeout",
+    "--startup-timeout",
+    "--log-level",
+]
+
+
+def flags_of(*path: str) -> list[str]:
+    command = typer.main.get_command(app)
+    for name in path:
+        command = command.commands[name]
+    options = [p for p in command.params if p.param_type_name == "option"]
+    return [flag for p in options for flag in (*p.opts, *p.secondary_opts)]
+
+
+def holdfast(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    """The real command, as its own process."""
+    return subprocess.run(
+        [sys.executable, "-m", "holdfast.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": str(columns), "TERM": "dumb"},
+    )
+
+
+def test_the_flags_of_serve_are_frozen() -> None:
+    """Guards against a flag that vanishes or changes its name unnoticed: scripts in the world depend on it."""
+    assert flags_of("serve") == SERVE_FLAGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class _First:
+    """First panel"""
+
+    max_things: int | None = option(None, "Things at most.")
+    mode: Literal["auto", "cpu"] = option("auto", "How.")
+    limit_bytes: int = option(16_000_000, "Room.", bytes=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Second:
+    """Second panel"""
+
+    api_key: tuple[str, ...] = option((), "Keys.")
+    wanted: bool = option(True, "Whether.")
+    share: float = option(0.5, "How much.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tree:
+    first: _First = _First()
+    second: _Second = _Second()
+
+
+def parse(*arguments: str) -> tuple[str, _Tree]:
+    """What a command made from `_Tree` is called with."""
+    little = typer.Typer()
+    seen: list[tuple[str, _Tree]] = []
+
+    @little.command(cls=PanelHelp)
+    @with_flags(_Tree)
+    def run(name: str, config: _Tree) -> None:
+        seen.append((name, config))
+
+    result = CliRunner().invoke(little, arguments)
+    if result.exit_code:
+        raise ValueError(result.output)
+    return seen[0]
+
+
+def test_without_flags_the_tree_has_its_defaults() -> None:
+    assert parse("x") == ("x", _Tree())
+
+
+def test_flags_fill_the_tree() -> None:
+    flags = "--max-things 3 --mode cpu --limit-bytes 1GiB --api-key a --api-key b --no-wanted --share 0.25"
+    assert parse(*flags.split(), "x") == (
+        "x",
+        _Tree(
+            first=_First(max_things=3, mode="cpu", limit_bytes=2**30),
+            second=_Second(api_key=("a", "b"), wanted=False, share=0.25),
+        ),
+    )
+
+
+@pytest.mark.parametrize("wrong", ["--mode gpu", "--max-things three", "--limit-bytes 3Q", "--nonsense 1"])
+def test_a_wrong_flag_is_refused_and_named(wrong: str) -> None:
+    with pytest.raises(ValueError, match=wrong.split(maxsplit=1)[0]):
+        parse("x", *wrong.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("0", 0),
+        ("65536", 65536),
+        ("512M", 512_000_000),
+        ("4g", 4 * 10**9),
+        ("4GB", 4 * 10**9),
+        ("4GiB", 4 * 2**30),
+        ("1.5Gi", 3 * 2**29),
+        ("0.1GB", 10**8),
+        (" 2 TB ", 2 * 10**12),
+    ],
+)
+def test_bytes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "1e9", "4 gigs", "1.M"])
+def test_what_is_not_a_number_of_bytes(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="not a number of bytes"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("count", [0, 1, 999, 1000, 1024, 16_000_000, 4 * 10**9, 2**30, 3 * 10**12])
+def test_formatted_bytes_parse_back(count: int) -> None:
+    assert parse_bytes(format_bytes(count)) == count
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_of_serve_shows_every_flag_whole_under_its_section(columns: int) -> None:
+    result = holdfast("serve", "--help", columns=columns)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    panels = [match[1] for line in lines if (match := re.match(r"╭─ (.*?) ─+╮", line))]
+    assert panels == ["Arguments", *(type(s.default).__doc__ for s in sections()), "Options"]
+    for section in sections():
+        for field in fields(type(section.default)):
+            assert field.name.replace("_", "-") in result.stdout
+    assert "[default: 16M]" in result.stdout
+    assert "[default: on]" in result.stdout
+
+
+def test_version() -> None:
+    assert holdfast("--version").stdout == f"holdfast {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]])
+def test_help_needs_no_heavy_import(arguments: list[str]) -> None:
+    """Guards the time a help text takes: what costs seconds is imported by the command that needs it."""
+    code = (
+        "import sys; from holdfast.cli.main import app; app(sys.argv[1:], standalone_mode=False); "
+        "heavy = {'torch', 'numpy', 'fastapi', 'httpx', 'matplotlib', 'zmq', 'transformers'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_the_user_did_wrong_is_one_line_and_exit_2() -> None:
+    result = holdfast("serve", "somewhere", "--port", "-1")
+    assert result.returncode == 2
+    assert result.stderr == "holdfast: --port -1: must be at least 0\n"
+
+
+def test_commands_that_do_not_exist_are_not_offered() -> None:
+    assert set(typer.main.get_command(app).commands) == {"serve", "bench"}
+    assert holdfast("plan").returncode == 2
+
+
+def test_serve_takes_exactly_the_fields_of_the_tree() -> None:
+    """Guards against a field without a flag, which no user could ever set."""
+    names = {f.name for s in fields(ServeConfig) for f in fields(type(s.default))}
+    assert {
+        flag[2:].replace("-", "_") for flag in SERVE_FLAGS if not flag.startswith(("--no-", "-h", "--help"))
+    } == names
+
+
+@pytest.mark.parametrize(("module", "flags"), [("httpx", []), ("matplotlib", ["--plot", "out.png"])])
+def test_bench_says_which_extra_is_missing(module: str, flags: list[str]) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; from holdfast.cli.main import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "bench", "serve", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("holdfast: ")
+    assert f"needs {module}: pip install 'holdfast[bench]'" in result.stderr
