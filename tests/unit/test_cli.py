@@ -16,7 +16,8 @@ from holdfast import __version__
 from holdfast.cli.flags import format_bytes, parse_bytes, with_flags
 from holdfast.cli.help import PanelHelp
 from holdfast.cli.main import app
-from holdfast.core.config import ServeConfig, option, sections
+from holdfast.core.config import ModelConfig, ServeConfig, option, sections
+from holdfast.core.errors import ConfigError
 
 SERVE_FLAGS = [
     "--served-model-name",
@@ -25,6 +26,7 @@ SERVE_FLAGS = [
     "--revision",
     "--dtype",
     "--max-model-len",
+    "--override-generation-config",
     "--max-logprobs",
     "--seed",
     "--device",
@@ -232,3 +234,18 @@ def test_bench_says_which_extra_is_missing(module: str, flags: list[str]) -> Non
     assert result.returncode == 2
     assert result.stderr.startswith("holdfast: ")
     assert f"needs {module}: pip install 'holdfast[bench]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "given", ["{", "[]", '{"temprature": 1}', '{"temperature": "hot"}', '{"top_k": -1}', '{"top_p": true}']
+)
+def test_generation_overrides_are_checked(given):
+    config = ServeConfig(model=ModelConfig(override_generation_config=given))
+    with pytest.raises(ConfigError, match="--override-generation-config"):
+        config.check()
+
+
+def test_generation_overrides_are_read():
+    model = ModelConfig(override_generation_config='{"temperature": 0, "top_k": 3}')
+    ServeConfig(model=model).check()
+    assert model.sampling_overrides() == {"temperature": 0, "top_k": 3}

@@ -234,6 +234,18 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path):
             read_gguf(str(cut))
 
 
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path):
+    path = tmp_path / "m-00001-of-00002.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="split over 2 files"):
+        inspect_model(str(path))
+
+
 def test_unknown_tensor_type_is_refused_by_name(tmp_path: Path):
     path = _small(tmp_path / "small.gguf")
     data = path.read_bytes()

@@ -44,7 +44,9 @@ def run_child(body: Body) -> None:
     setproctitle.setproctitle(f"holdfast {name}")
     setup_logging(name, boot.config.server.log_level)
     context = zmq.Context()
+    context.setsockopt(zmq.LINGER, 0)  # every socket's default: what a dead peer has not taken dies with us
     control = context.socket(zmq.DEALER)
+    control.setsockopt(zmq.LINGER, 1000)  # in ms; but the last word gets out
     control.setsockopt(zmq.IDENTITY, name.encode())
     control.connect(boot.endpoints.supervisor)
     gc.freeze()  # what the imports made lives for ever: keep the collector from walking it
@@ -54,7 +56,7 @@ def run_child(body: Body) -> None:
     except Exception as error:  # noqa: BLE001 - the process border: reported, then the process ends
         status = 1
         control.send(wire.encode(wire.Failed(str(error), isinstance(error, UserError), traceback.format_exc())))
-    context.destroy(linger=1000)
+    context.destroy()
     sys.exit(status)
 
 

@@ -84,6 +84,8 @@ def serve(model: str, config: ServeConfig) -> int:
     setproctitle.setproctitle("holdfast supervisor")
     info = inspect_model(resolve_model(model, config.model.revision))
     log.info("%s: %s, %d layers", info.path, info.spec.family, info.spec.num_layers)
+    defaults = info.sampling_defaults | config.model.sampling_overrides()
+    info = msgspec.structs.replace(info, sampling_defaults=defaults)
     name = config.model.served_model_name or Path(model).name.removesuffix(".gguf")
     config = replace(config, model=replace(config.model, served_model_name=name))
     folder = tempfile.mkdtemp(prefix="holdfast-")

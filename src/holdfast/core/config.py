@@ -7,6 +7,7 @@ names are vLLM's where vLLM has the thing. `check()` refuses what cannot work, b
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,10 @@ from holdfast.core.errors import ConfigError
 def option(default: Any, help: str, **extra: Any) -> Any:
     """A field that becomes a flag. `help` states meaning and unit."""
     return field(default=default, metadata={"help": help, **extra})
+
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model or the user may recommend for requests that do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +39,29 @@ class ModelConfig:
         None,
         "Tokens one request may hold, prompt and output. Default: the model's limit, or what the cache holds.",
     )
+    override_generation_config: str | None = option(
+        None,
+        "Sampling defaults for requests that name none, instead of the model's own, as JSON: "
+        '\'{"temperature": 0.7, "top_p": 0.9}\'. Known: ' + ", ".join(SAMPLING_DEFAULTS) + ".",
+    )
     max_logprobs: int = option(20, "Most alternatives a request may ask for per token.")
     seed: int | None = option(
         None, "Seed of the seeds given to requests that name none. Default: from the operating system."
     )
+
+    def sampling_overrides(self) -> dict[str, float]:
+        """`--override-generation-config`, parsed. Raises `ConfigError`."""
+        flag = f"--override-generation-config {self.override_generation_config}"
+        try:
+            given = json.loads(self.override_generation_config or "{}")
+        except ValueError as error:
+            raise ConfigError(f"{flag}: not JSON: {error}") from error
+        if not isinstance(given, dict) or not set(given) <= set(SAMPLING_DEFAULTS):
+            raise ConfigError(f"{flag}: an object with some of {', '.join(SAMPLING_DEFAULTS)} is wanted")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ConfigError(f"{flag}: {name} must be a number of at least 0")
+        return given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +157,7 @@ class ServeConfig:
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{flag} {value}: must be at least {least}")
+        self.model.sampling_overrides()
         if self.server.port > 65535:
             raise ConfigError(f"--port {self.server.port}: must be at most 65535")
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -69,12 +70,12 @@ class Kernels(Protocol):
         """Rows of table [V, M] for int64 [T], times scale → [T, M]."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Over the last dim; weight is float32, the result in x's dtype."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """Over the last dim of x (the model's dtype or float32); weight is float32, the result in `dtype`."""
         ...
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        """Over the last dim; weight and bias are float32, the result in x's dtype."""
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        """Over the last dim of x (the model's dtype or float32); weight and bias float32, the result in `dtype`."""
         ...
 
     def rotate(self, x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:

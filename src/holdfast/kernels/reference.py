@@ -31,8 +31,10 @@ class _Group:
     """The tokens of the step that belong to it, request by request."""
     tables: Tensor
     """int64 [N, 1, blocks]."""
-    distance: Tensor
-    """int64 [N, L, T]: key position - query position."""
+    positions: Tensor
+    """int64 [N, L, 1]: of the queries."""
+    keys: Tensor
+    """int64 [T]: positions of the keys, 0 … T-1."""
     from_start: bool
     """One request whose queries are all its tokens: causal without a mask."""
     masks: dict[int | None, Tensor] = field(default_factory=dict)
@@ -42,9 +44,9 @@ class _Group:
         """[N, 1, L, T] to add to scores: 0 where a query sees a key, -inf elsewhere. Padded keys lie in the
         future, so causality hides them too."""
         if window not in self.masks:
-            hidden = self.distance > 0
+            hidden = self.keys > self.positions
             if window is not None:
-                hidden |= self.distance <= -window
+                hidden |= self.keys <= self.positions - window
             zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             self.masks[window] = zeros.masked_fill_(hidden, -torch.inf)[:, None]
         return self.masks[window]
@@ -63,11 +65,11 @@ class ReferenceKernels:
         rows = F.embedding(token_ids, table)
         return rows if scale == 1.0 else rows * scale
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(dtype)
 
     def rotate(self, x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
         cos, sin = cos_sin[positions][:, None].unbind(2)  # [T, 1, rotary_dim / 2] each
@@ -88,7 +90,7 @@ class ReferenceKernels:
         _, num_heads, head_dim = q.shape
         out = torch.empty_like(q)
         for group in batch.derive("reference groups", partial(_groups, block_size=k_pages.shape[2])):
-            count, length, _ = group.distance.shape
+            count, length, _ = group.positions.shape
             queries = q[group.rows].view(count, length, num_heads, head_dim).transpose(1, 2)
             keys, values = _gather(k_pages, group.tables), _gather(v_pages, group.tables)
             if options.softcap is None and options.alibi_slopes is None:
@@ -185,9 +187,9 @@ def _group(batch: BatchLayout, members: list[int], starts: list[int], block_size
         rows = torch.tensor([starts[index] for index in members], device=device)
         tables = batch.block_tables[torch.tensor(members, device=device), :num_blocks]
     keys = torch.arange(num_blocks * block_size, device=device)
-    distance = keys - batch.positions[rows].view(count, length, 1)
+    positions = batch.positions[rows].view(count, length, 1)
     from_start = count == 1 and length == batch.context_lens[first]
-    return _Group(rows, tables.long()[:, None], distance, from_start)
+    return _Group(rows, tables.long()[:, None], positions, keys, from_start)
 
 
 def _gather(pages: Tensor, tables: Tensor) -> Tensor:
@@ -228,7 +230,7 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, group: _Group, options:
             scores = torch.tanh(scores / options.softcap) * options.softcap
         if options.alibi_slopes is not None:
             slopes = options.alibi_slopes.view(num_kv_heads, -1, 1, 1)
-            scores += slopes * group.distance[:, None, None, rows]
+            scores += slopes * (group.keys - group.positions[:, None, None, rows])
         scores += mask[:, :, :, rows]
         out[:, :, :, rows] = scores.softmax(dim=-1) @ v
     return out.view(q.shape).to(q.dtype)

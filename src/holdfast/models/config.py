@@ -123,7 +123,6 @@ def hf_config(path: str, raw: Mapping[str, Any]) -> Config:
         raise ModelError(f"{path}: text_config: multimodal models ({raw.get('architectures')}) are not supported")
     config.require("quantization_config", None)
     config.require("is_encoder_decoder", False)
-    config.require("is_decoder", True)
     return config
 
 
@@ -150,13 +149,15 @@ def gguf_config(header: GGUFFile) -> Config:
             values[name] = per_layer[0]
     if values.get("value_head_dim") != values.get("head_dim"):
         raise ModelError(f"{path}: {arch}.attention.value_length differs from key_length, which is not supported")
-    if "rotary_dim" in values and "head_dim" in values:
-        values["partial_rotary_factor"] = values["rotary_dim"] / values["head_dim"]
+    config = Config(path, values)
+    if "rotary_dim" in values:
+        head_dim = config.integer("hidden_size") // config.integer("num_attention_heads")
+        values["partial_rotary_factor"] = config.integer("rotary_dim") / config.integer("head_dim", head_dim)
     prefix = f"{arch}.rope.scaling."
     scaling = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if scaling.get("type", "none") != "none":
         values["rope_scaling"] = _gguf_rope_scaling(path, prefix, scaling)
-    return Config(path, values)
+    return config
 
 
 def _gguf_rope_scaling(path: str, prefix: str, scaling: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Attention:
         self.o = weights.linear(f"{name}.o")
         self.q_norm = weights.rms_norm(f"{name}.q_norm") if spec.qk_norm else None
         self.k_norm = weights.rms_norm(f"{name}.k_norm") if spec.qk_norm else None
-        self.rope = None if layer.rope is None or not shared.ropes else shared.ropes[layer.rope]
+        self.rope = None if layer.rope is None else shared.ropes[layer.rope]
         self.options = AttentionOptions(
             scale=spec.attention_scale,
             softcap=spec.attention_softcap,
@@ -112,15 +112,21 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, batch: BatchLayout, kv: KVPages) -> Tensor:
-        """Run int64 [T] through all blocks; their keys and values go into `kv`. → [T, M] after the final norm."""
+        """Run int64 [T] through all blocks; their keys and values go into `kv`. → [T, M] after the final norm.
+
+        The residual stream is float32 whatever the model's dtype: L blocks are summed there, and rounding each sum
+        to bfloat16 about doubles the error of the logits.
+        """
         x = self.kernels.embedding(token_ids, self.embed, self.spec.embedding_scale)
         if self.positions is not None:
             x = x + self.kernels.embedding(batch.positions + self.spec.position_offset, self.positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
+        if self.spec.block != "post":  # there every block ends in a norm, so there is no long sum to keep exact
+            x = x.float()
         for block, k_pages, v_pages in zip(self.blocks, kv.k, kv.v, strict=True):
             x = block(x, batch, k_pages, v_pages)
-        return x if self.final_norm is None else self.final_norm(x)
+        return x.to(self.embed.dtype) if self.final_norm is None else self.final_norm(x)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

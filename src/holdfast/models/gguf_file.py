@@ -70,6 +70,10 @@ def read_gguf(path: str) -> GGUFFile:
     or one that reaches beyond the end of the file."""
     with _open(path) as reader:
         metadata = reader.metadata()
+        if metadata.get("split.count", 1) > 1:
+            raise ModelError(
+                f"{path}: is part of a GGUF split over {metadata['split.count']} files; merge them first"
+            )
         return GGUFFile(path, metadata, reader.tensors(metadata))
 
 
@@ -84,10 +88,13 @@ def read_floats(header: GGUFFile, name: str) -> tuple[float, ...]:
 
 
 def _open(path: str) -> _Reader:
-    if Path(path).stat().st_size < 24:
-        raise ModelError(f"{path}: not a GGUF file (shorter than a header)")
-    with open(path, "rb") as file:
-        return _Reader(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        if Path(path).stat().st_size < 24:
+            raise ModelError(f"{path}: not a GGUF file (shorter than a header)")
+        with open(path, "rb") as file:
+            return _Reader(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
 
 
 class _Reader:
@@ -98,6 +105,7 @@ class _Reader:
         self.data = data
         self.size = len(data)
         self.at = 0
+        self.num_tensors = 0
 
     def __enter__(self) -> _Reader:
         return self
@@ -175,6 +183,8 @@ class _Reader:
             shape = self.numbers("Q", self.numbers("I")[0])[::-1]  # ggml counts from the fastest dim
             entries.append((name, shape, *self.numbers("I"), *self.numbers("Q")))
         alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ModelError(f"{self.path}: general.alignment {alignment!r}: must be a positive integer")
         data_start = math.ceil(self.at / alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in entries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from holdfast.core.spec import DecoderSpec
@@ -25,27 +26,29 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """Over the last dim."""
+    """Over the last dim; from the residual stream's float32 (or `dtype`) to `dtype`, the model's."""
 
     kernels: Kernels
     weight: Tensor
     eps: float
+    dtype: torch.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.rms_norm(x, self.weight, self.eps)
+        return self.kernels.rms_norm(x, self.weight, self.eps, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """Over the last dim."""
+    """Like `RMSNorm`."""
 
     kernels: Kernels
     weight: Tensor
     bias: Tensor
     eps: float
+    dtype: torch.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,11 @@ class Weights:
     spec: DecoderSpec
     kernels: Kernels
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's: that of every parameter but the norms."""
+        return self.tensors["embed.weight"].dtype
+
     def linear(self, name: str) -> Linear:
         return Linear(self.kernels, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
 
@@ -64,7 +72,7 @@ class Weights:
         if self.spec.norm == "rms":
             return self.rms_norm(name)
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
-        return LayerNorm(self.kernels, weight, bias, self.spec.norm_eps)
+        return LayerNorm(self.kernels, weight, bias, self.spec.norm_eps, self.dtype)
 
     def rms_norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.kernels, self.tensors[f"{name}.weight"], self.spec.norm_eps)
+        return RMSNorm(self.kernels, self.tensors[f"{name}.weight"], self.spec.norm_eps, self.dtype)

@@ -49,10 +49,9 @@ class MixtureOfExperts:
     def __call__(self, x: Tensor) -> Tensor:
         shares, chosen = self.kernels.route(self.router(x), self.moe.experts_per_token, self.moe.renormalize)
         out = torch.zeros_like(x, dtype=torch.float32)
-        for expert_id, expert in enumerate(self.experts):
+        for expert_id in torch.unique(chosen).tolist():  # ascending
             tokens, choice = torch.nonzero(chosen == expert_id, as_tuple=True)
-            if tokens.numel():
-                out.index_add_(0, tokens, expert(x[tokens]).float() * shares[tokens, choice, None])
+            out.index_add_(0, tokens, self.experts[expert_id](x[tokens]).float() * shares[tokens, choice, None])
         return out.to(x.dtype)
 
 

@@ -77,16 +77,16 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        tensors = {
-            name: (StoredTensor(name, tuple(entry["shape"]), entry["dtype"], str(file)), entry["data_offsets"])
-            for name, entry in header.items()
-        }
+        tensors = {}
+        for name, entry in header.items():
+            shape, dtype = tuple(int(dim) for dim in entry["shape"]), str(entry["dtype"])
+            begin, end = map(int, entry["data_offsets"])
+            at = 8 + length + end
+            if at > size:
+                raise ModelError(f"{file}: truncated: tensor {name} ends at byte {at}, the file at {size}")
+            if dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+                raise ModelError(f"{file}: tensor {name}: {end - begin} bytes for {dtype} {shape}")
+            tensors[name] = StoredTensor(name, shape, dtype, str(file))
+        return tensors
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: damaged safetensors header: {error!r}") from error
-    for name, (tensor, (begin, end)) in tensors.items():
-        if 8 + length + end > size:
-            raise ModelError(f"{file}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}")
-        item = _ITEM_BYTES.get(tensor.dtype)
-        if item is not None and end - begin != math.prod(tensor.shape) * item:
-            raise ModelError(f"{file}: tensor {name}: {end - begin} bytes for {tensor.dtype} {tensor.shape}")
-    return {name: tensor for name, (tensor, _) in tensors.items()}

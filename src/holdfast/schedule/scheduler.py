@@ -298,7 +298,9 @@ class Scheduler:
         assert len(self.running) + len(waiting) == len(self._sequences)
         assert len(self.running) <= self.config.max_num_seqs
         for sequence in waiting:
-            assert not (sequence.block_ids or sequence.num_computed or sequence.resident)
+            assert not sequence.block_ids
+            assert not sequence.num_computed
+            assert not sequence.resident
         for sequence in self.running:
             assert sequence.num_computed <= sequence.num_tokens <= self.max_model_len
             assert len(sequence.block_ids) >= self.pool.blocks_for(sequence.num_computed)

@@ -33,12 +33,13 @@ def _spec(config: Config, family: str, **switches: Any) -> DecoderSpec:
         "attention_scale": head_dim**-0.5,
         "activation": config.choice("hidden_act", ACTIVATIONS, "silu"),
         "tie_embeddings": config.flag("tie_word_embeddings", False),
-        "layers": (LayerSpec(),) * config.integer("num_hidden_layers"),
+        "layers": _layers(config, LayerSpec()),
     }
     return DecoderSpec(**fields | switches)
 
 
 def llama_spec(config: Config) -> DecoderSpec:
+    config.require("sliding_window", None)
     attention_bias = config.flag("attention_bias", False)
     return _spec(
         config,
@@ -51,7 +52,8 @@ def llama_spec(config: Config) -> DecoderSpec:
 
 def mistral_spec(config: Config) -> DecoderSpec:
     # a config that does not mention the window means 4096; one that says null means none
-    return _spec(config, "mistral", layers=_windows(config, config.values.get("sliding_window", 4096)))
+    window = _window(config) if "sliding_window" in config.values else 4096
+    return _spec(config, "mistral", layers=_layers(config, LayerSpec(window=window)))
 
 
 def qwen2_spec(config: Config) -> DecoderSpec:
@@ -77,7 +79,8 @@ def mixtral_spec(config: Config) -> DecoderSpec:
         experts_per_token=config.integer("num_experts_per_tok", 2),
         expert_mlp_size=config.integer("intermediate_size"),
     )
-    return _spec(config, "mixtral", moe=moe, layers=_windows(config, config.values.get("sliding_window"), moe=True))
+    layers = _layers(config, LayerSpec(window=_window(config), moe=True))
+    return _spec(config, "mixtral", moe=moe, layers=layers)
 
 
 def qwen3_moe_spec(config: Config) -> DecoderSpec:
@@ -106,15 +109,19 @@ def qwen3_moe_spec(config: Config) -> DecoderSpec:
     )
 
 
-def _windows(config: Config, window: int | None, moe: bool = False) -> tuple[LayerSpec, ...]:
-    return (LayerSpec(window=window, moe=moe),) * config.integer("num_hidden_layers")
+def _layers(config: Config, layer: LayerSpec) -> tuple[LayerSpec, ...]:
+    return (layer,) * config.integer("num_hidden_layers")
+
+
+def _window(config: Config) -> int | None:
+    return config.integer("sliding_window") if config.has("sliding_window") else None
 
 
 def _qwen_layers(config: Config) -> tuple[LayerSpec, ...]:
     """Windows only where `layer_types` (transformers 5) or `max_window_layers` (4) say so."""
     num_layers = config.integer("num_hidden_layers")
     if not config.flag("use_sliding_window", False) or not config.has("sliding_window"):
-        return (LayerSpec(),) * num_layers
+        return _layers(config, LayerSpec())
     window = config.integer("sliding_window")
     first = config.integer("max_window_layers", 28)
     kinds = config.values.get("layer_types") or [
@@ -183,7 +190,7 @@ _GGUF_LLAMA: Names = {
 _IGNORED = (r"\.rotary_emb\.inv_freq$", r"^rope_freqs\.weight$")  # the latter is in the spec already
 
 LLAMA = Family(llama_spec, lambda _: _HF, lambda _: _GGUF_LLAMA, ignored=_IGNORED)
-MISTRAL = Family(mistral_spec, lambda _: _HF, lambda _: _GGUF_LLAMA, ignored=_IGNORED)
+MISTRAL = Family(mistral_spec, lambda _: _HF, ignored=_IGNORED)  # its GGUF files call themselves "llama"
 MIXTRAL = Family(mixtral_spec, lambda _: {**_HF, **_MIXTRAL_EXPERTS}, lambda _: _GGUF_LLAMA, ignored=_IGNORED)
 QWEN2 = Family(qwen2_spec, lambda _: _HF, lambda _: GGUF_NAMES, ignored=_IGNORED)
 QWEN3 = Family(qwen3_spec, lambda _: _HF, lambda _: GGUF_NAMES, ignored=_IGNORED)

@@ -1,0 +1,138 @@
+"""The router over real sockets: every live request ends exactly once, and the engine hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import zmq
+import zmq.asyncio
+
+from holdfast.core.errors import InvalidRequest, QueueFull, Unavailable
+from holdfast.core.request import SamplingParams
+from holdfast.core.wire import (
+    Abort,
+    Endpoints,
+    EngineReady,
+    EngineStats,
+    Outputs,
+    Submit,
+    ToEngine,
+    TokenOutput,
+    decoder,
+    encode,
+)
+from holdfast.gateway.metrics import Metrics
+from holdfast.gateway.router import Mailbox, Router
+from holdfast.gateway.tokenlog import TokenLog
+
+STATS = EngineStats(0, 0, 10, 0, 0, 0, 0, 0)
+DEADLINE = 10
+
+
+class Wire:
+    """The engine's end of the sockets: what the router sends is read here, what it shall get is written here."""
+
+    def __init__(self, router: Router, log: TokenLog, endpoints: Endpoints) -> None:
+        self.router, self.log = router, log
+        self.context = zmq.asyncio.Context()
+        self.pull = self.context.socket(zmq.PULL)
+        self.pull.bind(endpoints.engine(0))
+        self.push = self.context.socket(zmq.PUSH)
+        self.push.connect(endpoints.gateway)
+
+    async def say(self, *outputs: TokenOutput) -> None:
+        await self.push.send(encode(Outputs(0, list(outputs), STATS)))
+
+    async def hear(self) -> Submit | Abort:
+        message: Submit | Abort = decoder(ToEngine).decode(await asyncio.wait_for(self.pull.recv(), DEADLINE))
+        return message
+
+    def submit(self, *names: str) -> Mailbox:
+        params = SamplingParams(seed=0, max_tokens=8)
+        return self.router.submit([Submit(name, [1, 2], params) for name in names])
+
+
+@pytest_asyncio.fixture
+async def wire(tmp_path: Path) -> AsyncIterator[Wire]:
+    endpoints, log = Endpoints(str(tmp_path)), TokenLog()
+    router = Router(endpoints, log, Metrics("m"), max_live=3)
+    wire = Wire(router, log, endpoints)
+    running = asyncio.create_task(router.run())
+    assert router.status == "starting"
+    await wire.push.send(encode(EngineReady(0, 64, 16, 10)))
+    await asyncio.wait_for(router.wait_ready(), DEADLINE)
+    yield wire
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    router.close()
+    wire.context.destroy(linger=0)
+
+
+async def read(mailbox: Mailbox) -> list[TokenOutput]:
+    return await asyncio.wait_for(mailbox.get(), DEADLINE)
+
+
+async def test_outputs_reach_their_mailbox_through_the_log(wire: Wire) -> None:
+    mailbox = wire.submit("a", "b")
+    assert [await wire.hear(), await wire.hear()] == [
+        Submit(name, [1, 2], SamplingParams(seed=0, max_tokens=8)) for name in "ab"
+    ]
+    await wire.say(TokenOutput("a", 0, [5]), TokenOutput("b", 0, [6], finish="stop"), TokenOutput("x", 0, [7]))
+    assert [(output.request_id, output.token_ids) for output in await read(mailbox)] == [("a", [5]), ("b", [6])]
+    assert wire.log["a"].token_ids == [5]
+    assert wire.router.num_live == 1
+    assert "b" in wire.log, "the reply is not delivered yet"
+    wire.router.forget(["a", "b"])
+    assert await wire.hear() == Abort(["a"])
+    assert len(wire.log) == wire.router.num_live == 0
+
+
+async def test_limits(wire: Wire) -> None:
+    wire.submit("a", "b")
+    with pytest.raises(InvalidRequest, match="in use"):
+        wire.submit("a")
+    with pytest.raises(QueueFull) as full:
+        wire.submit("c", "d")
+    assert full.value.retry_after is not None
+    assert wire.router.num_live == 2, "all or none"
+
+
+async def test_a_lost_replica_ends_its_requests_once(wire: Wire) -> None:
+    mailbox = wire.submit("a")
+    wire.router.replica_lost(0, "killed by SIGKILL")
+    await wire.say(TokenOutput("a", 0, [5], finish="stop"))  # a last gasp
+    [end] = await read(mailbox)
+    assert (end.finish, end.error) == ("error", "killed by SIGKILL")
+    assert wire.router.status == "lost"
+    with pytest.raises(Unavailable):
+        wire.submit("b")
+    await wire.push.send(encode(EngineReady(0, 64, 16, 10)))
+    await asyncio.wait_for(wire.router.wait_ready(), DEADLINE)
+    assert wire.router.status == "ready"
+
+
+async def test_a_gap_ends_the_request_with_an_error(wire: Wire) -> None:
+    mailbox = wire.submit("a")
+    await wire.say(TokenOutput("a", 3, [5]))
+    [end] = await read(mailbox)
+    assert end.finish == "error"
+    assert "starts at token 3" in str(end.error)
+    assert isinstance(await wire.hear(), Submit)
+    assert await wire.hear() == Abort(["a"])
+
+
+async def test_drain_waits_for_the_live_then_cuts(wire: Wire) -> None:
+    mailbox = wire.submit("a", "b")
+    draining = asyncio.create_task(wire.router.drain(0.3))
+    await wire.say(TokenOutput("a", 0, [5], finish="length"))
+    [first] = await read(mailbox)
+    assert first.finish == "length"
+    with pytest.raises(Unavailable, match="draining"):
+        wire.submit("c")
+    await asyncio.wait_for(draining, DEADLINE)
+    [second] = await read(mailbox)
+    assert (second.request_id, second.finish) == ("b", "error")
