@@ -2,7 +2,7 @@
 
     python benchmarks/serve_demo.py MODEL [flags of `holdfast serve`]
 
-Prints a table and writes it, with every request and the machine's facts, to benchmarks/out/serve_demo.json.
+Prints a table, with the share of what memory and arithmetic of this machine allow, and writes it, with every request and the machine's facts, to benchmarks/out/serve_demo.json.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from limits import Limits, measure_limits
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +29,7 @@ from holdfast.bench.config import BenchConfig, LoadConfig, RequestsConfig, Targe
 from holdfast.bench.load import Run, measure
 from holdfast.bench.measure import Summary
 from holdfast.bench.report import machine_facts, progress_bar, summary_of
+from holdfast.models.inspect import inspect_model
 
 STREAMS = (1, 8, 32)
 INPUT_LEN, OUTPUT_LEN = 128, 64
@@ -84,17 +88,36 @@ def run_at(url: str, streams: int) -> tuple[Run, Summary]:
     return run, summary_of(run, config)
 
 
-def table_of(summaries: dict[int, Summary], title: str) -> Table:
-    """A row per load; medians and 99th percentiles in ms."""
+def decode_limit(limits: Limits, model: str, flags: list[str], streams: int) -> float:
+    """Output tokens/s this machine cannot exceed, in the dtype that is served."""
+    info = inspect_model(model)
+    name = flags[flags.index("--dtype") + 1] if "--dtype" in flags else info.dtype
+    return limits.decode_rate(info.spec, getattr(torch, name), streams)
+
+
+def table_of(summaries: dict[int, Summary], limit: dict[int, float], title: str) -> Table:
+    """A row per load; medians and 99th percentiles in ms. The limit is compared with 1 / TPOT of all streams."""
     table = Table(title=title)
-    for heading in ("streams", "ok", "output tok/s", "TTFT p50", "p99", "TPOT p50", "p99", "tokens in all, /s"):
+    for heading in (
+        "streams",
+        "ok",
+        "output tok/s",
+        "TTFT p50",
+        "p99",
+        "TPOT p50",
+        "p99",
+        "decode limit, tok/s",
+        "reached",
+    ):
         table.add_column(heading, justify="right")
     for streams, summary in summaries.items():
         cells = [str(streams), f"{summary.ok}/{summary.ok + summary.failed}", f"{summary.output_rate:.1f}"]
         for metric in ("ttft", "tpot"):
             found = summary.latencies[metric]
             cells += [f"{1000 * found.percentiles[p]:.1f}" if found else "" for p in (50, 99)]
-        table.add_row(*cells, f"{summary.input_rate + summary.output_rate:.1f}")
+        tpot = summary.latencies["tpot"]
+        reached = streams / tpot.percentiles[50] / limit[streams] if tpot else 0.0
+        table.add_row(*cells, f"{limit[streams]:.0f}", f"{reached:.0%}")
     return table
 
 
@@ -114,9 +137,11 @@ def main() -> int:
             results.append({"streams": streams, "summary": summary.record(), "requests": requests})
             if run.interrupted:
                 break
-    facts = machine_facts()
+    measured = measure_limits()
+    limit = {streams: decode_limit(measured, model, flags, streams) for streams in summaries}
+    facts = machine_facts() | asdict(measured)
     title = f"{Path(model).name}: {INPUT_LEN} tokens in, {OUTPUT_LEN} out"
-    Console().print(table_of(summaries, title))
+    Console().print(table_of(summaries, limit, title))
     Console().print(f"{facts['cpu']}, {facts['usable_threads']} threads, {facts['platform']}", highlight=False)
     OUT.parent.mkdir(exist_ok=True)
     record = {"model": Path(model).name, "flags": flags, "machine": facts, "loads": results}

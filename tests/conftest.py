@@ -1,7 +1,7 @@
-"""Before anything imports torch: OpenMP threads of the tests sleep while they wait, as the workers' do."""
+"""Before anything imports torch: OpenMP threads of the tests soon sleep when they wait, as the workers' do."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
