@@ -2,7 +2,8 @@
 
     python benchmarks/serve_demo.py MODEL [flags of `holdfast serve`]
 
-Prints a table, with the share of what memory and arithmetic of this machine allow, and writes it, with every request and the machine's facts, to benchmarks/out/serve_demo.json.
+Prints a table, with the share of what memory and arithmetic of this machine allow, and writes it, with every
+request and the machine's facts, to benchmarks/out/serve_demo.json.
 """
 
 from __future__ import annotations
