@@ -33,18 +33,18 @@ def shared(name: str) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stories260k_tells_its_story(tmp_path: Path, dtype: str):
+def test_stories260k_tells_its_story(tmp_path: Path, device: str, dtype: str):
     convert(shared("models/stories260K.bin"), shared("models/tok512.bin"), tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
-    engine = LocalEngine(str(tmp_path), dtype=dtype)
+    engine = LocalEngine(str(tmp_path), device=device, dtype=dtype)
     [answer] = engine.run([(tokenizer.encode(""), {"max_tokens": 130})])
     length = len(STORY) if dtype == "float32" else 60  # rounding takes another turn later on
     assert tokenizer.decode(answer.token_ids)[:length] == STORY[:length]
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> LocalEngine:
-    return LocalEngine(demo_model(), dtype="float32", num_blocks=700)
+def smollm2(device: str) -> LocalEngine:
+    return LocalEngine(demo_model(), device=device, dtype="float32", num_blocks=700)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from holdfast.cache.blocks import BlockPool
-from holdfast.core.config import CacheConfig, ModelConfig, SchedulerConfig, ServeConfig
+from holdfast.core.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, ServeConfig
 from holdfast.core.request import SamplingParams, TokenLogprobs
 from holdfast.core.wire import Submit
 from holdfast.models.inspect import inspect_model
@@ -26,15 +26,24 @@ class Answer:
 
 
 class LocalEngine:
-    """`path` is a model folder or .gguf; keywords are fields of the cache and scheduler configuration."""
+    """`path` is a model folder or .gguf. `num_blocks` of device memory; `schedule` may use fewer."""
 
-    def __init__(self, path: str, *, dtype: str = "float32", num_blocks: int = 512, block_size: int = 16) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        num_blocks: int = 512,
+        block_size: int = 16,
+    ) -> None:
         self.info = inspect_model(path)
         spec = self.info.spec
         itemsize = 4 if dtype == "float32" else 2
         per_block = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * block_size * itemsize
         config = ServeConfig(
             model=ModelConfig(dtype=dtype, max_model_len=spec.max_positions),
+            device=DeviceConfig(device=device),
             cache=CacheConfig(block_size=block_size, kv_cache_memory_bytes=num_blocks * per_block),
         )
         self.runner = start_runner(config, self.info, lambda text, fraction: None)
