@@ -73,6 +73,23 @@ def test_a_signal_drains_then_stops(service: Service, number: signal.Signals):
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_signal_to_every_process_still_drains(service: Service):
+    """systemd and a terminal tell the whole group."""
+    stream = Stream(service, max_tokens=60)
+    for process in [*service.children, service.process]:
+        process.send_signal(signal.SIGTERM)
+    assert service.wait_end() == 0
+    assert stream.result()[-1] == "[DONE]"
+
+
+def test_a_gateway_killed_while_draining_is_a_failure(service: Service):
+    Stream(service, max_tokens=900)
+    service.signal(signal.SIGTERM)
+    wait_for("draining", lambda: service.health()[0] == 503, 10)
+    service.child("holdfast gateway").kill()
+    assert service.wait_end() == 1
+
+
 def test_a_second_signal_ends_live_requests_with_an_error(service: Service):
     stream = Stream(service, max_tokens=900)
     service.signal(signal.SIGTERM)

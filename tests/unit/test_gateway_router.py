@@ -29,7 +29,7 @@ from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.router import Mailbox, Router
 from holdfast.gateway.tokenlog import TokenLog
 
-STATS = EngineStats(0, 0, 10, 0, 0, 0, 0, 0)
+STATS = EngineStats(0, 0, 10, 0, 0, 0, 0)
 DEADLINE = 10
 
 
@@ -63,7 +63,7 @@ async def wire(tmp_path: Path) -> AsyncIterator[Wire]:
     wire = Wire(router, log, endpoints)
     running = asyncio.create_task(router.run())
     assert router.status == "starting"
-    await wire.push.send(encode(EngineReady(0, 64, 16, 10)))
+    await wire.push.send(encode(EngineReady(0, 64)))
     await asyncio.wait_for(router.wait_ready(), DEADLINE)
     yield wire
     running.cancel()
@@ -110,7 +110,7 @@ async def test_a_lost_replica_ends_its_requests_once(wire: Wire) -> None:
     assert wire.router.status == "lost"
     with pytest.raises(Unavailable):
         wire.submit("b")
-    await wire.push.send(encode(EngineReady(0, 64, 16, 10)))
+    await wire.push.send(encode(EngineReady(0, 64)))
     await asyncio.wait_for(wire.router.wait_ready(), DEADLINE)
     assert wire.router.status == "ready"
 

@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.core.request import SamplingParams
+from holdfast.core.wire import NewRequest
 from holdfast.kernels.reference import ReferenceKernels
-from holdfast.worker.batch import RequestState
 from holdfast.worker.sampler import Sampler, token_logprobs
 
 VOCAB = 40
 sampler = Sampler(ReferenceKernels(), eos_token_ids=(7,))
 
 
-def request(tokens: list[int] | None = None, num_prompt: int = 2, **params: object) -> RequestState:
+def request(tokens: list[int] | None = None, num_prompt: int = 2, **params: object) -> NewRequest:
     tokens = [1, 2] if tokens is None else tokens
     params = {"seed": 5, "max_tokens": 100} | params
-    return RequestState("r", tokens, num_prompt, SamplingParams(**params), [], 0)
+    return NewRequest("r", tokens, num_prompt, SamplingParams(**params), [], 0)
 
 
-def draw(logits: torch.Tensor, *requests: RequestState) -> list[int]:
+def draw(logits: torch.Tensor, *requests: NewRequest) -> list[int]:
     rows = logits.expand(len(requests), -1).clone() if logits.dim() == 1 else logits.clone()
     return [token for token, _ in sampler.sample(rows, list(requests))]
 

@@ -74,9 +74,7 @@ class Engine:
             eos_token_ids=frozenset(model.eos_token_ids),
             prefix_caching=config.cache.enable_prefix_caching,
         )
-        self.gateway.send(
-            wire.encode(wire.EngineReady(self.replica, max_model_len, config.cache.block_size, num_blocks))
-        )
+        self.gateway.send(wire.encode(wire.EngineReady(self.replica, max_model_len)))
         self.control.send(wire.encode(wire.Ready()))
         return scheduler
 

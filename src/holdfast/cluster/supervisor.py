@@ -86,7 +86,7 @@ def serve(model: str, config: ServeConfig) -> int:
     log.info("%s: %s, %d layers", info.path, info.spec.family, info.spec.num_layers)
     defaults = info.sampling_defaults | config.model.sampling_overrides()
     info = msgspec.structs.replace(info, sampling_defaults=defaults)
-    name = config.model.served_model_name or Path(model).name.removesuffix(".gguf")
+    name = config.model.served_model_name or Path(model).absolute().name.removesuffix(".gguf")
     config = replace(config, model=replace(config.model, served_model_name=name))
     folder = tempfile.mkdtemp(prefix="holdfast-")
     try:
@@ -206,8 +206,8 @@ class Supervisor:
                 case Signalled(number):
                     log.info("%s: draining", signal.Signals(number).name)
                     return True
-                case Said(name, wire.Failed(error, _, traceback)):
-                    log.error("%s failed: %s\n%s", name, error, traceback)
+                case Said(name, wire.Failed() as failed):
+                    log.error("%s failed: %s", name, failed.traceback)
                 case Ended(name):
                     raise ProcessDied(f"{name} died ({self.children[name].how_it_ended()})")
         raise AssertionError("events never end")
@@ -218,7 +218,9 @@ class Supervisor:
         self._send(GATEWAY, wire.Drain(timeout))
         for event in self._events(time.monotonic() + timeout + STOP_SECONDS):
             match event:
-                case Ended(name) if name == GATEWAY:
+                case Said(name, wire.Failed() as failed):
+                    log.error("%s failed: %s", name, failed.traceback)
+                case Ended(name) if name == GATEWAY and self.children[name].process.returncode == 0:
                     return
                 case Ended(name):
                     raise ProcessDied(f"{name} died while draining ({self.children[name].how_it_ended()})")
@@ -293,7 +295,7 @@ STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
 def _startup_error(name: str, failed: wire.Failed) -> HoldfastError:
-    """The child's own error, as the class the user should see."""
+    """The child's own error, as one the command line shows: the user's in a sentence, the machine's in full."""
     if failed.user_error:
         return ConfigError(failed.error)
     return StartupError(f"{name} could not start: {failed.error}\n{failed.traceback}")

@@ -9,7 +9,7 @@ A direction is a tagged union, so a decoder made for it refuses everything else.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
@@ -82,7 +82,6 @@ class EngineStats(_Message, frozen=True):
     prefix_hits: int
     """Counter: prompt tokens found there."""
     preemptions: int
-    steps: int
 
 
 class Outputs(_Message, frozen=True):
@@ -99,8 +98,6 @@ class EngineReady(_Message, frozen=True):
     replica: int
     max_model_len: int
     """Tokens a request may hold, prompt and output together."""
-    block_size: int
-    num_blocks: int
 
 
 ToGateway = Outputs | EngineReady
@@ -146,11 +143,8 @@ class Step(_Message, frozen=True):
     """Requests the worker shall forget before it runs: finished, aborted or preempted."""
 
 
-class StopWorker(_Message, frozen=True):
-    """Leave the loop and exit with 0."""
-
-
-ToWorker = Step | StopWorker
+ToWorker = Step
+"""There is but one word yet; Stop comes from the supervisor."""
 
 # --- worker → engine -------------------------------------------------------------------------------
 
@@ -279,8 +273,6 @@ class Stop(_Message, frozen=True):
 ToChild = Drain | ReplicaLost | Stop
 
 # --- coding ----------------------------------------------------------------------------------------
-
-T = TypeVar("T")
 
 encode = msgspec.msgpack.Encoder().encode
 

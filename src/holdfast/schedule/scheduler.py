@@ -288,7 +288,6 @@ class Scheduler:
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
             preemptions=self._preemptions,
-            steps=self._steps,
         )
 
     def check_integrity(self) -> None:

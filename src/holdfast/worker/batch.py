@@ -8,28 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.core.request import SamplingParams
-from holdfast.core.wire import Step
+from holdfast.core.wire import NewRequest, Step
 from holdfast.kernels.interface import BatchLayout
-
-
-@dataclass(slots=True)
-class RequestState:
-    """One request as the steps have told it so far."""
-
-    request_id: str
-    token_ids: list[int]
-    num_prompt_tokens: int
-    params: SamplingParams
-    block_ids: list[int]
-    num_computed: int
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """One request's part of a step: tokens [start, stop) are computed; sampled if they reach its last token."""
 
-    request: RequestState
+    request: NewRequest
     start: int
     stop: int
 
@@ -44,36 +31,28 @@ class Work:
 
 
 class Requests:
-    """The requests this worker holds, kept up to date by step diffs."""
+    """The requests this worker holds, kept up to date by step diffs. A `NewRequest` is the worker's own once it is
+    decoded: its lists of tokens and blocks grow in place."""
 
     def __init__(self) -> None:
-        self._held: dict[str, RequestState] = {}
+        self._held: dict[str, NewRequest] = {}
 
     def apply(self, step: Step) -> list[Work]:
         """Take in a step; returns what it computes, in the step's order."""
         for request_id in step.dropped:
             self._held.pop(request_id, None)
-        named = []
+        starts = []
         for new in step.new:
-            state = RequestState(
-                new.request_id,
-                list(new.token_ids),
-                new.num_prompt_tokens,
-                new.params,
-                list(new.block_ids),
-                new.num_computed,
-            )
-            self._held[new.request_id] = state
-            named.append(state)
+            self._held[new.request_id] = new
+            starts.append((new, new.num_computed))
         for continued in step.continued:
-            state = self._held[continued.request_id]
-            state.token_ids += continued.new_token_ids
-            state.block_ids += continued.new_block_ids
-            state.num_computed = continued.num_computed
-            named.append(state)
+            request = self._held[continued.request_id]
+            request.token_ids.extend(continued.new_token_ids)
+            request.block_ids.extend(continued.new_block_ids)
+            starts.append((request, continued.num_computed))
         return [
-            Work(state, state.num_computed, state.num_computed + count)
-            for state, count in zip(named, step.num_tokens, strict=True)
+            Work(request, start, start + count)
+            for (request, start), count in zip(starts, step.num_tokens, strict=True)
         ]
 
     def forget(self, step: Step) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from holdfast.core.request import TokenLogprobs
+from holdfast.core.wire import NewRequest
 from holdfast.kernels.interface import Kernels
-from holdfast.worker.batch import RequestState
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Sampler:
     kernels: Kernels
     eos_token_ids: tuple[int, ...]
 
-    def sample(self, logits: Tensor, requests: list[RequestState]) -> list[tuple[int, TokenLogprobs | None]]:
+    def sample(self, logits: Tensor, requests: list[NewRequest]) -> list[tuple[int, TokenLogprobs | None]]:
         """logits float32 [R, V] (changed in place), the request of each row → (token id, logprobs if asked)."""
         raw = _raw_logprobs(logits, requests)
         for row, request in zip(logits, requests, strict=True):
@@ -37,7 +37,7 @@ class Sampler:
             for index, (token, request) in enumerate(zip(chosen.tolist(), requests, strict=True))
         ]
 
-    def _adjust(self, row: Tensor, request: RequestState) -> None:
+    def _adjust(self, row: Tensor, request: NewRequest) -> None:
         """min_tokens mask, logit_bias and penalties on one row [V], in place."""
         params = request.params
         if len(request.token_ids) - request.num_prompt_tokens < params.min_tokens:
@@ -59,7 +59,7 @@ class Sampler:
             seen, counts = torch.unique(torch.tensor(output, device=row.device), return_counts=True)
             row[seen] -= params.presence_penalty + params.frequency_penalty * counts
 
-    def _perturb(self, logits: Tensor, requests: list[RequestState]) -> Tensor:
+    def _perturb(self, logits: Tensor, requests: list[NewRequest]) -> Tensor:
         """Temperature, filters and noise on rows [R, V]: the argmax of the result is the sample (Gumbel-max)."""
         params = [request.params for request in requests]
 
@@ -79,7 +79,7 @@ class Sampler:
         return logits + self.kernels.gumbel_noise(seeds, positions, logits.shape[-1])
 
 
-def _raw_logprobs(logits: Tensor, requests: list[RequestState]) -> dict[int, Tensor]:
+def _raw_logprobs(logits: Tensor, requests: list[NewRequest]) -> dict[int, Tensor]:
     """Log-softmax [V] of the rows whose request asks for logprobs, by row."""
     wanted = [index for index, request in enumerate(requests) if request.params.logprobs is not None]
     return dict(zip(wanted, logits[wanted].log_softmax(-1), strict=True)) if wanted else {}

@@ -15,6 +15,7 @@ from holdfast.core.wire import NewRequest, Step
 from holdfast.hardware.host import available_memory, usable_cores
 from holdfast.kernels.select import select_kernels
 from holdfast.models.load import load_decoder
+from holdfast.worker.batch import Requests
 from holdfast.worker.runner import Runner
 from holdfast.worker.sampler import Sampler
 
@@ -70,7 +71,7 @@ def _num_blocks(
     per_block = bytes_per_block(spec.num_layers, spec.num_kv_heads, spec.head_dim, cache.block_size, dtype)
     longest = config.model.max_model_len or spec.max_positions
     enough = config.scheduler.max_num_seqs * -(-longest // cache.block_size)
-    free = _free_cuda_memory(config, device, runner) if device.type == "cuda" else available_memory()
+    free = _free_cuda_memory(config, model, device, runner) if device.type == "cuda" else available_memory()
     if cache.kv_cache_memory_bytes is not None:
         budget = cache.kv_cache_memory_bytes
         if budget > free:
@@ -84,12 +85,12 @@ def _num_blocks(
     return min(enough, budget // per_block)
 
 
-def _free_cuda_memory(config: ServeConfig, device: torch.device, runner: Runner) -> int:
+def _free_cuda_memory(config: ServeConfig, model: ModelInfo, device: torch.device, runner: Runner) -> int:
     """Bytes left for the KV cache: `--gpu-memory-utilization` of the card, less what others hold, less the weights
     and the peak workspace of the largest step, measured by running one."""
     torch.cuda.reset_peak_memory_stats(device)
-    runner.run(_largest_step(config, config.scheduler.max_num_batched_tokens))
-    runner.forget(_largest_step(config, 1))
+    runner.run(largest_step(config, model.spec.max_positions))
+    runner.requests = Requests()
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -97,12 +98,20 @@ def _free_cuda_memory(config: ServeConfig, device: torch.device, runner: Runner)
     return int(total * config.cache.gpu_memory_utilization) - others - peak
 
 
-def _largest_step(config: ServeConfig, num_tokens: int) -> Step:
-    """One prompt of `num_tokens`, all of it written into block 0: right for memory, worthless as text."""
-    params = SamplingParams(seed=0, max_tokens=1, temperature=1.0, top_p=0.5)
-    blocks = [0] * -(-num_tokens // config.cache.block_size)
-    request = NewRequest("memory profile", [0] * num_tokens, num_tokens, params, blocks, 0)
-    return Step(0, [request], [], [num_tokens], [])
+def largest_step(config: ServeConfig, max_positions: int) -> Step:
+    """As many tokens, and as many requests that sample, as a step can have; each prompt at most `max_positions`
+    long, all of them written into block 0: right for memory, worthless as text."""
+    num_tokens = config.scheduler.max_num_batched_tokens
+    params = SamplingParams(seed=0, max_tokens=1, top_p=0.5)
+    lengths: list[int] = []
+    for left in range(config.scheduler.max_num_seqs, 0, -1):
+        length = min(num_tokens - sum(lengths) - (left - 1), max_positions)  # the others take one token at least
+        lengths.append(length)
+    requests = [
+        NewRequest(str(i), [0] * length, length, params, [0] * -(-length // config.cache.block_size), 0)
+        for i, length in enumerate(lengths)
+    ]
+    return Step(0, requests, [], lengths, [])
 
 
 def _pages(
