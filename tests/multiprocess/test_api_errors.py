@@ -85,6 +85,24 @@ def test_request_ids_are_kept(http: httpx.Client) -> None:
     assert http.get("/health").headers["x-request-id"]
 
 
+async def test_requests_of_one_name_do_not_mix(server: Service) -> None:
+    """Neither at the same time, nor when one's last tokens are on their way while the other starts."""
+    bodies = [
+        {"prompt": prompt, "max_tokens": 8, "temperature": 0} for prompt in ("One, two, three,", "Paris is the")
+    ]
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+
+        async def text(body: dict[str, Any]) -> str:
+            reply = await http.post("/v1/completions", json=body)
+            assert reply.status_code == 200, reply.text
+            found: str = reply.json()["choices"][0]["text"]
+            return found
+
+        alone = [await text(body) for body in bodies]
+        assert alone[0] != alone[1]
+        assert await asyncio.gather(*(text(body | {"request_id": "same"}) for body in bodies * 3)) == alone * 3
+
+
 def test_tokenize_and_back(http: httpx.Client) -> None:
     reply = http.post("/tokenize", json={"prompt": "Hello \U0001f642", "return_token_strs": True}).json()
     assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"])
@@ -154,3 +172,11 @@ def test_the_api_key_guards_all_but_health(tmp_path: Path) -> None:
                 assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
     finally:
         assert service.stop() == 0
+
+
+def test_a_sampling_default_out_of_range_is_refused_at_the_start(tmp_path: Path) -> None:
+    flags = ("--override-generation-config", '{"repetition_penalty": 0}', "--max-model-len", "512")
+    service = Service(demo_model(), *flags, log=tmp_path / "log")
+    assert service.wait_end() == 2
+    assert "--override-generation-config: `repetition_penalty`: should be greater" in service.text()
+    assert "Traceback" not in service.text()

@@ -34,7 +34,7 @@ def served_model(tokenizer: Tokenizer, *, max_model_len: int = 64, **sampling_de
     return ServedModel(
         name="tiny",
         tokenizer=tokenizer,
-        chat_template=ChatTemplate({"default": CHATML}, {}),
+        chat_template=ChatTemplate(CHATML, {}),
         max_model_len=max_model_len,
         vocab_size=260,
         sampling_defaults=sampling_defaults,

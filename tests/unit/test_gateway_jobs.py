@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.core.errors import InvalidRequest, NotFound
-from holdfast.gateway.openai import Job, ServedModel, chat_job, choice_seed, completion_job
+from holdfast.core.errors import ConfigError, InvalidRequest, NotFound
+from holdfast.gateway.openai import (
+    Job,
+    ServedModel,
+    chat_job,
+    check_sampling_defaults,
+    choice_seed,
+    completion_job,
+)
 from holdfast.gateway.protocol import ChatCompletionRequest, CompletionRequest
 from holdfast.gateway.tokenizer import Tokenizer
 from support.gateway import byte_tokenizer, served_model
@@ -34,11 +41,17 @@ async def chat(served: ServedModel, **fields: object) -> Job:
 
 async def test_each_choice_of_each_prompt_is_an_engine_request(model: ServedModel) -> None:
     job = await complete(model, prompt=["ab", "c"], n=2, seed=7)
-    assert [submit.request_id for submit in job.submits] == ["id-0", "id-1", "id-2", "id-3"]
+    assert job.request_id == "id"
     assert [submit.prompt_token_ids for submit in job.submits] == [[97, 98], [97, 98], [99], [99]]
     seeds = [submit.params.seed for submit in job.submits]
     assert seeds == [7, choice_seed(7, 1), 7, choice_seed(7, 1)]
     assert seeds[0] != seeds[1]
+
+
+async def test_the_clients_id_may_return_the_engines_never_do(model: ServedModel) -> None:
+    """Guards against tokens of a request that has just ended, still on their way, in the reply of its namesake."""
+    jobs = [await complete(model, n=2, request_id="mine") for _ in range(2)]
+    assert len({submit.request_id for job in jobs for submit in job.submits}) == 4
 
 
 async def test_seeds(model: ServedModel, tokenizer: Tokenizer) -> None:
@@ -90,6 +103,7 @@ async def test_no_tokens_only_with_echo(model: ServedModel) -> None:
         ({"n": 9}, "n"),
         ({"prompt": ["a", "b", "c"], "n": 3}, "n"),
         ({"min_tokens": 17}, "min_tokens"),
+        ({"prompt": [[1], [1] * 60], "min_tokens": 5}, "min_tokens"),
     ],
 )
 async def test_values_out_of_range_are_refused_by_name(
@@ -119,3 +133,30 @@ async def test_the_models_sampling_defaults_fill_absent_fields(tokenizer: Tokeni
     assert (params.temperature, params.top_k, params.top_p) == (0.6, 20, 0.9)
     params = (await complete(model, temperature=0, top_k=-1)).submits[0].params
     assert (params.temperature, params.top_k) == (0, 0)
+
+
+def test_sampling_defaults_are_checked_like_a_request() -> None:
+    good = {"temperature": 0.6, "top_p": 1.0, "top_k": 20.0, "min_p": 0.0, "repetition_penalty": 1.1}
+    check_sampling_defaults(good, overrides=["top_p"], folder="m")
+    check_sampling_defaults({"top_k": -1.0}, overrides=[], folder="m")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 0.0),
+        ("temperature", 1e30),
+        ("temperature", float("nan")),
+        ("top_k", 2.5),
+        ("top_k", -2.0),
+        ("top_p", 5.0),
+        ("top_p", 0.0),
+        ("min_p", 3.0),
+    ],
+)
+def test_sampling_defaults_out_of_range_name_their_source(name: str, value: float) -> None:
+    defaults = {"temperature": 0.5, name: value}
+    with pytest.raises(ConfigError, match=rf"^m/generation_config.json: `{name}`: .*got "):
+        check_sampling_defaults(defaults, overrides=[], folder="m")
+    with pytest.raises(ConfigError, match=rf"^--override-generation-config: `{name}`: .*got "):
+        check_sampling_defaults(defaults, overrides=[name], folder="m")

@@ -125,6 +125,49 @@ async def test_echo_puts_the_prompt_first(complete: Start, model: ServedModel, m
     assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3][: 3 + len(output)]
 
 
+async def test_completion_chunks_tell_of_the_prompt_once(complete: Start, model: ServedModel) -> None:
+    talk = await complete(stream=True, return_token_ids=True, prompt_logprobs=1)
+    reply = CompletionReply(talk.job, "tiny", model.tokenizer, 0)
+    chunks = reply.chunks(talk, talk.feed(0xC3, prompt_logprobs=scored(98, 99)))
+    chunks += reply.chunks(talk, talk.feed(0xA9))
+    chunks += reply.chunks(talk, talk.feed(99, finish="length"))
+    first, *others = [chunk["choices"][0] for chunk in chunks]
+    assert first["prompt_token_ids"] == [97, 98, 99]
+    assert [set(entry or {}) for entry in first["prompt_logprobs"]] == [set(), {"97", "98"}, {"97", "99"}]
+    assert len(others) == 2
+    assert all(not {"prompt_token_ids", "prompt_logprobs"} & set(choice) for choice in others)
+    assert [choice["token_ids"] for choice in (first, *others)] == [[0xC3], [0xA9], [99]]
+
+
+async def test_a_stream_tells_of_the_prompt_before_there_is_text(complete: Start, model: ServedModel) -> None:
+    talk = await complete(stream=True, prompt_logprobs=0)
+    reply = CompletionReply(talk.job, "tiny", model.tokenizer, 0)
+    [chunk] = reply.chunks(talk, talk.feed(0xC3, prompt_logprobs=scored(98, 99)))
+    assert len(chunk["choices"][0]["prompt_logprobs"]) == 3
+
+
+async def test_alternatives_of_the_prompt_are_as_many_as_asked_for(complete: Start, model: ServedModel) -> None:
+    # with echo the engine is asked for the larger of `logprobs` and `prompt_logprobs`
+    talk = await complete(echo=True, logprobs=2, prompt_logprobs=1)
+    assert talk.job.submits[0].params.prompt_logprobs == 2
+    reply = CompletionReply(talk.job, "tiny", model.tokenizer, 0)
+    piece = talk.feed(100, logprobs=scored(100), prompt_logprobs=scored(99, 99), finish="length")
+    [choice] = reply.whole(talk, [piece])["choices"]
+    assert [set(entry or {}) for entry in choice["prompt_logprobs"]] == [set(), {"97", "99"}, {"97", "99"}]
+    assert set(choice["logprobs"]["top_logprobs"][1]) == {"a", "b", "c"}
+
+
+async def test_chat_chunks_tell_of_the_prompt_once(chat: Start, model: ServedModel) -> None:
+    talk = await chat(stream=True, return_token_ids=True, prompt_logprobs=1)
+    reply = ChatReply(talk.job, "tiny", model.tokenizer, 0)
+    first, *others = reply.chunks(talk, talk.feed(97, prompt_logprobs=scored(99)))
+    others += reply.chunks(talk, talk.feed(98, finish="length"))
+    assert first["prompt_token_ids"] == talk.job.prompts[0].token_ids
+    assert set(first["prompt_logprobs"][1]) == {"97", "99"}
+    assert [chunk["choices"][0].get("token_ids") for chunk in others] == [[97], [98], None]
+    assert all(not {"prompt_token_ids", "prompt_logprobs"} & set(chunk) for chunk in others)
+
+
 async def test_chat_chunks_in_order(chat: Start, model: ServedModel) -> None:
     talk = await chat(stream=True, stream_options={"include_usage": True})
     reply = ChatReply(talk.job, "tiny", model.tokenizer, 0)

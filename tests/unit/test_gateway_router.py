@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest_asyncio
 import zmq
 import zmq.asyncio
 
-from holdfast.core.errors import InvalidRequest, QueueFull, Unavailable
+from holdfast.core.errors import QueueFull, Unavailable
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import (
     Abort,
@@ -36,31 +37,36 @@ DEADLINE = 10
 class Wire:
     """The engine's end of the sockets: what the router sends is read here, what it shall get is written here."""
 
-    def __init__(self, router: Router, log: TokenLog, endpoints: Endpoints) -> None:
-        self.router, self.log = router, log
+    def __init__(self, router: Router, log: TokenLog, metrics: Metrics, endpoints: Endpoints) -> None:
+        self.router, self.log, self.metrics = router, log, metrics
         self.context = zmq.asyncio.Context()
         self.pull = self.context.socket(zmq.PULL)
         self.pull.bind(endpoints.engine(0))
         self.push = self.context.socket(zmq.PUSH)
         self.push.connect(endpoints.gateway)
 
-    async def say(self, *outputs: TokenOutput) -> None:
-        await self.push.send(encode(Outputs(0, list(outputs), STATS)))
+    async def say(self, *outputs: TokenOutput, stats: EngineStats = STATS) -> None:
+        await self.push.send(encode(Outputs(0, list(outputs), stats)))
 
     async def hear(self) -> Submit | Abort:
         message: Submit | Abort = decoder(ToEngine).decode(await asyncio.wait_for(self.pull.recv(), DEADLINE))
         return message
 
-    def submit(self, *names: str) -> Mailbox:
+    def submit(self, *names: str, waited: float = 0.0) -> Mailbox:
         params = SamplingParams(seed=0, max_tokens=8)
-        return self.router.submit([Submit(name, [1, 2], params) for name in names])
+        return self.router.submit([Submit(name, [1, 2], params) for name in names], time.monotonic() - waited)
+
+    def sample(self, name: str) -> float | None:
+        """A metric's value."""
+        found = [line for line in self.metrics.exposition().decode().splitlines() if line.startswith(name + "{")]
+        return float(found[0].rsplit(" ", 1)[1]) if found else None
 
 
 @pytest_asyncio.fixture
 async def wire(tmp_path: Path) -> AsyncIterator[Wire]:
-    endpoints, log = Endpoints(str(tmp_path)), TokenLog()
-    router = Router(endpoints, log, Metrics("m"), max_live=3)
-    wire = Wire(router, log, endpoints)
+    endpoints, log, metrics = Endpoints(str(tmp_path)), TokenLog(), Metrics("m")
+    router = Router(endpoints, log, metrics, max_live=3)
+    wire = Wire(router, log, metrics, endpoints)
     running = asyncio.create_task(router.run())
     assert router.status == "starting"
     await wire.push.send(encode(EngineReady(0, 64)))
@@ -85,7 +91,7 @@ async def test_outputs_reach_their_mailbox_through_the_log(wire: Wire) -> None:
     assert [(output.request_id, output.token_ids) for output in await read(mailbox)] == [("a", [5]), ("b", [6])]
     assert wire.log["a"].token_ids == [5]
     assert wire.router.num_live == 1
-    assert "b" in wire.log, "the reply is not delivered yet"
+    assert len(wire.log) == 2, "b's reply is not delivered yet"
     wire.router.forget(["a", "b"])
     assert await wire.hear() == Abort(["a"])
     assert len(wire.log) == wire.router.num_live == 0
@@ -93,8 +99,6 @@ async def test_outputs_reach_their_mailbox_through_the_log(wire: Wire) -> None:
 
 async def test_limits(wire: Wire) -> None:
     wire.submit("a", "b")
-    with pytest.raises(InvalidRequest, match="in use"):
-        wire.submit("a")
     with pytest.raises(QueueFull) as full:
         wire.submit("c", "d")
     assert full.value.retry_after is not None
@@ -113,6 +117,24 @@ async def test_a_lost_replica_ends_its_requests_once(wire: Wire) -> None:
     await wire.push.send(encode(EngineReady(0, 64)))
     await asyncio.wait_for(wire.router.wait_ready(), DEADLINE)
     assert wire.router.status == "ready"
+
+
+async def test_gauges_of_a_lost_replica_do_not_stay(wire: Wire) -> None:
+    mailbox = wire.submit("a")
+    await wire.say(TokenOutput("a", 0, [5]), stats=EngineStats(3, 2, 10, 5, 0, 0, 0))
+    await read(mailbox)
+    gauges = ("holdfast:num_requests_running", "holdfast:num_requests_waiting", "holdfast:kv_cache_usage_perc")
+    assert [wire.sample(name) for name in gauges] == [3, 2, 0.5]
+    wire.router.replica_lost(0, "killed")
+    assert [wire.sample(name) for name in gauges] == [0, 0, 0]
+
+
+async def test_waiting_is_measured_from_the_arrival_at_the_door(wire: Wire) -> None:
+    mailbox = wire.submit("a", waited=100.0)
+    await wire.say(TokenOutput("a", 0, [5], finish="length"))
+    await read(mailbox)
+    for name in ("holdfast:time_to_first_token_seconds_sum", "holdfast:e2e_request_latency_seconds_sum"):
+        assert wire.sample(name) == pytest.approx(100.0, abs=DEADLINE)
 
 
 async def test_a_gap_ends_the_request_with_an_error(wire: Wire) -> None:

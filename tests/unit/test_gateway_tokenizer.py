@@ -105,12 +105,45 @@ def test_unknown_decoder_is_refused(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
-def test_chat_templates_of_a_folder(tmp_path: Path) -> None:
-    config = {"chat_template": [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert byte_tokenizer(tmp_path).chat_templates == {"default": "a", "tool_use": "b"}
+def test_truncation_and_padding_of_the_training_do_not_apply(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.encode("abcdef") == list(b"abcdef")
+    assert tokenizer.encode("a") == list(b"a")
+
+
+@pytest.mark.parametrize(
+    ("configured", "used"),
+    [
+        (None, None),
+        ("a", "a"),
+        ([{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}], "a"),
+        ([{"name": "tool_use", "template": "b"}], None),
+        ([], None),
+    ],
+)
+def test_the_chat_template_of_a_folder(tmp_path: Path, configured: object, used: str | None) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": configured}))
+    assert byte_tokenizer(tmp_path).chat_template == used
     (tmp_path / "chat_template.jinja").write_text("c")
-    assert byte_tokenizer(tmp_path).chat_templates == {"default": "c", "tool_use": "b"}
+    assert byte_tokenizer(tmp_path).chat_template == "c"
+
+
+@pytest.mark.parametrize("configured", [[{"template": "x"}], [{"name": "default"}], ["x"], {"default": "x"}, 7])
+def test_a_bad_chat_template_names_its_file(tmp_path: Path, configured: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": configured}))
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: chat_template"):
+        byte_tokenizer(tmp_path)
+
+
+def test_a_chat_template_that_is_not_text_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja.*utf-8"):
+        byte_tokenizer(tmp_path)
 
 
 # --- GGUF ---
@@ -158,6 +191,26 @@ def test_gguf_flags_put_bos_and_eos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", "It|'s| | 12345| eBay|'s|!?|\n|\n|É"),
+        ("smollm", "It|'s|  |1|2|3|4|5| eBay|'s|!?|\n|\n|É"),
+        ("llama-bpe", "It|'s| | |123|45| eBay|'s|!?\n\n|É"),
+        ("qwen2", "It|'s| | |1|2|3|4|5| eBay|'s|!?\n\n|É"),
+        ("tekken", "It|'s| | |1|2|3|4|5| e|Bay|'s|!?\n\n|É"),
+        ("falcon", "It|'|s| | |123|45| eBay|'|s|!?|\n|\n|É"),
+        ("bloom", "It's| | 12345| eBay's|!?\n\n|É"),
+        ("default", "It|'|s| | |123|45| eBay|'|s|!?|\n|\n|É"),
+    ],
+)
+def test_each_pre_tokenizer_splits_its_own_way(monkeypatch: pytest.MonkeyPatch, pre: str, pieces: str) -> None:
+    alphabet = byte_level_alphabet()
+    splitter = gguf(monkeypatch, model="gpt2", pre=pre, tokens=[*alphabet], merges=[])._backend.pre_tokenizer
+    found = splitter.pre_tokenize_str("It's  12345 eBay's!?\n\nÉ")
+    assert "|".join(bytes(alphabet[char] for char in piece).decode() for piece, _ in found) == pieces
+
+
+@pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({}, "no tokenizer.ggml.tokens"),
@@ -185,7 +238,7 @@ def test_demo_model_encodes_as_its_authors_tokenizer(demo: Tokenizer) -> None:
     assert demo.encode(text) == token_ids
     assert demo.decode(token_ids, skip_special_tokens=False) == text
     assert demo.special_tokens["eos_token"] == "<|im_end|>"
-    assert "im_start" in demo.chat_templates["default"]
+    assert "im_start" in str(demo.chat_template)
 
 
 @given(st.text(alphabet="aA0 \n\té漢\u200d\U0001f642'"))  # its vocabulary lacks a few bytes

@@ -15,7 +15,7 @@ import msgspec
 
 from holdfast.bench.config import TargetConfig
 from holdfast.bench.measure import Outcome
-from holdfast.bench.stream import StreamReader, error_text
+from holdfast.bench.stream import NOT_JSON, StreamReader, error_text
 from holdfast.core.errors import ConfigError
 
 WORDS = """
@@ -41,13 +41,16 @@ class Client:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if target.api_key is not None:
             headers["Authorization"] = f"Bearer {target.api_key}"
-        self._http = httpx.AsyncClient(
-            base_url=self._base,
-            headers=headers,
-            timeout=target.request_timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,  # a proxy in between would be measured too
-        )
+        try:
+            self._http = httpx.AsyncClient(
+                base_url=self._base,
+                headers=headers,
+                timeout=target.request_timeout,
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+                trust_env=False,  # a proxy in between would be measured too
+            )
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"--base-url {self._base}: {error}") from error
 
     async def __aenter__(self) -> Client:
         return self
@@ -61,8 +64,8 @@ class Client:
         """The name of the first model the server has."""
         response = await self._ask("GET", "/v1/models")
         try:
-            return str(response.json()["data"][0]["id"])
-        except (ValueError, LookupError, TypeError) as error:
+            return str(msgspec.json.decode(response.content)["data"][0]["id"])
+        except (*NOT_JSON, LookupError, TypeError) as error:
             raise ConfigError(
                 f"--base-url {self._base}: GET /v1/models names no model (HTTP {response.status_code}: "
                 f"{_error_of(response.content)}); give --model, or --api-key if the server wants one"
@@ -74,8 +77,8 @@ class Client:
         for body in ({"model": model, "prompt": text, "add_special_tokens": False}, {"content": text}):
             response = await self._ask("POST", "/tokenize", body)
             try:
-                tokens = response.json()["tokens"]
-            except (ValueError, LookupError, TypeError):
+                tokens = msgspec.json.decode(response.content)["tokens"]
+            except (*NOT_JSON, LookupError, TypeError):
                 continue
             if isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens):
                 return sorted(set(tokens))
@@ -106,9 +109,9 @@ class Client:
                     reader.close()
                 else:
                     outcome.error = f"HTTP {response.status_code}: {_error_of(await response.aread())}"
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             outcome.error = _reason(error)
-        except msgspec.MsgspecError as error:
+        except NOT_JSON as error:
             outcome.error = f"not an event of an OpenAI stream: {error}"
         if not outcome.ok:
             outcome.e2el = time.perf_counter() - sent
@@ -117,7 +120,7 @@ class Client:
 def _error_of(content: bytes) -> str:
     try:
         return error_text(msgspec.json.decode(content))
-    except msgspec.MsgspecError:
+    except NOT_JSON:
         return error_text(content.decode(errors="replace"))
 
 

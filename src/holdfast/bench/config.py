@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from holdfast.core.config import option
+from holdfast.core.config import MOST, option
 from holdfast.core.errors import ConfigError
 
 Metric = Literal["ttft", "tpot", "itl", "e2el"]
@@ -91,7 +92,7 @@ class ReportConfig:
 
     def metrics(self) -> list[Metric]:
         """The latencies to show; raises `ConfigError`."""
-        names = self.percentile_metrics.split(",")
+        names = list(dict.fromkeys(self.percentile_metrics.split(",")))
         for name in names:
             if name not in get_args(Metric):
                 raise ConfigError(f"--percentile-metrics {name}: must be some of {','.join(get_args(Metric))}")
@@ -100,7 +101,7 @@ class ReportConfig:
     def percentiles(self) -> list[float]:
         """The percentiles to show, each in [0, 100]; raises `ConfigError`."""
         try:
-            values = [float(text) for text in self.metric_percentiles.split(",")]
+            values = list(dict.fromkeys(float(text) for text in self.metric_percentiles.split(",")))
         except ValueError:
             values = [-1.0]
         if not all(0 <= value <= 100 for value in values):
@@ -145,16 +146,17 @@ class BenchConfig:
             ("--max-concurrency", self.load.max_concurrency, 1),
             ("--num-warmups", self.load.num_warmups, 0),
         ):
-            if value is not None and not value >= least:
-                raise ConfigError(f"{flag} {value}: must be at least {least}")
+            if value is not None and not least <= value <= MOST:
+                raise ConfigError(f"{flag} {value}: must be at least {least} and at most {MOST:.0e}")
         for flag, value in (
             ("--request-timeout", self.target.request_timeout),
             ("--request-rate", self.load.request_rate),
             ("--burstiness", self.load.burstiness),
             ("--trace-speedup", self.load.trace_speedup),
         ):
-            if value is not None and not value > 0:
-                raise ConfigError(f"{flag} {value}: must be above 0")
+            no_limit = flag == "--request-rate" and value == math.inf
+            if value is not None and not no_limit and not 0 < value <= MOST:
+                raise ConfigError(f"{flag} {value}: must be above 0 and at most {MOST:.0e}")
         self._check_combinations()
         self.report.metrics()
         self.report.percentiles()
@@ -162,11 +164,16 @@ class BenchConfig:
         for flag, path in (("--json", self.report.json), ("--plot", self.report.plot)):
             if path is not None and not Path(path).absolute().parent.is_dir():
                 raise ConfigError(f"{flag} {path}: there is no such folder")
+            if path is not None and Path(path).is_dir():
+                raise ConfigError(f"{flag} {path}: is a folder")
 
     def _check_combinations(self) -> None:
         requests = self.requests
         if not self.target.base_url.startswith(("http://", "https://")):
             raise ConfigError(f"--base-url {self.target.base_url}: must start with http:// or https://")
+        key = self.target.api_key or ""
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError("--api-key: must be printable ASCII, which is all that a header can carry")
         if requests.dataset_name == "random" and requests.dataset_path is not None:
             raise ConfigError("--dataset-path: needs a --dataset-name other than random")
         if requests.dataset_name != "random" and requests.dataset_path is None:

@@ -39,12 +39,11 @@ class Run:
 def measure(
     config: BenchConfig, on_start: Callable[[int], None] = lambda _: None, on_end: OnEnd = lambda _: None
 ) -> Run:
-    """Run what `config` says; `on_start` gets the number of requests, `on_end` each request as it ends.
+    """Run what `config`, checked, says; `on_start` gets the number of requests, `on_end` each request as it ends.
 
     Ctrl-C ends the run early, with what has been measured so far. Raises `ConfigError` when there is nothing to
     measure: no server, no such model, an unreadable file.
     """
-    config.check()
     planned = plan_requests(config)
     return uvloop.run(_measure(config, planned, on_start, on_end))
 

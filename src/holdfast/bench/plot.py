@@ -22,7 +22,8 @@ def write_plot(path: str, run: Run, summary: Summary, config: BenchConfig) -> No
     FigureCanvasAgg(figure)
     (ttft, tpot), (latency, throughput) = figure.subplots(2, 2)
     figure.suptitle(
-        f"{run.model}: {summary.ok} requests ok, {summary.failed} failed, {summary.output_rate:.0f} output tokens/s"
+        f"{run.model}: {summary.ok} requests ok, {summary.failed} failed, {summary.output_rate:.0f} output tokens/s",
+        parse_math=False,
     )
     _cumulative(ttft, [o.ttft for o in ok if o.ttft is not None], "TTFT", limits.get("ttft"))
     _cumulative(tpot, [o.tpot for o in ok if o.tpot is not None], "TPOT", limits.get("tpot"))
@@ -35,7 +36,9 @@ def write_plot(path: str, run: Run, summary: Summary, config: BenchConfig) -> No
         latency.scatter(
             [o.started for o in failed], [o.e2el for o in failed], s=24, marker="x", color="red", label="failed"
         )
-    latency.set(title="Latency over time", xlabel="request sent, s", ylabel="s", yscale="log")
+    latency.set(title="Latency over time", xlabel="request sent, s", ylabel="s")
+    if run.outcomes:
+        latency.set_yscale("log")  # which has no place for nothing
     latency.legend()
 
     width = max(1.0, run.duration / 60) if run.duration > 10 else max(run.duration / 20, 1e-3)

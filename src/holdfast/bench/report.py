@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -72,13 +73,14 @@ def print_report(run: Run, summary: Summary, config: BenchConfig, console: Conso
     console.print(_totals(run, summary, config))
     console.print(_latencies(summary, config))
     for reason, count in summary.errors.items():
-        console.print(f"[red]{count} failed:[/] {reason}", markup=True, highlight=False)
+        console.print(f"[red]{count} failed:[/] {escape(reason)}", highlight=False)
     for note in _notes(run, summary):
-        console.print(f"[yellow]Note:[/] {note}", highlight=False)
+        console.print(f"[yellow]Note:[/] {escape(note)}", highlight=False)
 
 
 def _totals(run: Run, summary: Summary, config: BenchConfig) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 2), title=f"{run.model} at {config.target.base_url}")
+    title = escape(f"{run.model} at {config.target.base_url}")
+    table = Table(show_header=False, box=None, padding=(0, 2), title=title)
     table.add_column()
     table.add_column(justify="right")
     rows: list[tuple[str, str]] = [

@@ -9,9 +9,9 @@ from holdfast.core.errors import ConfigError
 
 
 def run(config: BenchConfig) -> int:
-    """Measure, print, write. Returns the exit code: 0; 1 if a request failed; 130 after Ctrl-C.
+    """Measure, write, print. Returns the exit code: 0; 1 if a request failed; 130 after Ctrl-C.
 
-    Raises `ConfigError` when there is nothing to measure.
+    Raises `ConfigError` when there is nothing to measure, or a file cannot be written (then after the report).
     """
     config.check()
     _require("httpx", "holdfast bench")
@@ -27,13 +27,17 @@ def run(config: BenchConfig) -> int:
     with progress_bar() as (on_start, on_end):
         measured = measure(config, on_start, on_end)
     summary = summary_of(measured, config)
-    print_report(measured, summary, config, Console())
-    if config.report.json is not None:
-        write_json(config.report.json, measured, summary, config)
-    if config.report.plot is not None:
-        from holdfast.bench.plot import write_plot  # noqa: PLC0415
+    try:
+        if config.report.json is not None:
+            write_json(config.report.json, measured, summary, config)
+        if config.report.plot is not None:
+            from holdfast.bench.plot import write_plot  # noqa: PLC0415
 
-        write_plot(config.report.plot, measured, summary, config)
+            write_plot(config.report.plot, measured, summary, config)
+    except OSError as error:
+        raise ConfigError(f"--json/--plot: {error}") from error
+    finally:
+        print_report(measured, summary, config, Console())
     if measured.interrupted:
         return 130
     return 1 if summary.failed else 0

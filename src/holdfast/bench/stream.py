@@ -27,10 +27,13 @@ class _Usage(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    choices: list[_Choice] = []
+    choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: Any = None
 
+
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not the JSON it wants."""
 
 _decode = msgspec.json.Decoder(_Event).decode
 
@@ -49,7 +52,7 @@ class StreamReader:
     def feed(self, data: bytes, now: float) -> None:
         """Take what one read of the socket gave: events, whole or in part. Events of one read came at one time.
 
-        Raises `msgspec.DecodeError` for an event that is not a JSON object of the expected shape.
+        Raises one of `NOT_JSON` for an event that is not a JSON object of the expected shape.
         """
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
@@ -68,7 +71,7 @@ class StreamReader:
             outcome.error = f"error in the stream: {error_text(event.error)}"
         if event.usage is not None:
             self._usage = event.usage
-        for choice in event.choices:
+        for choice in event.choices or ():
             outcome.finish_reason = choice.finish_reason or outcome.finish_reason
             delta = choice.delta
             if choice.text or (delta and (delta.content or delta.reasoning or delta.reasoning_content)):

@@ -111,6 +111,8 @@ def _read_file(config: BenchConfig, path: Path) -> list[PlannedRequest]:
         raise ConfigError(f"--dataset-path {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--dataset-path {path}: not UTF-8 text") from error
+    except csv.Error as error:
+        raise ConfigError(f"--dataset-path {path}: not CSV: {error}") from error
     if not planned:
         raise ConfigError(f"--dataset-path {path}: no request in it (or none within --max-request-len)")
     return sorted(planned, key=lambda request: request.arrival)
@@ -123,7 +125,7 @@ def _read_azure(path: Path, config: BenchConfig) -> Iterator[PlannedRequest]:
             try:
                 arrival = datetime.fromisoformat(row["TIMESTAMP"]).timestamp()
                 input_len, output_len = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-            except (KeyError, ValueError, TypeError) as error:
+            except (KeyError, ValueError, TypeError, OverflowError) as error:
                 raise _bad_line(path, index + 2, "TIMESTAMP,ContextTokens,GeneratedTokens") from error
             yield PlannedRequest(index, max(1, input_len), max(1, output_len), arrival)
 
@@ -136,7 +138,7 @@ def _read_mooncake(path: Path, config: BenchConfig) -> Iterator[PlannedRequest]:
     for index, line in _lines(path):
         try:
             row: Any = msgspec.json.decode(line, type=row_type)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             wanted = "JSON with timestamp, input_length, output_length, hash_ids"
             raise _bad_line(path, index + 1, wanted) from error
         if len(row.hash_ids) * TRACE_BLOCK < row.input_length or min(row.hash_ids, default=0) < 0:
@@ -159,10 +161,12 @@ def _read_prompts(path: Path, config: BenchConfig) -> Iterator[PlannedRequest]:
         if line.startswith("{"):
             try:
                 row: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError) as error:
                 raise _bad_line(path, index + 1, "text or JSON") from error
             output_len = row.get("output_len", output_len)
-            prompt = row.get("prompt") or row.get("messages") or (row.get("turns") or [None])[0]
+            turns = row.get("turns")
+            first = turns[0] if isinstance(turns, list) and turns else None
+            prompt = row.get("prompt") or row.get("messages") or first
         if isinstance(prompt, str) and chat:
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, list if chat else str) or not isinstance(output_len, int) or output_len < 1:

@@ -72,7 +72,8 @@ app.add_typer(bench, name="bench")
 def bench_serve(config: BenchConfig) -> None:
     """Drive any OpenAI-compatible server and report its latencies and throughput.
 
-    Exit code 0; 1 if a request failed; 2 if nothing could be measured. Ctrl-C shows what was measured so far.
+    Exit code 0; 1 if a request failed; 2 if nothing could be measured. Ctrl-C shows what was measured so far, and
+    the exit code is 130.
     """
     from holdfast.bench.serve import run  # noqa: PLC0415 — keeps --help fast
 

@@ -6,10 +6,10 @@ names are vLLM's where vLLM has the thing. `check()` refuses what cannot work, b
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import msgspec
 
 from holdfast.core.errors import ConfigError
 
@@ -18,6 +18,9 @@ def option(default: Any, help: str, **extra: Any) -> Any:
     """A field that becomes a flag. `help` states meaning and unit."""
     return field(default=default, metadata={"help": help, **extra})
 
+
+MOST = 10**15
+"""No flag takes a larger number; as seconds, it still fits into the milliseconds of every poll."""
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model or the user may recommend for requests that do not say."""
@@ -50,17 +53,14 @@ class ModelConfig:
     )
 
     def sampling_overrides(self) -> dict[str, float]:
-        """`--override-generation-config`, parsed. Raises `ConfigError`."""
+        """`--override-generation-config`, parsed; the gateway knows the ranges. Raises `ConfigError`."""
         flag = f"--override-generation-config {self.override_generation_config}"
         try:
-            given = json.loads(self.override_generation_config or "{}")
-        except ValueError as error:
-            raise ConfigError(f"{flag}: not JSON: {error}") from error
-        if not isinstance(given, dict) or not set(given) <= set(SAMPLING_DEFAULTS):
-            raise ConfigError(f"{flag}: an object with some of {', '.join(SAMPLING_DEFAULTS)} is wanted")
-        for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ConfigError(f"{flag}: {name} must be a number of at least 0")
+            given = msgspec.json.decode(self.override_generation_config or "{}", type=dict[str, float])
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{flag}: {error}") from error
+        if not set(given) <= set(SAMPLING_DEFAULTS):
+            raise ConfigError(f"{flag}: known are {', '.join(SAMPLING_DEFAULTS)}")
         return given
 
 
@@ -155,8 +155,8 @@ class ServeConfig:
             ("--shutdown-timeout", self.server.shutdown_timeout, 0),
             ("--startup-timeout", self.server.startup_timeout, 0),
         ):
-            if value is not None and value < least:
-                raise ConfigError(f"{flag} {value}: must be at least {least}")
+            if value is not None and not least <= value <= MOST:
+                raise ConfigError(f"{flag} {value}: must be at least {least} and at most {MOST:.0e}")
         self.model.sampling_overrides()
         if self.server.port > 65535:
             raise ConfigError(f"--port {self.server.port}: must be at most 65535")
@@ -176,8 +176,3 @@ class ServeConfig:
         ):
             if degree != 1:
                 raise ConfigError(f"{flag} {degree}: not supported yet; this version runs a model on one device")
-
-
-def sections() -> list[dataclasses.Field[Any]]:
-    """The sections of `ServeConfig` in order; a section's docstring is its title."""
-    return list(dataclasses.fields(ServeConfig))

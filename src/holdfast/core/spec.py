@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Rotary embedding of the first `rotary_dim` dims of a head, half-split ("rotate_half") form.
@@ -91,7 +93,7 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     attention_softcap: float | None = None
     logit_softcap: float | None = None
 
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
     attention_out_bias: bool = False
@@ -102,6 +104,7 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     embedding_norm: bool = False
     """LayerNorm on the embeddings (BLOOM)."""
     tie_embeddings: bool = False
+    """The head is the embedding table; the checkpoint stores none of its own."""
 
     @property
     def num_layers(self) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,17 +16,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from holdfast import __version__
 from holdfast.core.config import ServeConfig
-from holdfast.core.errors import HoldfastError, InvalidRequest, MachineError, RequestError, Unavailable
+from holdfast.core.errors import HoldfastError, InvalidRequest, MachineError, Unavailable
 from holdfast.gateway import schema
 from holdfast.gateway.door import Door, error_response, unless_disconnected
 from holdfast.gateway.generation import Generation, Piece
 from holdfast.gateway.metrics import CONTENT_TYPE, Metrics
-from holdfast.gateway.openai import Job, ServedModel, chat_job, chat_prompt, completion_job, text_prompt
+from holdfast.gateway.openai import Job, ServedModel, chat_job, chat_prompt, completion_job, encode_prompts, off_loop
 from holdfast.gateway.protocol import (
     Body,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    GenerationRequest,
     TokenizeRequest,
     parse_body,
 )
@@ -64,11 +65,10 @@ class Service:
 def build_app(service: Service) -> ASGIApp:
     """The ASGI application, door included."""
     app = FastAPI(title="Holdfast", version=__version__, docs_url=None, redoc_url=None)
-    app.add_exception_handler(RequestError, _show_error)
-    app.add_exception_handler(MachineError, _show_error)
+    app.add_exception_handler(HoldfastError, _show_error)
     app.add_exception_handler(HTTPException, _show_http_error)
     app.add_exception_handler(ClientDisconnect, _nobody_reads)
-    app.add_exception_handler(Exception, _show_failure)
+    app.add_exception_handler(Exception, _show_error)  # raised again afterwards: uvicorn logs the traceback
     _add_operator_routes(app, service)
     _add_model_routes(app, service)
     _add_generation_routes(app, service)
@@ -121,7 +121,8 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("one of `prompt` and `messages` is needed", param="prompt")
         if body.prompt is not None:
-            prompt = await text_prompt(body.prompt, model, add_special_tokens=body.add_special_tokens is not False)
+            special = body.add_special_tokens is not False
+            [prompt] = await encode_prompts([body.prompt], model, add_special_tokens=special)
         else:
             prompt = await chat_prompt(body, body.messages or [], model)
         token_ids = prompt.token_ids
@@ -135,23 +136,23 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         body = await _read(request, DetokenizeRequest)
         model = service.served
         model.check_name(body.model)
-        model.check_tokens(body.tokens, "tokens")
-        return _json({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        token_ids = body.tokens
+        model.check_tokens(token_ids, "tokens")
+        decode = partial(model.tokenizer.decode, token_ids, skip_special_tokens=False)
+        return _json({"prompt": await off_loop(len(token_ids), decode)})
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", **schema.body(CompletionRequest, schema.Completion))
     async def completions(request: Request) -> Response:
         body = await _read(request, CompletionRequest)
-        request_id = _request_id(request, body.request_id, CompletionReply)
-        job = await completion_job(body, service.served, request_id)
+        job = await completion_job(body, service.served, _request_id(request, body, CompletionReply))
         return await _answer(request, service, job, CompletionReply)
 
     @app.post("/v1/chat/completions", **schema.body(ChatCompletionRequest, schema.ChatCompletion))
     async def chat_completions(request: Request) -> Response:
         body = await _read(request, ChatCompletionRequest)
-        request_id = _request_id(request, body.request_id, ChatReply)
-        job = await chat_job(body, service.served, request_id)
+        job = await chat_job(body, service.served, _request_id(request, body, ChatReply))
         return await _answer(request, service, job, ChatReply)
 
 
@@ -160,14 +161,13 @@ async def _answer(request: Request, service: Service, job: Job, shape: type[Repl
     model = service.served
     reply = shape(job, model.name, model.tokenizer, int(time.time()))
     generation = Generation(job, service.router, model.tokenizer)
-    generation.submit()
-    if job.stream:
+    generation.submit(request.state.arrived)
+    if job.request.stream:
         return EventStream(generation, reply)
     try:
         body = await unless_disconnected(request.receive, _collect(generation, reply))
     finally:
         generation.close()
-        _log_end(generation)
     return Response(status_code=_CLIENT_LEFT) if body is None else _json(body)
 
 
@@ -193,7 +193,6 @@ class EventStream(Response):
             await unless_disconnected(receive, self._stream(send))
         finally:
             self._generation.close()
-            _log_end(self._generation)
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -212,7 +211,7 @@ class EventStream(Response):
             logger.warning("request %s: %s", generation.job.request_id, error)
             yield event(error_body(error))
             return
-        yield (event(reply.usage_chunk(generation)) if generation.job.include_usage else b"") + DONE
+        yield (event(reply.usage_chunk(generation)) if generation.job.stream_options.include_usage else b"") + DONE
 
 
 async def _read(request: Request, kind: type[Body]) -> Body:
@@ -223,21 +222,9 @@ async def _read(request: Request, kind: type[Body]) -> Body:
     return parse_body(kind, await request.body())
 
 
-def _request_id(request: Request, asked: str | None, shape: type[Reply]) -> str:
-    """As the client asked in the body; or from its X-Request-Id, which it may have sent before."""
-    return shape.id_prefix + (asked or f"{request.state.request_id}-{uuid.uuid4().hex[:8]}")
-
-
-def _log_end(generation: Generation) -> None:
-    ended = [choice for choice in generation.choices if choice.finished]
-    logger.debug(
-        "request %s: %d prompt tokens, %d tokens, %d of %d choices finished",
-        generation.job.request_id,
-        sum(len(prompt.token_ids) for prompt in generation.job.prompts),
-        sum(choice.num_tokens for choice in generation.choices),
-        len(ended),
-        len(generation.choices),
-    )
+def _request_id(request: Request, body: GenerationRequest, shape: type[Reply]) -> str:
+    """What the reply is called: as the body asks, or after the X-Request-Id."""
+    return shape.id_prefix + (body.request_id or request.state.request_id)
 
 
 def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -259,8 +246,3 @@ async def _show_http_error(_: Request, error: Exception) -> Response:
 
 async def _nobody_reads(_: Request, __: Exception) -> Response:
     return Response(status_code=_CLIENT_LEFT)
-
-
-async def _show_failure(_: Request, error: Exception) -> Response:
-    # starlette raises it again afterwards, so that uvicorn logs the traceback
-    return _json(error_body(error), 500)

@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -23,20 +25,17 @@ _MARK = "\ue000holdfast-end\ue001"
 
 
 class ChatTemplate:
-    """The templates of one model by name, compiled. Rendering raises `InvalidRequest`, whatever goes wrong in
-    the template: its input came with the request."""
+    """The template of one model, compiled. Rendering raises `InvalidRequest`, whatever goes wrong in the template:
+    its input came with the request."""
 
-    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        """Raises `ModelError` for a template that does not parse."""
-        environment = _environment()
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+        """`source` is None for a model without one. Raises `ModelError` for a template that does not parse."""
         self._special_tokens = dict(special_tokens)
-        self._knows_developer = any(_DEVELOPER.search(source) for source in sources.values())
-        self._templates: dict[str, jinja2.Template] = {}
-        for name, source in sources.items():
-            try:
-                self._templates[name] = environment.from_string(source)
-            except jinja2.TemplateSyntaxError as error:
-                raise ModelError(f"chat template {name!r}, line {error.lineno}: {error.message}") from error
+        self._knows_developer = source is not None and _DEVELOPER.search(source) is not None
+        try:
+            self._template = None if source is None else _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"chat template, line {error.lineno}: {error.message}") from error
 
     def render(
         self,
@@ -57,7 +56,7 @@ class ChatTemplate:
         for name in extra or {}:
             if name in _RESERVED:
                 raise InvalidRequest(f"`chat_template_kwargs`: {name!r} is reserved", param="chat_template_kwargs")
-        if "default" not in self._templates:
+        if self._template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or start the server with --chat-template",
                 param="messages",
@@ -70,20 +69,14 @@ class ChatTemplate:
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         variables = self._special_tokens | dict(extra or {})
-        text = self._render(plain, add_generation_prompt, variables)
-        return self._until_mark(text) if continue_final_message else text
-
-    def _render(self, messages: list[dict[str, Any]], generation_prompt: bool, variables: dict[str, Any]) -> str:
         try:
-            return self._templates["default"].render(
-                variables, messages=messages, add_generation_prompt=generation_prompt
-            )
+            text = self._template.render(variables, messages=plain, add_generation_prompt=add_generation_prompt)
         except MemoryError:
             raise
         except Exception as error:
             raise InvalidRequest(f"the chat template failed: {error}", param="messages") from error
-
-    def _until_mark(self, text: str) -> str:
+        if not continue_final_message:
+            return text
         head, mark, _ = text.rpartition(_MARK)
         if not mark:
             raise InvalidRequest(
@@ -93,14 +86,10 @@ class ChatTemplate:
 
     def _plain(self, message: ChatMessage, index: int) -> dict[str, Any]:
         """The message as templates expect it: a role and a text."""
-        where = f"messages[{index}]"
-        for name in ("audio", "function_call", "tool_calls"):
-            if getattr(message, name):
-                raise InvalidRequest(f"`{where}.{name}` is not supported yet", param=f"{where}.{name}")
         role: str = message.role
         if role == "developer" and not self._knows_developer:
             role = "system"
-        plain: dict[str, Any] = {"role": role, "content": _text(message, where)}
+        plain: dict[str, Any] = {"role": role, "content": _text(message, index)}
         for name in ("name", "reasoning_content"):
             value = getattr(message, name)
             if value is not None:
@@ -108,29 +97,28 @@ class ChatTemplate:
         return plain
 
 
-def template_sources(option: str | None, from_model: Mapping[str, str]) -> dict[str, str]:
-    """The templates to use: `--chat-template` (a file's name, or the template itself) before the model's own."""
+def template_source(option: str | None, from_model: str | None) -> str | None:
+    """The template to use: `--chat-template` (a file's name, or the template itself) before the model's own."""
     if option is None:
-        return dict(from_model)
+        return from_model
     if "{" in option:
-        return {"default": option}
+        return option
     try:
-        with open(option, encoding="utf-8") as file:
-            return {"default": file.read()}
+        return Path(option).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--chat-template {option}: {error}") from error
 
 
-def _text(message: ChatMessage, where: str) -> str:
+def _text(message: ChatMessage, index: int) -> str:
     """The content as one string; parts are lines of it."""
     if message.content is None:
         return ""
     if isinstance(message.content, str):
         return message.content
     texts: list[str] = []
-    for index, part in enumerate(message.content):
+    for place, part in enumerate(message.content):
         if not isinstance(part, TextPart):
-            field = f"{where}.content[{index}]"
+            field = f"messages[{index}].content[{place}]"
             raise InvalidRequest(f"`{field}.type`: {part.type!r} is not supported, only 'text' is", param=field)
         texts.append(part.text)
     return "\n".join(texts)
@@ -151,26 +139,12 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
-    environment.filters["tojson"] = _to_json
+    # Jinja's own filter escapes HTML, which models were not trained on
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which models were not trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

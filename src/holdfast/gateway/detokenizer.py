@@ -29,16 +29,12 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a text at the stop string that is complete first (of two that end together, the longer one).
-
-    One Knuth-Morris-Pratt automaton per stop string: a character costs O(stop strings), and what may still
-    become a stop string is held back, no more. Where the pieces are cut makes no difference.
-    """
+    """Cuts a text at the stop string that is complete first (of two that end together, the longer one). What may
+    still become a stop string is held back, no more. Where the pieces are cut makes no difference."""
 
     def __init__(self, stops: Sequence[str], *, include: bool) -> None:
         """`include`: the stop string itself is part of the text."""
-        self._stops = [(stop, _borders(stop)) for stop in stops]
-        self._matched = [0] * len(stops)
+        self._stops = stops
         self._include = include
         self._held = ""
         self.found: str | None = None
@@ -46,16 +42,16 @@ class StopStrings:
 
     def push(self, text: str, *, may_stop: bool = True) -> str:
         """What may go out now. `may_stop=False`: a stop string that ends within `text` does not count."""
-        if not self._stops:
-            return text
         assert self.found is None, "the text has ended"
-        text = self._held + text
-        for end in range(len(self._held) + 1, len(text) + 1):
-            stop = self._advance(text[end - 1])
-            if stop is not None and may_stop:
-                self.found, self._held = stop, ""
-                return text[: end if self._include else end - len(stop)]
-        keep = len(text) - max(self._matched)
+        seen, text = len(self._held), self._held + text
+        if may_stop:
+            starts = {stop: text.find(stop, max(0, seen - len(stop) + 1)) for stop in self._stops}
+            ends = [(start + len(stop), -len(stop), stop) for stop, start in starts.items() if start >= 0]
+            if ends:
+                end, _, self.found = min(ends)
+                self._held = ""
+                return text[: end if self._include else end - len(self.found)]
+        keep = len(text) - max((_begun(stop, text) for stop in self._stops), default=0)
         self._held = text[keep:]
         return text[:keep]
 
@@ -64,31 +60,8 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _advance(self, char: str) -> str | None:
-        """Read one character; the longest stop string it completes."""
-        completed: str | None = None
-        for index, (stop, borders) in enumerate(self._stops):
-            length = self._matched[index]
-            while length and stop[length] != char:
-                length = borders[length - 1]
-            if stop[length] == char:
-                length += 1
-            if length == len(stop):
-                if completed is None or len(stop) > len(completed):
-                    completed = stop
-                length = borders[length - 1]
-            self._matched[index] = length
-        return completed
 
-
-def _borders(word: str) -> list[int]:
-    """For each prefix of `word`, the length of its longest proper suffix that is also its prefix."""
-    borders = [0] * len(word)
-    length = 0
-    for index in range(1, len(word)):
-        while length and word[index] != word[length]:
-            length = borders[length - 1]
-        if word[index] == word[length]:
-            length += 1
-        borders[index] = length
-    return borders
+def _begun(stop: str, text: str) -> int:
+    """How much of `stop`, short of all of it, `text` ends with."""
+    longest = min(len(stop) - 1, len(text))
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

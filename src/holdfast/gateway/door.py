@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from holdfast.core.errors import BodyTooLarge, HoldfastError, RequestError, Unauthorized, Unavailable
+from holdfast.core.errors import BodyTooLarge, RequestError, Unauthorized, Unavailable
 from holdfast.gateway.replies import error_body, to_json
 
 REQUEST_ID = "x-request-id"
@@ -25,8 +26,8 @@ Result = TypeVar("Result")
 
 
 class Door:
-    """Gives every request an id, checks the API key (but for /health), refuses while the service cannot serve
-    (but for /health and /version), and counts the body's bytes as they come."""
+    """Gives every request an id and a time of arrival, checks the API key (but for /health), refuses while the
+    service cannot serve (but for what operators watch it by), and counts the body's bytes as they come."""
 
     def __init__(
         self, app: ASGIApp, *, api_keys: tuple[str, ...], max_body_bytes: int, status: Callable[[], str]
@@ -44,7 +45,7 @@ class Door:
         request_id = headers.get(REQUEST_ID, "")
         if not (request_id.isascii() and request_id.isprintable() and 0 < len(request_id) <= _LONGEST_REQUEST_ID):
             request_id = uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, arrived=time.monotonic())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -63,7 +64,7 @@ class Door:
             return
         self._check_key(headers)
         status = self._status()
-        if path != "/version" and status != "ready":
+        if path not in ("/version", "/metrics") and status != "ready":
             raise Unavailable(f"the service is {status}", code=status, retry_after=1)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body_bytes:
@@ -102,15 +103,11 @@ class Door:
 def error_response(error: Exception) -> Response:
     """An error as the API shows it: its status, OpenAI's error object, and Retry-After where it has one."""
     headers: dict[str, str] = {}
-    status = 500
-    if isinstance(error, RequestError):
-        status = error.status
-        if error.retry_after is not None:
-            headers["Retry-After"] = str(error.retry_after)
-        if isinstance(error, Unauthorized):
-            headers["WWW-Authenticate"] = "Bearer"
-    elif not isinstance(error, HoldfastError):
-        raise error
+    if isinstance(error, RequestError) and error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    status = error.status if isinstance(error, RequestError) else 500
     return Response(to_json(error_body(error)), status, headers, "application/json")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from holdfast.core.errors import HoldfastError, StepFailed, Unavailable
+from holdfast.core.errors import StepFailed, Unavailable
 from holdfast.core.request import TokenLogprobs
 from holdfast.core.wire import TokenOutput
 from holdfast.gateway.detokenizer import Detokenizer, StopStrings
@@ -53,9 +53,9 @@ class Choice:
         params = job.submits[index].params
         self._min_tokens = params.min_tokens
         self._stop_token_ids = params.stop_token_ids
-        self._include_stop = job.include_stop
+        self._include_stop = bool(job.request.include_stop_str_in_output)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=job.skip_special_tokens)
-        self._stops = StopStrings(job.stop, include=job.include_stop)
+        self._stops = StopStrings(job.stop, include=self._include_stop)
         self._num_chars = 0
 
     def feed(self, output: TokenOutput, piece: Piece) -> None:
@@ -102,9 +102,9 @@ class Generation:
         self._by_id = {choice.request_id: choice for choice in self.choices}
         self._router = router
 
-    def submit(self) -> None:
-        """Raises `RequestError` when the router refuses."""
-        self._mailbox = self._router.submit(self.job.submits)
+    def submit(self, arrived: float) -> None:
+        """`arrived`: when the API call came, in monotonic time. Raises `RequestError` when the router refuses."""
+        self._mailbox = self._router.submit(self.job.submits, arrived)
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """What arrived since the last time, at most one piece per choice, until every choice has finished.
@@ -116,8 +116,9 @@ class Generation:
             pieces: dict[int, Piece] = {}
             for output in await self._mailbox.get():
                 choice = self._by_id[output.request_id]
-                if output.finish in ("error", "abort"):
-                    raise self._failure(output)
+                if output.finish == "error":
+                    reason, is_up = str(output.error), self._router.status == "ready"
+                    raise StepFailed(reason) if is_up else Unavailable(reason, retry_after=1)
                 if choice.finished:
                     continue
                 choice.feed(output, pieces.setdefault(choice.index, Piece(choice.index)))
@@ -141,9 +142,3 @@ class Generation:
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in first_choices)},
         }
-
-    def _failure(self, output: TokenOutput) -> HoldfastError:
-        reason = output.error or "the engine aborted the request"
-        if self._router.status != "ready":
-            return Unavailable(reason, retry_after=1)
-        return StepFailed(reason)

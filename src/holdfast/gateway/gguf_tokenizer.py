@@ -17,7 +17,7 @@ from holdfast.gateway.tokenizer import SPACE_MARK, Tokenizer, set_edge_tokens
 from holdfast.models.gguf_file import read_gguf_metadata
 
 # values of tokenizer.ggml.token_type
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_CONTROL, _USER_DEFINED = 3, 4
 
 # Parts of the expressions that published tokenizer.json files split text with.
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -33,23 +33,14 @@ _TEKKEN = (
     rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*"
     rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
-_GPT4O = (
-    rf"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-)
-_DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
-)
 
+# Names that files of our architectures carry, by how the text is split.
 _NAMES = {
-    "gpt-2": ("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "exaone4", "trillion", "granite-docling"),
-    "smollm": ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-    "llama3": ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "dbrx", "smaug-bpe", "lfm2"),
-    "qwen2": ("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"),
+    "gpt-2": ("gpt-2",),
+    "smollm": ("smollm", "refact", "minerva-7b"),
+    "llama3": ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "smaug-bpe"),
+    "qwen2": ("qwen2", "deepseek-r1-qwen", "megrez"),
     "tekken": ("tekken",),
-    "gpt-4o": ("gpt-4o", "llama4"),
-    "deepseek-v3": ("deepseek-v3", "hunyuan-dense"),
     "falcon": ("falcon",),
     "bloom": ("bloom",),
     "default": ("default",),
@@ -61,7 +52,7 @@ _STARTS_WITH_BOS = {"llama3", "tekken"}
 
 
 def load_gguf_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer and chat templates in a .gguf file.
+    """The tokenizer and chat template in a .gguf file.
 
     Raises `ModelError` for a missing part, a tokenizer model or a pre-tokenizer that is not supported.
     """
@@ -87,7 +78,9 @@ def load_gguf_tokenizer(path: str) -> Tokenizer:
     eos = special.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     if bos is not None or eos is not None:
         set_edge_tokens(backend, bos=bos, eos=eos)
-    return Tokenizer(backend, special_tokens=special, chat_templates=_templates(metadata), source=path)
+    return Tokenizer(
+        backend, special_tokens=special, chat_template=metadata.get("tokenizer.chat_template"), source=path
+    )
 
 
 def _required(metadata: dict[str, Any], key: str, path: str) -> Any:
@@ -119,8 +112,8 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], path: str) -> tuple
 
 
 def _splitter(name: str, space_prefix: bool) -> PreTokenizer:
-    def split(pattern: str, behavior: str = "isolated") -> PreTokenizer:
-        return Split(Regex(pattern), behavior)
+    def split(pattern: str) -> PreTokenizer:
+        return Split(Regex(pattern), "isolated")
 
     gpt2 = ByteLevel(add_prefix_space=space_prefix, use_regex=True)
     to_bytes = ByteLevel(add_prefix_space=space_prefix, use_regex=False)
@@ -130,8 +123,6 @@ def _splitter(name: str, space_prefix: bool) -> PreTokenizer:
         "llama3": [split(_LLAMA3), to_bytes],
         "qwen2": [split(_QWEN2), to_bytes],
         "tekken": [split(_TEKKEN), to_bytes],
-        "gpt-4o": [split(_GPT4O), to_bytes],
-        "deepseek-v3": [split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(_DEEPSEEK3), to_bytes],
         "falcon": [pre_tokenizers.Punctuation("contiguous"), gpt2, Digits(), split("[0-9][0-9][0-9]")],
         "bloom": [split(r" ?[^(\s|[.,!?…。，、।۔،])]+"), to_bytes],
         "default": [split(r"[\p{P}$+<=>^~|]+"), gpt2, split(r"\p{N}+"), split("[0-9][0-9][0-9]")],
@@ -193,16 +184,9 @@ def _token_at(tokens: list[str], token_id: int, key: str, path: str) -> str:
 
 
 def _special_tokens(metadata: dict[str, Any], tokens: list[str], path: str) -> dict[str, str]:
-    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    keys = {role: f"{name}_token_id" for role, name in roles.items()}
+    roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     return {
-        role: _token_at(tokens, metadata[f"tokenizer.ggml.{key}"], key, path)
-        for role, key in keys.items()
-        if f"tokenizer.ggml.{key}" in metadata
+        role: _token_at(tokens, metadata[f"tokenizer.ggml.{key}_token_id"], f"{key}_token_id", path)
+        for key, role in roles.items()
+        if f"tokenizer.ggml.{key}_token_id" in metadata
     }
-
-
-def _templates(metadata: dict[str, Any]) -> dict[str, str]:
-    prefix = "tokenizer.chat_template"
-    named = {key.removeprefix(prefix + "."): text for key, text in metadata.items() if key.startswith(prefix + ".")}
-    return named | ({"default": metadata[prefix]} if prefix in metadata else {})

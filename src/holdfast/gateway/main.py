@@ -17,9 +17,9 @@ from holdfast.core.config import ServerConfig
 from holdfast.core.errors import ConfigError
 from holdfast.core.wire import Boot, Drain, Ready, ReplicaLost, Stop, ToChild, decoder, encode
 from holdfast.gateway.app import Service, build_app
-from holdfast.gateway.chat import ChatTemplate, template_sources
+from holdfast.gateway.chat import ChatTemplate, template_source
 from holdfast.gateway.metrics import Metrics
-from holdfast.gateway.openai import ServedModel
+from holdfast.gateway.openai import ServedModel, check_sampling_defaults
 from holdfast.gateway.router import Router
 from holdfast.gateway.tokenizer import Tokenizer, load_tokenizer
 from holdfast.gateway.tokenlog import TokenLog
@@ -41,11 +41,12 @@ class _Server(uvicorn.Server):
 async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
     """Serve HTTP until the supervisor says `Stop`, or a `Drain` is done.
 
-    `control` is connected to the supervisor. Raises `ConfigError` when the port cannot be bound or the chat
-    template cannot be read, `ModelError` when the tokenizer cannot be loaded.
+    `control` is connected to the supervisor. Raises `ConfigError` when the port cannot be bound, the chat template
+    cannot be read or a sampling default is out of range, `ModelError` when the tokenizer cannot be loaded.
     """
     config = boot.config
-    name = config.model.served_model_name or boot.model.path
+    name = config.model.served_model_name
+    assert name is not None, "the supervisor names the model"
     metrics = Metrics(name)
     with contextlib.closing(_listen(config.server)) as listener:
         max_live = config.scheduler.max_num_seqs + config.scheduler.max_queued_seqs
@@ -121,6 +122,8 @@ async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
 async def _announce(boot: Boot, name: str, service: Service, control: zmq.asyncio.Socket, url: str) -> None:
     """Load the tokenizer while the engine loads the model; when both are there, tell the supervisor."""
     config = boot.config.model
+    defaults = boot.model.sampling_defaults
+    check_sampling_defaults(defaults, overrides=config.sampling_overrides(), folder=boot.model.path)
     tokenizer, template = await asyncio.to_thread(_load_text, boot)
     engine = await service.router.wait_ready()
     service.model = ServedModel(
@@ -129,7 +132,7 @@ async def _announce(boot: Boot, name: str, service: Service, control: zmq.asynci
         chat_template=template,
         max_model_len=engine.max_model_len,
         vocab_size=boot.model.spec.vocab_size,
-        sampling_defaults=boot.model.sampling_defaults,
+        sampling_defaults=defaults,
         max_logprobs=config.max_logprobs,
         max_sequences=service.router.max_live,
         seeds=random.Random(config.seed),
@@ -141,26 +144,18 @@ async def _announce(boot: Boot, name: str, service: Service, control: zmq.asynci
 def _load_text(boot: Boot) -> tuple[Tokenizer, ChatTemplate]:
     config = boot.config.model
     tokenizer = load_tokenizer(config.tokenizer or boot.model.path)
-    sources = template_sources(config.chat_template, tokenizer.chat_templates)
-    return tokenizer, ChatTemplate(sources, tokenizer.special_tokens)
+    source = template_source(config.chat_template, tokenizer.chat_template)
+    return tokenizer, ChatTemplate(source, tokenizer.special_tokens)
 
 
 def _listen(config: ServerConfig) -> socket.socket:
     """A listening socket. Raises `ConfigError` when the address is unknown or the port is taken."""
+    is_v6 = ":" in config.host
+    family, both = (socket.AF_INET6, socket.has_dualstack_ipv6()) if is_v6 else (socket.AF_INET, False)
     try:
-        info = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(info[0], socket.SOCK_STREAM)
+        listener = socket.create_server((config.host, config.port), family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
-        raise ConfigError(f"--host {config.host}: {error.strerror or error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(info[4])
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"--port {config.port}: cannot listen on {config.host}: {error.strerror or error}"
-        ) from error
+        raise ConfigError(f"--host {config.host} --port {config.port}: {error.strerror}") from error
     listener.setblocking(False)
     return listener
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -9,27 +11,9 @@ from holdfast.core.wire import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-_FIRST_TOKEN_SECONDS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-)
+Kind = TypeVar("Kind", Gauge, Counter, Histogram)
+
+_TTFT_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _PER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
 _REQUEST_SECONDS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
@@ -41,21 +25,23 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._model_name = model_name
-        self.num_running = self._gauge("num_requests_running", "Requests the engine runs")
-        self.num_waiting = self._gauge("num_requests_waiting", "Requests that wait for the engine")
-        self.kv_cache_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
-        self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
-        self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
-        self.preemptions = self._counter("num_preemptions", "Requests preempted for want of KV blocks")
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that started to answer")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self.num_running = self._new(Gauge, "num_requests_running", "Requests the engine runs")
+        self.num_waiting = self._new(Gauge, "num_requests_waiting", "Requests that wait for the engine")
+        self.kv_cache_usage = self._new(Gauge, "kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
+        self.prefix_queries = self._new(
+            Counter, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache"
+        )
+        self.prefix_hits = self._new(Counter, "prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self.preemptions = self._new(Counter, "num_preemptions", "Requests preempted for want of KV blocks")
+        self.prompt_tokens = self._new(Counter, "prompt_tokens", "Prompt tokens of requests that started to answer")
+        self.generation_tokens = self._new(Counter, "generation_tokens", "Tokens generated")
         self._success = Counter(
             "holdfast:request_success",
             "Requests ended, by reason",
             ("model_name", "finished_reason"),
             registry=self._registry,
         )
-        self.first_token = self._histogram("time_to_first_token_seconds", "Time to first token", _FIRST_TOKEN_SECONDS)
+        self.first_token = self._histogram("time_to_first_token_seconds", "Time to first token", _TTFT_SECONDS)
         self.inter_token = self._histogram("inter_token_latency_seconds", "Time between tokens", _PER_TOKEN_SECONDS)
         self.per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first", _PER_TOKEN_SECONDS
@@ -72,31 +58,30 @@ class Metrics:
         """Take over an engine's gauges, and what its counters grew since its last message."""
         last = self._last_stats.get(replica)
         self._last_stats[replica] = stats
-        now = self._last_stats.values()
-        self.num_running.set(sum(each.num_running for each in now))
-        self.num_waiting.set(sum(each.num_waiting for each in now))
-        blocks = sum(each.num_blocks for each in now)
-        self.kv_cache_usage.set(sum(each.num_used_blocks for each in now) / blocks if blocks else 0.0)
+        self._set_gauges()
         self.prefix_queries.inc(stats.prefix_queries - (last.prefix_queries if last else 0))
         self.prefix_hits.inc(stats.prefix_hits - (last.prefix_hits if last else 0))
         self.preemptions.inc(stats.preemptions - (last.preemptions if last else 0))
 
     def engine_lost(self, replica: int) -> None:
-        """Its successor counts from zero again."""
+        """It holds nothing any more, and its successor counts from zero again."""
         self._last_stats.pop(replica, None)
+        self._set_gauges()
 
     def exposition(self) -> bytes:
         """The text that GET /metrics answers with."""
         return generate_latest(self._registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        gauge = Gauge(f"holdfast:{name}", text, ("model_name",), registry=self._registry)
-        return gauge.labels(self._model_name)
+    def _set_gauges(self) -> None:
+        now = self._last_stats.values()
+        self.num_running.set(sum(each.num_running for each in now))
+        self.num_waiting.set(sum(each.num_waiting for each in now))
+        blocks = sum(each.num_blocks for each in now)
+        self.kv_cache_usage.set(sum(each.num_used_blocks for each in now) / blocks if blocks else 0.0)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        counter = Counter(f"holdfast:{name}", text, ("model_name",), registry=self._registry)
-        return counter.labels(self._model_name)
+    def _new(self, kind: type[Kind], name: str, text: str, **options: Any) -> Kind:
+        metric = kind(f"holdfast:{name}", text, ("model_name",), registry=self._registry, **options)
+        return metric.labels(self._model_name)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(f"holdfast:{name}", text, ("model_name",), buckets=buckets, registry=self._registry)
-        return histogram.labels(self._model_name)
+        return self._new(Histogram, name, text, buckets=buckets)

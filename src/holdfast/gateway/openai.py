@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
-from holdfast.core.errors import InvalidRequest, NotFound
+import msgspec
+from pydantic import ValidationError
+
+from holdfast.core.errors import ConfigError, InvalidRequest, NotFound
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import Submit
 from holdfast.gateway.chat import ChatTemplate
@@ -17,14 +22,18 @@ from holdfast.gateway.protocol import (
     ChatMessage,
     CompletionRequest,
     GenerationRequest,
+    StreamOptions,
     TokenizeRequest,
+    refusal,
 )
 from holdfast.gateway.tokenizer import Tokenizer
 
 SEED_MASK = (1 << 63) - 1
 DEFAULT_COMPLETION_TOKENS = 16
-_LONG_TEXT = 10_000
-"""Characters from which encoding leaves the event loop for a thread."""
+_LONG = 10_000
+"""Characters or tokens from which work on them leaves the event loop for a thread."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +92,20 @@ class Prompt:
 class Job:
     """One API call: its engine requests, choice by choice (n for each prompt), and how the reply shall look."""
 
+    request: GenerationRequest
     request_id: str
+    """What the reply is called. The client may have chosen it, and may choose it again; the engine's requests
+    have ids of their own, which never return."""
     submits: list[Submit]
     prompts: list[Prompt]
     n: int
     stop: tuple[str, ...]
-    include_stop: bool
     skip_special_tokens: bool
-    echo: bool
-    discard_output: bool
-    """max_tokens 0: the engine computes one token, the reply carries none."""
     logprobs: int | None
-    prompt_logprobs: int | None
-    """As the client asked for it beside `echo`."""
-    return_token_ids: bool
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
+    stream_options: StreamOptions
+    echo: bool = False
+    discard_output: bool = False
+    """max_tokens 0: the engine computes one token, the reply carries none."""
 
     def prompt_of(self, index: int) -> Prompt:
         """The prompt of a choice."""
@@ -119,9 +125,10 @@ async def completion_job(request: CompletionRequest, model: ServedModel, request
     if max_tokens == 0 and not echo:
         raise InvalidRequest("`max_tokens` 0: must be at least 1, unless `echo` is true", param="max_tokens")
     _check_logprobs(request.logprobs, "logprobs", model)
-    raw = _split_prompts(request.prompt)
+    is_one = isinstance(request.prompt, str) or isinstance(request.prompt[0], int)
+    raw = cast(Sequence[str | list[int]], [request.prompt] if is_one else request.prompt)
     model.check_sequences(len(raw) * n)
-    prompts = await _prompts(raw, model.tokenizer, add_special_tokens=request.add_special_tokens is not False)
+    prompts = await encode_prompts(raw, model, add_special_tokens=request.add_special_tokens is not False)
     return _job(
         request,
         model,
@@ -141,11 +148,10 @@ async def chat_job(request: ChatCompletionRequest, model: ServedModel, request_i
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
     _check_logprobs(request.top_logprobs, "top_logprobs", model)
-    if None not in (request.max_tokens, request.max_completion_tokens) and (
-        request.max_tokens != request.max_completion_tokens
-    ):
+    asked = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(asked) > 1:
         raise InvalidRequest("`max_tokens` and `max_completion_tokens` differ", param="max_tokens")
-    max_tokens = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+    max_tokens = asked.pop() if asked else None
     if max_tokens == 0:
         raise InvalidRequest("`max_tokens` 0: must be at least 1", param="max_tokens")
     model.check_sequences(request.n or 1)
@@ -158,8 +164,6 @@ async def chat_job(request: ChatCompletionRequest, model: ServedModel, request_i
         max_tokens=max_tokens,
         default_max_tokens=None,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        echo=False,
-        discard_output=False,
     )
 
 
@@ -173,28 +177,40 @@ async def chat_prompt(
         continue_final_message=bool(request.continue_final_message),
         extra=request.chat_template_kwargs,
     )
-    return await text_prompt(text, model, add_special_tokens=bool(request.add_special_tokens))
-
-
-async def text_prompt(text: str, model: ServedModel, *, add_special_tokens: bool) -> Prompt:
-    """The tokens of a text."""
-    [prompt] = await _prompts([text], model.tokenizer, add_special_tokens=add_special_tokens)
+    [prompt] = await encode_prompts([text], model, add_special_tokens=bool(request.add_special_tokens))
     return prompt
 
 
-async def _prompts(raw: Sequence[str | list[int]], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[Prompt]:
-    """Encode what is text; in a thread when it is much (the library releases the GIL)."""
+async def encode_prompts(
+    raw: Sequence[str | list[int]], model: ServedModel, *, add_special_tokens: bool
+) -> list[Prompt]:
+    """The tokens of what is text."""
 
     def encode() -> list[Prompt]:
         return [
             Prompt(each, None)
             if isinstance(each, list)
-            else Prompt(tokenizer.encode(each, add_special_tokens=add_special_tokens), each)
+            else Prompt(model.tokenizer.encode(each, add_special_tokens=add_special_tokens), each)
             for each in raw
         ]
 
-    much = sum(len(each) for each in raw if isinstance(each, str)) >= _LONG_TEXT
-    return await asyncio.to_thread(encode) if much else encode()
+    return await off_loop(sum(len(each) for each in raw if isinstance(each, str)), encode)
+
+
+async def off_loop(size: int, work: Callable[[], Result]) -> Result:
+    """The result of `work`, done in a thread when its `size` (characters or tokens) is large."""
+    return await asyncio.to_thread(work) if size >= _LONG else work()
+
+
+def check_sampling_defaults(defaults: Mapping[str, float], *, overrides: Collection[str], folder: str) -> None:
+    """What holds for a request holds for its defaults. Raises `ConfigError` naming their source: the flag for
+    `overrides`, or the model's file."""
+    try:
+        GenerationRequest.model_validate({k: int(v) if v.is_integer() else v for k, v in defaults.items()})
+    except ValidationError as error:
+        fault = refusal(error)
+        source = "--override-generation-config" if fault.param in overrides else f"{folder}/generation_config.json"
+        raise ConfigError(f"{source}: {fault}") from error
 
 
 def choice_seed(seed: int, choice: int) -> int:
@@ -203,14 +219,6 @@ def choice_seed(seed: int, choice: int) -> int:
         return seed
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + choice.to_bytes(8, "little"), digest_size=8).digest()
     return int.from_bytes(digest, "little") & SEED_MASK
-
-
-def _split_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt[0], int):
-        return [[token for token in prompt if isinstance(token, int)]]
-    return [each for each in prompt if not isinstance(each, int)]
 
 
 def _check_logprobs(value: int | None, param: str, model: ServedModel) -> None:
@@ -227,47 +235,37 @@ def _job(
     max_tokens: int | None,
     default_max_tokens: int | None,
     logprobs: int | None,
-    echo: bool,
-    discard_output: bool,
+    echo: bool = False,
+    discard_output: bool = False,
 ) -> Job:
     _check_logprobs(request.prompt_logprobs, "prompt_logprobs", model)
     n = request.n or 1
     wanted = [each for each in (request.prompt_logprobs, logprobs if echo else None) if each is not None]
-    prompt_logprobs = max(wanted, default=None)
-    logit_bias = _logit_bias(request, model)
+    params = _sampling_params(request, model, logprobs=logprobs, prompt_logprobs=max(wanted, default=None))
+    serial = uuid.uuid4().hex
     submits: list[Submit] = []
     for prompt in prompts:
         limit = _output_limit(prompt, model, max_tokens, default_max_tokens)
+        if params.min_tokens > limit:
+            raise InvalidRequest(
+                f"`min_tokens` {params.min_tokens}: more than `max_tokens` ({limit})", param="min_tokens"
+            )
         seed = model.seeds.getrandbits(63) if request.seed is None else request.seed & SEED_MASK
         for choice in range(n):
-            params = _sampling_params(
-                request,
-                model,
-                seed=choice_seed(seed, choice),
-                max_tokens=limit,
-                logprobs=logprobs,
-                logit_bias=logit_bias,
-                prompt_logprobs=prompt_logprobs,
-            )
-            name = f"{request_id}-{len(submits)}"
-            submits.append(Submit(name, prompt.token_ids, params, request.priority or 0))
-    options = request.stream_options
+            own = msgspec.structs.replace(params, seed=choice_seed(seed, choice), max_tokens=limit)
+            submits.append(Submit(f"{serial}-{len(submits)}", prompt.token_ids, own, request.priority or 0))
     return Job(
+        request=request,
         request_id=request_id,
         submits=submits,
         prompts=prompts,
         n=n,
         stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
-        include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
+        logprobs=logprobs,
+        stream_options=request.stream_options or StreamOptions(),
         echo=echo,
         discard_output=discard_output,
-        logprobs=logprobs,
-        prompt_logprobs=request.prompt_logprobs,
-        return_token_ids=bool(request.return_token_ids),
-        stream=bool(request.stream),
-        include_usage=bool(options and options.include_usage),
-        continuous_usage=bool(options and options.continuous_usage_stats),
     )
 
 
@@ -297,29 +295,21 @@ def _output_limit(prompt: Prompt, model: ServedModel, asked: int | None, default
 
 
 def _sampling_params(
-    request: GenerationRequest,
-    model: ServedModel,
-    *,
-    seed: int,
-    max_tokens: int,
-    logprobs: int | None,
-    prompt_logprobs: int | None,
-    logit_bias: dict[int, float],
+    request: GenerationRequest, model: ServedModel, *, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
+    """What all choices share; seed and max_tokens are each one's own and not set here."""
+
     def value(name: str, neutral: float) -> float:
         """As the request says, or else as the model's authors recommend, or else without effect."""
         asked: float | None = getattr(request, name)
         return model.sampling_defaults.get(name, neutral) if asked is None else asked
 
-    min_tokens = request.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise InvalidRequest(f"`min_tokens` {min_tokens}: more than `max_tokens` ({max_tokens})", param="min_tokens")
     stop_token_ids = tuple(request.stop_token_ids or ())
     model.check_tokens(stop_token_ids, "stop_token_ids")
     return SamplingParams(
-        seed=seed,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
+        seed=0,
+        max_tokens=0,
+        min_tokens=request.min_tokens or 0,
         temperature=value("temperature", 1.0),
         top_p=value("top_p", 1.0),
         top_k=max(0, int(value("top_k", 0))),
@@ -327,7 +317,7 @@ def _sampling_params(
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=value("repetition_penalty", 1.0),
-        logit_bias=logit_bias,
+        logit_bias=_logit_bias(request, model),
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(request.ignore_eos),
         logprobs=logprobs,

@@ -25,9 +25,7 @@ Json = dict[str, Any]
 def error_body(error: BaseException) -> Json:
     """OpenAI's error object."""
     if isinstance(error, RequestError):
-        return {
-            "error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code},
-        }
+        return {"error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}}
     message = str(error) if isinstance(error, HoldfastError) else "the server failed; its log says why"
     return {"error": {"message": message, "type": "internal_server_error", "param": None, "code": None}}
 
@@ -66,22 +64,30 @@ class Reply:
 
     def _chunk(self, generation: Generation, choices: list[Json]) -> Json:
         chunk = self._head | {"object": self.chunk_object, "choices": choices}
-        if self.job.continuous_usage:
+        if self.job.stream_options.continuous_usage_stats:
             chunk["usage"] = generation.usage()
-        elif self.job.include_usage:
+        elif self.job.stream_options.include_usage:
             chunk["usage"] = None
         return chunk
 
     def _extras(self, piece: Piece) -> Json:
-        return {"token_ids": piece.token_ids} if self.job.return_token_ids else {}
+        return {"token_ids": piece.token_ids} if self.job.request.return_token_ids else {}
 
-    def _prompt_logprobs(self, generation: Generation, index: int) -> list[Json | None]:
-        """vLLM's shape: per prompt token an object by token id; null for the first, which nothing predicts."""
-        entries = generation.choices[index].prompt_logprobs or []
-        return [None, *(self._by_token_id(entry) for entry in entries)]
+    def _of_prompt(self, generation: Generation, index: int) -> Json:
+        """What the client asked to hear of a choice's prompt; said once, at the beginning. `prompt_logprobs` are
+        vLLM's: per token an object by token id; null for the first, which nothing predicts."""
+        request = self.job.request
+        told: Json = {}
+        if request.prompt_logprobs is not None:
+            entries = generation.choices[index].prompt_logprobs or []
+            told["prompt_logprobs"] = [None, *(self._by_token_id(entry) for entry in entries)]
+        if request.return_token_ids:
+            told["prompt_token_ids"] = self.job.prompt_of(index).token_ids
+        return told
 
     def _by_token_id(self, entry: TokenLogprobs) -> Json:
-        ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, 1)]
+        top = entry.top[: self.job.request.prompt_logprobs]
+        ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(top, 1)]
         return {
             str(token_id): {
                 "logprob": finite(logprob),
@@ -116,36 +122,25 @@ class ChatReply(Reply):
             for piece in pieces
         ]
         reply = self._head | {"object": self.object, "choices": choices, "usage": generation.usage()}
-        if self.job.prompt_logprobs is not None:
-            reply["prompt_logprobs"] = self._prompt_logprobs(generation, 0)
-        if self.job.return_token_ids:
-            reply["prompt_token_ids"] = self.job.prompts[0].token_ids
-        return reply
+        return reply | self._of_prompt(generation, 0)
 
     def chunks(self, generation: Generation, piece: Piece) -> list[Json]:
-        choices: list[Json] = []
+        chunks: list[Json] = []
+
+        def say(delta: Json, **fields: Any) -> None:
+            choice = {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": None} | fields
+            chunks.append(self._chunk(generation, [choice]))
+
         if piece.index not in self._opened:
+            say({"role": "assistant", "content": ""})
+            if not self._opened:
+                chunks[0] |= self._of_prompt(generation, piece.index)
             self._opened.add(piece.index)
-            choices.append({"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
-        if piece.text or piece.logprobs or (piece.token_ids and self.job.return_token_ids):
-            choices.append(
-                {
-                    "delta": {"content": piece.text},
-                    "logprobs": self._logprobs(piece),
-                    "finish_reason": None,
-                    **self._extras(piece),
-                }
-            )
+        if piece.text or piece.logprobs or (piece.token_ids and self.job.request.return_token_ids):
+            say({"content": piece.text}, logprobs=self._logprobs(piece), **self._extras(piece))
         if piece.finish_reason is not None:
-            choices.append(
-                {
-                    "delta": {},
-                    "logprobs": None,
-                    "finish_reason": piece.finish_reason,
-                    "stop_reason": piece.stop_reason,
-                }
-            )
-        return [self._chunk(generation, [{"index": piece.index, **choice}]) for choice in choices]
+            say({}, finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
+        return chunks
 
     def _logprobs(self, piece: Piece) -> Json | None:
         if self.job.logprobs is None:
@@ -176,7 +171,7 @@ class CompletionReply(Reply):
 
     def __init__(self, job: Job, model_name: str, tokenizer: Tokenizer, created: int) -> None:
         super().__init__(job, model_name, tokenizer, created)
-        self._unechoed = set(range(len(job.submits))) if job.echo else set()
+        self._unopened = set(range(len(job.submits)))
         self._echoes: list[tuple[str, list[str]]] = [self._echo_of(index) for index in range(len(job.prompts))]
 
     def whole(self, generation: Generation, pieces: list[Piece]) -> Json:
@@ -185,18 +180,16 @@ class CompletionReply(Reply):
 
     def chunks(self, generation: Generation, piece: Piece) -> list[Json]:
         choice = self._choice(generation, piece)
-        if not (choice["text"] or choice["logprobs"] or choice["finish_reason"] or self.job.return_token_ids):
-            return []
-        return [self._chunk(generation, [choice])]
+        return [self._chunk(generation, [choice])] if any(choice[key] for key in choice.keys() - {"index"}) else []
 
     def _choice(self, generation: Generation, piece: Piece) -> Json:
-        """One entry of `choices`; the first of a choice that echoes begins with the prompt."""
-        text, logprobs = piece.text, self._logprobs(piece)
-        first = piece.index in self._unechoed
+        """One entry of `choices`; the first of each choice is about the prompt, too."""
         if self.job.discard_output:
-            text, logprobs = "", None if logprobs is None else _no_logprobs()
-        if first:
-            self._unechoed.discard(piece.index)
+            piece = Piece(piece.index, finish_reason=piece.finish_reason and "length")
+        text, logprobs = piece.text, self._logprobs(piece)
+        first = piece.index in self._unopened
+        self._unopened.discard(piece.index)
+        if first and self.job.echo:
             text = self._echoes[piece.index // self.job.n][0] + text
             if logprobs is not None:
                 logprobs = _joined(self._prompt_part(generation, piece.index), logprobs)
@@ -204,15 +197,11 @@ class CompletionReply(Reply):
             "index": piece.index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": "length" if self.job.discard_output and piece.finish_reason else piece.finish_reason,
-            "stop_reason": None if self.job.discard_output else piece.stop_reason,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+            **self._extras(piece),
         }
-        if piece.finish_reason is not None and self.job.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = self._prompt_logprobs(generation, piece.index)
-        if self.job.return_token_ids:
-            choice["token_ids"] = [] if self.job.discard_output else piece.token_ids
-            choice["prompt_token_ids"] = self.job.prompt_of(piece.index).token_ids
-        return choice
+        return choice | self._of_prompt(generation, piece.index) if first else choice
 
     def _echo_of(self, index: int) -> tuple[str, list[str]]:
         """The prompt's text, and the part of it that each of its tokens completes."""
@@ -255,10 +244,6 @@ class CompletionReply(Reply):
 
 def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LEAST_LOGPROB
-
-
-def _no_logprobs() -> Json:
-    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
 def _joined(first: Json, second: Json) -> Json:

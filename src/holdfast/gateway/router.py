@@ -7,24 +7,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import zmq
 import zmq.asyncio
 
-from holdfast.core.errors import InvalidRequest, QueueFull, TokenLogGap, Unavailable
-from holdfast.core.wire import (
-    Abort,
-    Endpoints,
-    EngineReady,
-    Outputs,
-    Submit,
-    ToGateway,
-    TokenOutput,
-    decoder,
-    encode,
-)
+from holdfast.core.errors import QueueFull, TokenLogGap, Unavailable
+from holdfast.core.wire import Abort, Endpoints, EngineReady, Outputs, Submit, ToGateway, TokenOutput, decoder, encode
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.tokenlog import TokenLog
 
@@ -59,7 +49,8 @@ class _Live:
     mailbox: Mailbox
     replica: int
     num_prompt_tokens: int
-    submitted: float = field(default_factory=time.monotonic)
+    arrived: float
+    """When its API call came to the door, by the monotonic clock."""
     first_token: float | None = None
     last_token: float = 0.0
     num_tokens: int = 0
@@ -76,10 +67,10 @@ class Router:
 
     def __init__(self, endpoints: Endpoints, log: TokenLog, metrics: Metrics, *, max_live: int) -> None:
         """Binds the gateway's PULL. `max_live`: engine requests that may live at once."""
+        self.max_live = max_live
         self._endpoints = endpoints
         self._log = log
         self._metrics = metrics
-        self._max_live = max_live
         self._context = zmq.Context()
         self._incoming = zmq.asyncio.Socket.shadow(self._context.socket(zmq.PULL))
         self._incoming.set_hwm(0)
@@ -105,11 +96,6 @@ class Router:
     def num_live(self) -> int:
         return len(self._live)
 
-    @property
-    def max_live(self) -> int:
-        """Engine requests that may live at once."""
-        return self._max_live
-
     async def run(self) -> None:
         """Deliver what the engines say, for ever."""
         decode = decoder(ToGateway).decode
@@ -127,36 +113,34 @@ class Router:
         await self._some_ready.wait()
         return next(iter(self._ready.values()))
 
-    def submit(self, requests: Sequence[Submit]) -> Mailbox:
-        """Make these engine requests live, all or none.
+    def submit(self, requests: Sequence[Submit], arrived: float) -> Mailbox:
+        """Make these engine requests live, all or none. Their ids must never have been used; `arrived` is the
+        monotonic time from which users wait.
 
-        Raises `QueueFull` when too many live already, `InvalidRequest` when an id is in use, `Unavailable` when
-        there is no replica.
+        Raises `QueueFull` when too many live already, `Unavailable` when there is no replica.
         """
         if self.status != "ready":
             raise Unavailable(f"the service is {self.status}", retry_after=1)
-        if len(self._live) + len(requests) > self._max_live:
+        if len(self._live) + len(requests) > self.max_live:
             raise QueueFull(
-                f"{len(self._live)} sequences are running or waiting, at most {self._max_live} may; try again later",
+                f"{len(self._live)} sequences are running or waiting, at most {self.max_live} may; try again later",
                 code="queue_full",
                 retry_after=1,
             )
-        for request in requests:
-            if request.request_id in self._log:
-                raise InvalidRequest(f"`request_id`: {request.request_id!r} is in use", param="request_id")
         replica = next(iter(self._ready))
         mailbox = Mailbox()
         self._idle.clear()
         for request in requests:
-            self._live[request.request_id] = _Live(mailbox, replica, len(request.prompt_token_ids))
+            self._live[request.request_id] = _Live(mailbox, replica, len(request.prompt_token_ids), arrived)
             self._log.open(request.request_id, request.prompt_token_ids, request.params)
             self._outgoing[replica].send(encode(request), zmq.NOBLOCK)
         return mailbox
 
-    def abort(self, request_ids: Iterable[str], reason: Literal["stop", "abort"] = "abort") -> None:
+    def abort(self, request_ids: Iterable[str], reason: Literal["stop", "abort", "error"] = "abort") -> None:
         """End these requests here and in the engine; those that are not live are ignored.
 
-        `reason`: `stop` when the reader found the end in the text, `abort` when nobody reads any more.
+        `reason`: `stop` when the reader found the end in the text, `abort` when nobody reads any more, `error` when
+        the reader has been told of one.
         """
         of_replica: dict[int, list[str]] = {}
         for request_id in request_ids:
@@ -229,23 +213,17 @@ class Router:
                     self._end(output.request_id, new.finish)
 
     def _fail(self, request_ids: list[str], reason: str) -> None:
-        of_replica: dict[int, list[str]] = {}
         for request_id in request_ids:
             live = self._live[request_id]
-            of_replica.setdefault(live.replica, []).append(request_id)
-            live.mailbox.put(
-                TokenOutput(request_id=request_id, start=live.num_tokens, token_ids=[], finish="error", error=reason)
-            )
-            self._end(request_id, "error")
-        for replica, ids in of_replica.items():
-            self._outgoing[replica].send(encode(Abort(ids)), zmq.NOBLOCK)
+            live.mailbox.put(TokenOutput(request_id, live.num_tokens, [], finish="error", error=reason))
+        self.abort(request_ids, "error")
 
     def _observe(self, live: _Live, num_new: int, now: float) -> None:
         if num_new == 0:
             return
         if live.first_token is None:
             live.first_token = now
-            self._metrics.first_token.observe(now - live.submitted)
+            self._metrics.first_token.observe(now - live.arrived)
             self._metrics.prompt_tokens.inc(live.num_prompt_tokens)
         else:
             self._metrics.inter_token.observe(now - live.last_token)
@@ -258,7 +236,7 @@ class Router:
         if not self._live:
             self._idle.set()
         self._metrics.request_ended(reason)
-        self._metrics.latency.observe(time.monotonic() - live.submitted)
+        self._metrics.latency.observe(time.monotonic() - live.arrived)
         self._metrics.request_prompt.observe(live.num_prompt_tokens)
         self._metrics.request_generation.observe(live.num_tokens)
         if live.first_token is not None and live.num_tokens > 1:

@@ -144,7 +144,7 @@ def health_responses() -> Responses:
 
 
 def text_responses(content_type: str) -> Responses:
-    replies = responses(Error, statuses=(401, 405, 500, 503))
+    replies = responses(Error, statuses=(401, 405, 500))
     return replies | {200: {"content": {content_type: {"schema": {"type": "string"}}}}}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
@@ -23,21 +24,15 @@ SPACE_MARK = "▁"
 
 
 class Tokenizer:
-    """One model's tokenizer, its special tokens by role, and its chat templates by name."""
+    """One model's tokenizer, its special tokens by role, and its chat template."""
 
     def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        special_tokens: dict[str, str],
-        chat_templates: dict[str, str],
-        source: str,
+        self, backend: tokenizers.Tokenizer, *, special_tokens: dict[str, str], chat_template: str | None, source: str
     ) -> None:
         """`special_tokens`: text by role (`bos_token`, `eos_token`, …). `source` names the files in errors."""
         self._backend = backend
         self.special_tokens = special_tokens
-        self.chat_templates = chat_templates
-        self.vocab_size = backend.get_vocab_size()
+        self.chat_template = chat_template
         self._special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -110,7 +105,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise ModelError(f"{folder / 'tokenizer.model'}: SentencePiece files are not read; tokenizer.json is needed")
     else:
         raise ModelError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
-    return Tokenizer(backend, special_tokens=special, chat_templates=_folder_templates(folder, config), source=source)
+    return Tokenizer(backend, special_tokens=special, chat_template=_folder_template(folder, config), source=source)
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -162,9 +157,12 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 def _read_backend(path: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(path)
+        backend = tokenizers.Tokenizer.from_file(path)
     except Exception as error:
         raise ModelError(f"{path}: {error}") from error
+    backend.no_truncation()  # left over from fine-tuning in many files
+    backend.no_padding()
+    return backend
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -214,16 +212,23 @@ def set_edge_tokens(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str 
     )
 
 
-def _folder_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Chat templates by name; the unnamed one is `default`. A .jinja file wins over tokenizer_config.json."""
-    templates: dict[str, str] = {}
-    configured = config.get("chat_template")
-    if isinstance(configured, str):
-        templates["default"] = configured
-    elif isinstance(configured, list):
-        templates |= {entry["name"]: entry["template"] for entry in configured}
-    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[file.stem] = file.read_text(encoding="utf-8")
-    if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return templates
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+def _folder_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The chat template; of several, the one named `default`. A .jinja file wins over tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise ModelError(f"{file}: {error}") from error
+    try:
+        template = msgspec.convert(config.get("chat_template"), str | list[_NamedTemplate] | None)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template: {error}") from error
+    if isinstance(template, list):
+        return next((each.template for each in template if each.name == "default"), None)
+    return template

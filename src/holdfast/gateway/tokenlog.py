@@ -34,9 +34,6 @@ class TokenLog:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._entries
-
     def __getitem__(self, request_id: str) -> LogEntry:
         return self._entries[request_id]
 

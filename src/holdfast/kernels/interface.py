@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+from holdfast.core.spec import Activation
+
 T = TypeVar("T")
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.kernels.interface import Activation, AttentionOptions, BatchLayout
+from holdfast.core.spec import Activation
+from holdfast.kernels.interface import AttentionOptions, BatchLayout
 from holdfast.kernels.philox import philox
 
 _MAX_GATHERED_TOKENS = 1 << 16

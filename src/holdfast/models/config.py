@@ -6,14 +6,15 @@ GGUF metadata is translated into it, so that a family reads one kind of config w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
 from holdfast.core.errors import ModelError
-from holdfast.core.spec import RopeSpec
+from holdfast.core.spec import LayerSpec, RopeSpec
 from holdfast.models.gguf_file import GGUFFile, read_floats
 
 T = TypeVar("T")
@@ -61,6 +62,10 @@ _GGUF_KEYS = {
     "rope.freq_base_swa": "rope_local_base_freq",
     "rope.dimension_count": "rotary_dim",
 }
+# GGUF metadata that would change the logits if they were ignored → the value that changes nothing
+_GGUF_NEUTRAL = {"attention.scale": 0.0, "rope.scale_linear": 1.0}
+_MOST = 2**31 - 1
+"""No count in a config is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +86,32 @@ class Config:
         value: int = self._get(name, int, default)
         if value < 1:
             raise ModelError(f"{self.path}: {name} {value}: must be at least 1")
+        if value > _MOST:
+            raise ModelError(f"{self.path}: {name} {value}: must be at most {_MOST}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        return float(self._get(name, (int, float), default))
+    def number(self, name: str, default: float | None = None, *, above: float = -math.inf) -> float:
+        """A finite number larger than `above`."""
+        value: int | float = self._get(name, (int, float), default)
+        if not above < value < math.inf or abs(value) > sys.float_info.max:
+            bound = "" if above == -math.inf else f" above {above:g}"
+            raise ModelError(f"{self.path}: {name} {value}: must be a finite number{bound}")
+        return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value: bool = self._get(name, bool, default)
         return value
+
+    def mapping(self, name: str) -> Config:
+        """An object inside the config; an empty one where there is none."""
+        return Config(self.path, self._get(name, dict, {}))
+
+    def sequence(self, name: str, of: type[T]) -> Sequence[T]:
+        """A list whose items are all of one type; an empty one where there is none."""
+        values: list[T] = self._get(name, list, [])
+        if not all(type(value) is of for value in values):
+            raise ModelError(f"{self.path}: {name} {values}: wants {of.__name__} only")
+        return values
 
     def choice(self, name: str, options: Mapping[str, T], default: str | None = None) -> T:
         """`options[value]`; refuses a value that is not among them."""
@@ -144,15 +167,17 @@ def gguf_config(header: GGUFFile) -> Config:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         per_layer = values.get(name)
         if isinstance(per_layer, list):  # one number per layer
-            if len(set(per_layer)) > 1:
+            if len(set(per_layer)) != 1:
                 raise ModelError(f"{path}: {name} {per_layer}: layers of different sizes are not supported")
             values[name] = per_layer[0]
     if values.get("value_head_dim") != values.get("head_dim"):
         raise ModelError(f"{path}: {arch}.attention.value_length differs from key_length, which is not supported")
+    for key, neutral in _GGUF_NEUTRAL.items():
+        if metadata.get(f"{arch}.{key}", neutral) != neutral:
+            raise ModelError(f"{path}: {arch}.{key} {metadata[f'{arch}.{key}']} is not supported")
     config = Config(path, values)
     if "rotary_dim" in values:
-        head_dim = config.integer("hidden_size") // config.integer("num_attention_heads")
-        values["partial_rotary_factor"] = config.integer("rotary_dim") / config.integer("head_dim", head_dim)
+        values["partial_rotary_factor"] = config.integer("rotary_dim") / head_size(config)
     prefix = f"{arch}.rope.scaling."
     scaling = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if scaling.get("type", "none") != "none":
@@ -175,59 +200,80 @@ def _gguf_rope_scaling(path: str, prefix: str, scaling: Mapping[str, Any]) -> di
     return {name: scaling[key] for key, name in names.items() if key in scaling}
 
 
-def rope_spec(config: Config, head_dim: int, *, theta: float = 10000.0) -> RopeSpec:
+def head_size(config: Config) -> int:
+    """Dims per head: `head_dim`, or the hidden size shared out among the heads."""
+    if config.has("head_dim"):
+        return config.integer("head_dim")
+    hidden, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    if hidden % num_heads:
+        raise ModelError(f"{config.path}: hidden_size {hidden} cannot be shared by {num_heads} heads evenly")
+    return hidden // num_heads
+
+
+def layers_by_type(
+    config: Config, known: Mapping[str, LayerSpec], default: Callable[[int], str]
+) -> tuple[LayerSpec, ...]:
+    """One layer per entry of `layer_types` (transformers 5); `default(index)` is its type where there is no list."""
+    num_layers = config.integer("num_hidden_layers")
+    kinds = config.sequence("layer_types", str) or [default(index) for index in range(num_layers)]
+    if len(kinds) != num_layers or not set(kinds) <= set(known):
+        raise ModelError(f"{config.path}: layer_types {kinds}: wants {num_layers} of {', '.join(known)}")
+    return tuple(known[kind] for kind in kinds)
+
+
+def rope_spec(config: Config, head_dim: int) -> RopeSpec:
     """The one rotary embedding of a model, from `rope_parameters` (transformers 5) or `rope_theta` and
-    `rope_scaling` (4); `theta` is the family's default."""
-    values = config.values
-    found = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if config.has(name)}
-    found |= values.get("rope_scaling") or {}
-    found |= values.get("rope_parameters") or {}
-    rope = parse_rope(config, found, head_dim, theta=theta)
-    divisors = tuple(values.get("rope_frequency_divisors") or ())
+    `rope_scaling` (4)."""
+    found = {"rope_theta": config.values.get("rope_theta")}
+    found |= config.mapping("rope_scaling").values
+    found |= config.mapping("rope_parameters").values
+    rope = parse_rope(config, found, head_dim)
+    divisors = tuple(config.values.get("rope_frequency_divisors") or ())
     if divisors and len(divisors) != rope.rotary_dim // 2:
         raise ModelError(f"{config.path}: {len(divisors)} rope frequencies for {rope.rotary_dim // 2} rotated pairs")
+    if not all(0 < divisor < math.inf for divisor in divisors):
+        raise ModelError(f"{config.path}: rope frequencies {divisors}: must be finite numbers above 0")
     return msgspec.structs.replace(rope, frequency_divisors=divisors)
 
 
 def max_positions(config: Config, rope: RopeSpec) -> int:
     """Configs often keep the trained length in `max_position_embeddings` when YaRN is switched on."""
     stated = config.integer("max_position_embeddings")
-    return max(stated, int(rope.original_max_positions * rope.factor)) if rope.scaling == "yarn" else stated
+    if rope.scaling != "yarn":
+        return stated
+    stretched = min(rope.original_max_positions * rope.factor, _MOST)
+    return max(stated, int(stretched))
 
 
 def parse_rope(config: Config, found: Mapping[str, Any], head_dim: int, *, theta: float = 10000.0) -> RopeSpec:
-    """One dict of rope parameters as a `RopeSpec`. Raises `ModelError` for a type that is not supported."""
+    """One dict of rope parameters as a `RopeSpec`; `theta` is the family's default. Raises `ModelError` for a type
+    that is not supported, or a number that makes no sense."""
     rope = Config(config.path, found)
+    for place in (config, rope):
+        place.require("partial_rotary_factor", 1.0)  # no family here has another
     kind = found.get("rope_type") or found.get("type") or "default"
-    common: dict[str, Any] = {
-        "theta": rope.number("rope_theta", theta),
-        "rotary_dim": int(head_dim * rope.number("partial_rotary_factor", 1.0)),
-    }
+    common: dict[str, Any] = {"theta": rope.number("rope_theta", theta, above=1.0), "rotary_dim": head_dim}
     if kind in ("default", "none"):
         return RopeSpec(**common)
-    if kind == "linear":
-        return RopeSpec(**common, scaling="linear", factor=rope.number("factor"))
-    if kind not in ("llama3", "yarn"):
+    if kind not in ("linear", "llama3", "yarn"):
         raise ModelError(f"{config.path}: rope_type {kind!r} is not supported (known: default, linear, llama3, yarn)")
-    trained = found.get("original_max_position_embeddings")
-    common["original_max_positions"] = trained or config.integer("max_position_embeddings")
-    factor = rope.number("factor")
+    common |= {"scaling": kind, "factor": rope.number("factor", above=0.0)}
+    if kind == "linear":
+        return RopeSpec(**common)
+    common["original_max_positions"] = (
+        rope.integer("original_max_position_embeddings")
+        if rope.has("original_max_position_embeddings")
+        else config.integer("max_position_embeddings")
+    )
     if kind == "llama3":
-        return RopeSpec(
-            **common,
-            scaling="llama3",
-            factor=factor,
-            low_freq_factor=rope.number("low_freq_factor"),
-            high_freq_factor=rope.number("high_freq_factor"),
-        )
+        low = rope.number("low_freq_factor")
+        return RopeSpec(**common, low_freq_factor=low, high_freq_factor=rope.number("high_freq_factor", above=low))
     return RopeSpec(
         **common,
-        scaling="yarn",
-        factor=factor,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+        beta_fast=rope.number("beta_fast", 32.0, above=0.0),
+        beta_slow=rope.number("beta_slow", 1.0, above=0.0),
         truncate=rope.flag("truncate", True),
-        attention_factor=_yarn_temperature(rope, factor),
+        attention_factor=_yarn_temperature(rope, common["factor"]),
     )
 
 
@@ -235,11 +281,11 @@ def _yarn_temperature(rope: Config, factor: float) -> float:
     """What YaRN multiplies cos and sin with: sqrt(1/t) = 0.1 ln(factor) + 1 (arXiv:2309.00071, eq. 22),
     DeepSeek's quotient of two of them, or what the config states."""
     if rope.has("attention_factor"):
-        return rope.number("attention_factor")
+        return rope.number("attention_factor", above=0.0)
 
     def temperature(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if rope.has("mscale") and rope.has("mscale_all_dim"):
-        return temperature(rope.number("mscale")) / temperature(rope.number("mscale_all_dim"))
+        return temperature(rope.number("mscale", above=0.0)) / temperature(rope.number("mscale_all_dim", above=0.0))
     return temperature(1.0)

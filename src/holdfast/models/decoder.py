@@ -85,8 +85,8 @@ class Block:
 class Shared:
     """What the attention layers have in common: rotary tables and ALiBi slopes."""
 
-    def __init__(self, spec: DecoderSpec, device: torch.device) -> None:
-        self.ropes = [rope_table(rope, spec.max_positions, device) for rope in spec.ropes]
+    def __init__(self, spec: DecoderSpec, max_positions: int, device: torch.device) -> None:
+        self.ropes = [rope_table(rope, max_positions, device) for rope in spec.ropes]
         self.alibi_slopes: Tensor | None = None
         if spec.alibi:
             self.alibi_slopes = alibi_slopes(spec.num_heads).to(device)
@@ -96,16 +96,22 @@ class Shared:
 
 class Decoder:
     """`weights` holds every parameter of `models.parameters.parameters(spec)`; norms in float32, the rest in the
-    model's dtype, all on one device."""
+    model's dtype, all on one device. `max_positions`: of the longest request; None: as many as the model allows."""
 
-    def __init__(self, spec: DecoderSpec, weights: Mapping[str, Tensor], kernels: Kernels) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: Mapping[str, Tensor],
+        kernels: Kernels,
+        max_positions: int | None = None,
+    ) -> None:
         self.spec = spec
         self.kernels = kernels
         layers = Weights(weights, spec, kernels)
         self.embed = weights["embed.weight"]
         self.positions = weights.get("positions.weight")
         self.embed_norm = layers.norm("embed_norm") if spec.embedding_norm else None
-        shared = Shared(spec, self.embed.device)
+        shared = Shared(spec, max_positions or spec.max_positions, self.embed.device)
         self.blocks = [Block(spec, layers, index, shared) for index in range(spec.num_layers)]
         self.final_norm = layers.norm("final_norm") if spec.final_norm else None
         self.head = layers.linear("embed" if spec.tie_embeddings else "head")

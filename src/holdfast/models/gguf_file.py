@@ -70,10 +70,9 @@ def read_gguf(path: str) -> GGUFFile:
     or one that reaches beyond the end of the file."""
     with _open(path) as reader:
         metadata = reader.metadata()
-        if metadata.get("split.count", 1) > 1:
-            raise ModelError(
-                f"{path}: is part of a GGUF split over {metadata['split.count']} files; merge them first"
-            )
+        split = metadata.get("split.count", 1)
+        if split not in (0, 1):  # merged files say 0
+            raise ModelError(f"{path}: is part of a GGUF split over {split} files (split.count); merge them first")
         return GGUFFile(path, metadata, reader.tensors(metadata))
 
 
@@ -180,11 +179,14 @@ class _Reader:
         entries = []
         for _ in range(self.num_tensors):
             name = self.string()
-            shape = self.numbers("Q", self.numbers("I")[0])[::-1]  # ggml counts from the fastest dim
+            (num_dims,) = self.numbers("I")
+            shape = self.numbers("Q", num_dims)[::-1]  # ggml counts from the fastest dim
+            if not 1 <= num_dims <= 4 or not all(shape):
+                raise ModelError(f"{self.path}: tensor {name} has shape {shape}: must be one to four dims above 0")
             entries.append((name, shape, *self.numbers("I"), *self.numbers("Q")))
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ModelError(f"{self.path}: general.alignment {alignment!r}: must be a positive integer")
+        if not isinstance(alignment, int) or alignment < 1 or alignment % 8:
+            raise ModelError(f"{self.path}: general.alignment {alignment!r}: must be a positive multiple of 8")
         data_start = math.ceil(self.at / alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in entries:
@@ -193,7 +195,9 @@ class _Reader:
                 raise ModelError(f"{self.path}: tensor {name} has the unsupported type {kind} (known: {names})")
             type_name, block, block_bytes = TENSOR_TYPES[kind]
             num_bytes = math.prod(shape) // block * block_bytes
-            if shape and shape[-1] % block:
+            if offset % alignment:
+                raise ModelError(f"{self.path}: tensor {name}: offset {offset} is no multiple of {alignment}")
+            if shape[-1] % block:
                 raise ModelError(
                     f"{self.path}: tensor {name}: {type_name} needs rows in blocks of {block}, shape {shape}"
                 )

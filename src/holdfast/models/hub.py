@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from holdfast.core.errors import ModelError
@@ -17,9 +18,11 @@ def resolve_model(model: str, revision: str | None = None) -> str:
 
     Raises `ModelError`, saying what was tried, when it is neither or cannot be fetched.
     """
-    path = Path(model).expanduser()
-    if path.exists():
-        return str(path.absolute())
+    if not model:
+        raise ModelError(f"MODEL {model!r}: must be a folder, a .gguf file or a hub id of the form org/name")
+    path = os.path.expanduser(model)
+    if os.path.exists(path):
+        return str(Path(path).absolute())
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(("/", ".gguf")):
         raise ModelError(f"{model}: no such file or folder, and not a hub id of the form org/name")
 

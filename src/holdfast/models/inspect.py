@@ -5,25 +5,33 @@ Free of torch, so that the supervisor can refuse a bad checkpoint before it star
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from holdfast.core.errors import ModelError
 from holdfast.core.spec import DecoderSpec, ModelInfo
-from holdfast.models.config import gguf_config, hf_config
-from holdfast.models.families import FAMILIES, GGUF_ARCHITECTURES
+from holdfast.models.config import Config, gguf_config, hf_config
+from holdfast.models.families import FAMILIES, GGUF_ARCHITECTURES, Family
 from holdfast.models.gguf_file import GGUFTensor, read_gguf
-from holdfast.models.parameters import Source, locate, parameters
+from holdfast.models.parameters import Source, locate, walk_parameters
 from holdfast.models.safetensors_file import StoredTensor, read_json, read_safetensors
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 _DTYPES: dict[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_Tensors = Mapping[str, StoredTensor] | Mapping[str, GGUFTensor]
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+log = logging.getLogger(__name__)
 
 
 def inspect_model(path: str) -> ModelInfo:
@@ -32,29 +40,28 @@ def inspect_model(path: str) -> ModelInfo:
     Reads configuration and headers, no weights. Raises `ModelError` for an unknown architecture, an unsupported
     switch, a missing, extra or misshapen tensor, a damaged or truncated file, each by name.
     """
-    found = Path(path).absolute()
-    if found.is_dir():
-        return _inspect_folder(str(found))
-    if found.is_file() and found.suffix == ".gguf":
-        return _inspect_gguf(str(found))
+    found = str(Path(path).absolute())
+    if os.path.isdir(found):
+        return _inspect_folder(found)
+    if os.path.isfile(found) and found.endswith(".gguf"):
+        return _inspect_gguf(found)
     raise ModelError(f"{path}: neither a folder with config.json nor a .gguf file")
 
 
-def locate_sources(info: ModelInfo, stored: Collection[str]) -> dict[str, Source]:
-    """Parameter name → where it lies among the `stored` tensors of the checkpoint."""
+def source_finder(info: ModelInfo, stored: Collection[str]) -> Callable[[str], Source]:
+    """What tells, for a parameter's name, where it lies among the `stored` tensors of the checkpoint."""
     family = FAMILIES[info.spec.family]
     if info.format == "gguf":
         assert family.gguf_names is not None, f"{info.spec.family} came from a GGUF file"
-        names = family.gguf_names(info.spec)
-        return {parameter: locate(names, parameter) for parameter in parameters(info.spec)}
+        return partial(locate, family.gguf_names(info.spec))
     names = family.hf_names(info.spec)
-    sources = {parameter: locate(names, parameter) for parameter in parameters(info.spec)}
-    if sources["embed.weight"].name in stored:
-        return sources
-    return {
-        parameter: replace(source, name=source.name.removeprefix(family.base_prefix))
-        for parameter, source in sources.items()
-    }
+    prefix = "" if locate(names, "embed.weight").name in stored else family.base_prefix
+
+    def find(parameter: str) -> Source:
+        source = locate(names, parameter)
+        return replace(source, name=source.name.removeprefix(prefix))
+
+    return find
 
 
 def _inspect_folder(folder: str) -> ModelInfo:
@@ -62,20 +69,20 @@ def _inspect_folder(folder: str) -> ModelInfo:
     if not path.exists():
         raise ModelError(f"{folder}: has no config.json")
     config = hf_config(str(path), read_json(path))
-    spec = config.choice("model_type", FAMILIES).spec(config)
-    _check_spec(folder, spec)
     tensors = read_safetensors(folder)
+    spec = _spec(config, config.choice("model_type", FAMILIES), tensors)
+    if "lm_head.weight" in tensors:  # whatever the config says of tying: what was trained is what was stored
+        spec = msgspec.structs.replace(spec, tie_embeddings=False)
     generation_path = Path(folder, "generation_config.json")
-    generation = read_json(generation_path) if generation_path.exists() else {}
+    generation = Config(str(generation_path), read_json(generation_path) if generation_path.exists() else {})
+    ends = [generation.values.get("eos_token_id"), config.values.get("eos_token_id")]
     info = ModelInfo(
         path=folder,
         format="safetensors",
         spec=spec,
         dtype=_dtype(tensors),
-        eos_token_ids=_token_ids(generation.get("eos_token_id"), config.values.get("eos_token_id")),
-        sampling_defaults={
-            name: float(generation[name]) for name in _SAMPLING if isinstance(generation.get(name), int | float)
-        },
+        eos_token_ids=_token_ids(folder, spec.vocab_size, ends),
+        sampling_defaults={name: generation.number(name) for name in _SAMPLING if generation.has(name)},
     )
     _check_tensors(info, tensors)
     return info
@@ -91,40 +98,43 @@ def _inspect_gguf(path: str) -> ModelInfo:
     model_type = GGUF_ARCHITECTURES[architecture]
     if model_type == "llama" and config.values.get("num_experts"):
         model_type = "mixtral"
-    spec = FAMILIES[model_type].spec(config)
-    _check_spec(path, spec)
+    spec = _spec(config, FAMILIES[model_type], header.tensors)
     ends = [header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     info = ModelInfo(
         path=path,
         format="gguf",
         spec=spec,
         dtype=_dtype(header.tensors),
-        eos_token_ids=_token_ids(*ends),
+        eos_token_ids=_token_ids(path, spec.vocab_size, ends),
     )
     _check_tensors(info, header.tensors)
     return info
 
 
-def _check_spec(path: str, spec: DecoderSpec) -> None:
-    """The sizes fit together."""
+def _spec(config: Config, family: Family, tensors: _Tensors) -> DecoderSpec:
+    """What the config describes; its sizes fit together."""
+    num_layers, path = config.integer("num_hidden_layers"), config.path
+    if num_layers > len(tensors):  # the spec has an entry per layer, so this comes first
+        raise ModelError(f"{path}: num_hidden_layers {num_layers}: the checkpoint has only {len(tensors)} tensors")
+    spec = family.spec(config)
     if spec.num_heads % spec.num_kv_heads:
         raise ModelError(f"{path}: {spec.num_heads} query heads cannot share {spec.num_kv_heads} KV heads evenly")
-    if spec.ropes and any(rope.rotary_dim % 2 or rope.rotary_dim > spec.head_dim for rope in spec.ropes):
-        raise ModelError(
-            f"{path}: rotary dims {[rope.rotary_dim for rope in spec.ropes]}: want even ones within a head"
-        )
+    if spec.ropes and spec.head_dim % 2:
+        raise ModelError(f"{path}: heads of {spec.head_dim} dims cannot be rotated in pairs")
     if spec.moe and spec.moe.experts_per_token > spec.moe.num_experts:
         raise ModelError(f"{path}: {spec.moe.experts_per_token} experts per token, but only {spec.moe.num_experts}")
+    return spec
 
 
-def _check_tensors(info: ModelInfo, tensors: Mapping[str, StoredTensor] | Mapping[str, GGUFTensor]) -> None:
+def _check_tensors(info: ModelInfo, tensors: _Tensors) -> None:
     """Every parameter has its tensor, of the right shape, and every tensor a use."""
     spec = info.spec
     num_experts = spec.moe.num_experts if spec.moe else 0
-    wanted = parameters(spec)
+    find = source_finder(info, tensors.keys())
     used = set()
-    for parameter, source in locate_sources(info, tensors.keys()).items():
-        shape = source.stored_shape(wanted[parameter].shape, num_experts)
+    for name, parameter in walk_parameters(spec):
+        source = find(name)
+        shape = source.stored_shape(parameter.shape, num_experts)
         if source.name not in tensors:
             raise ModelError(f"{info.path}: tensor {source.name} is missing (its shape would be {shape})")
         tensor = tensors[source.name]
@@ -136,14 +146,12 @@ def _check_tensors(info: ModelInfo, tensors: Mapping[str, StoredTensor] | Mappin
         used.add(source.name)
     ignored = FAMILIES[spec.family].ignored
     extra = [name for name in tensors if name not in used and not any(re.search(p, name) for p in ignored)]
-    if spec.tie_embeddings:
-        extra = [name for name in extra if name != "lm_head.weight"]  # a copy of the embeddings
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise ModelError(f"{info.path}: tensor {extra[0]}{more} has no place in a {spec.family} model of this config")
 
 
-def _dtype(tensors: Mapping[str, StoredTensor] | Mapping[str, GGUFTensor]) -> Dtype:
+def _dtype(tensors: _Tensors) -> Dtype:
     """The dtype most of the checkpoint's numbers have. Quantized ones count as bfloat16, which any of them fits."""
     sizes: Counter[Dtype] = Counter()
     for tensor in tensors.values():
@@ -152,7 +160,13 @@ def _dtype(tensors: Mapping[str, StoredTensor] | Mapping[str, GGUFTensor]) -> Dt
     return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
-def _token_ids(*found: Any) -> tuple[int, ...]:
-    """Ids given as an int, a list of them, or None; each once, in order."""
-    ids = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
-    return tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
+def _token_ids(path: str, vocab_size: int, found: list[Any]) -> tuple[int, ...]:
+    """Ids given as an int, a list of them, or None; each once, in order. Some published lists name tokens that the
+    model does not have; it can never say them."""
+    entries = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
+    given = list(dict.fromkeys(token for token in entries if type(token) is int))
+    known = tuple(token for token in given if 0 <= token < vocab_size)
+    if len(known) < len(given):
+        beyond = [token for token in given if token not in known]
+        log.warning("%s: eos token ids %s are left out: the vocabulary has %d tokens", path, beyond, vocab_size)
+    return known

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from holdfast.core.errors import ModelError
 from holdfast.core.spec import DecoderSpec, ModelInfo
 from holdfast.kernels.interface import Kernels
 from holdfast.models.decoder import Decoder
 from holdfast.models.gguf_file import GGUFTensor, read_gguf
-from holdfast.models.inspect import locate_sources
+from holdfast.models.inspect import source_finder
 from holdfast.models.parameters import Parameter, Source, parameters
 from holdfast.models.safetensors_file import read_safetensors
 
@@ -34,28 +35,31 @@ def load_decoder(
     kernels: Kernels,
     dtype: torch.dtype,
     device: torch.device | str,
+    *,
     progress: Callable[[float], None] = lambda fraction: None,
+    max_positions: int | None = None,
 ) -> Decoder:
     """The model of `info` (from `inspect_model`) in memory: norms in float32, all else in `dtype`, on `device`.
 
-    `progress` is called with the fraction of the weights done, in (0, 1].
+    `progress` is called with the fraction of the weights done, in (0, 1]. `max_positions`: the longest request, when
+    that is less than the model allows. Raises `ModelError` for a file that has been damaged since it was inspected.
     """
     weights = load_weights(info, dtype, torch.device(device), progress)
-    return Decoder(info.spec, weights, kernels)
+    return Decoder(info.spec, weights, kernels, max_positions)
 
 
 def load_weights(
     info: ModelInfo, dtype: torch.dtype, device: torch.device, progress: Callable[[float], None]
 ) -> dict[str, Tensor]:
-    """Every parameter by our name."""
+    """Every parameter by our name. A head that only repeats the embeddings is not held twice."""
     wanted = parameters(info.spec)
     read, stored = _open_gguf(info) if info.format == "gguf" else _open_safetensors(info)
-    sources = locate_sources(info, stored)
+    find = source_finder(info, stored)
 
     def load(name: str) -> Tensor:
-        parameter = wanted[name]
-        tensor = read(sources[name])
-        if sources[name].plus_one:
+        parameter, source = wanted[name], find(name)
+        tensor = read(source)
+        if source.plus_one:
             tensor = tensor.float() + 1.0
         out = torch.empty(parameter.shape, dtype=torch.float32 if parameter.norm else dtype, device=device)
         return out.copy_(tensor)
@@ -67,6 +71,8 @@ def load_weights(
             weights[name] = tensor
             done += tensor.numel()
             progress(done / total)
+    if "head.weight" in weights and torch.equal(weights["head.weight"], weights["embed.weight"]):
+        weights["head.weight"] = weights["embed.weight"]
     return weights
 
 
@@ -97,7 +103,10 @@ def select(tensor: Tensor, source: Source, head_dim: int) -> Tensor:
 
 def _open_safetensors(info: ModelInfo) -> tuple[Read, set[str]]:
     tensors = read_safetensors(info.path)
-    files = {file: safe_open(file, framework="pt") for file in {tensor.file for tensor in tensors.values()}}
+    try:
+        files = {file: safe_open(file, framework="pt") for file in {tensor.file for tensor in tensors.values()}}
+    except SafetensorError as error:
+        raise ModelError(f"{info.path}: {error}") from error
 
     def read(source: Source) -> Tensor:
         stored: Tensor = files[tensors[source.name].file].get_tensor(source.name)  # type: ignore[no-untyped-call]

@@ -63,10 +63,11 @@ Names = Mapping[str, str | Source]
 
 def parameters(spec: DecoderSpec) -> dict[str, Parameter]:
     """Every parameter of the decoder with its shape, matrices as [out, in]. A tied head has no parameter."""
-    return dict(_parameters(spec))
+    return dict(walk_parameters(spec))
 
 
-def _parameters(spec: DecoderSpec) -> Iterator[tuple[str, Parameter]]:
+def walk_parameters(spec: DecoderSpec) -> Iterator[tuple[str, Parameter]]:
+    """`parameters` one by one: a config that names a billion experts is found out at the first that is not there."""
     hidden = spec.hidden_size
     yield "embed.weight", Parameter((spec.vocab_size, hidden))
     if spec.learned_positions:

@@ -13,8 +13,12 @@ from holdfast.core.spec import RopeSpec
 def rope_table(rope: RopeSpec, max_positions: int, device: torch.device) -> Tensor:
     """cos and sin of every angle: float32 [max_positions, 2, rotary_dim / 2]."""
     positions = torch.arange(max_positions, dtype=torch.float32)
-    angles = positions[:, None] * inverse_frequencies(rope)
-    table = torch.stack((angles.cos(), angles.sin()), dim=1) * rope.attention_factor
+    table = torch.empty(max_positions, 2, rope.rotary_dim // 2)
+    cos, sin = table.unbind(1)
+    torch.outer(positions, inverse_frequencies(rope), out=cos)  # in place: tables of long models are large
+    torch.sin(cos, out=sin)
+    cos.cos_()
+    table *= rope.attention_factor
     return table.to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -30,10 +31,17 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
     """
     device = pick_device(config.device.device)
     if device.type == "cpu":
-        torch.set_num_threads(config.device.cpu_threads or usable_cores())
+        torch.set_num_threads(_num_threads(config.device.cpu_threads))
     dtype = pick_dtype(config.model.dtype, model, device)
     kernels = select_kernels(device.type)
-    decoder = load_decoder(model, kernels, dtype, device, lambda fraction: progress("loading weights", fraction))
+    decoder = load_decoder(
+        model,
+        kernels,
+        dtype,
+        device,
+        progress=lambda fraction: progress("loading weights", fraction),
+        max_positions=longest_request(config, model),
+    )
     runner = Runner(
         decoder,
         _pages(config, model, dtype, device, num_blocks=1),
@@ -45,6 +53,19 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
     tokens = num_blocks * config.cache.block_size
     progress(f"{device.type}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
     return runner
+
+
+def longest_request(config: ServeConfig, model: ModelInfo) -> int:
+    """Tokens a request can have at most: `--max-model-len`, or what the model allows."""
+    return min(config.model.max_model_len or model.spec.max_positions, model.spec.max_positions)
+
+
+def _num_threads(wanted: int | None) -> int:
+    """`--cpu-threads`, or as many as there are cores for us. Raises `ConfigError` for more than the machine has."""
+    there = os.cpu_count() or 1
+    if wanted is not None and wanted > there:
+        raise ConfigError(f"--cpu-threads {wanted}: must be at most {there}, what this machine has")
+    return wanted or usable_cores()
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -69,7 +90,7 @@ def _num_blocks(
 ) -> int:
     spec, cache = model.spec, config.cache
     per_block = bytes_per_block(spec.num_layers, spec.num_kv_heads, spec.head_dim, cache.block_size, dtype)
-    longest = config.model.max_model_len or spec.max_positions
+    longest = longest_request(config, model)
     enough = config.scheduler.max_num_seqs * -(-longest // cache.block_size)
     free = _free_cuda_memory(config, model, device, runner) if device.type == "cuda" else available_memory()
     if cache.kv_cache_memory_bytes is not None:
@@ -89,7 +110,7 @@ def _free_cuda_memory(config: ServeConfig, model: ModelInfo, device: torch.devic
     """Bytes left for the KV cache: `--gpu-memory-utilization` of the card, less what others hold, less the weights
     and the peak workspace of the largest step, measured by running one."""
     torch.cuda.reset_peak_memory_stats(device)
-    runner.run(largest_step(config, model.spec.max_positions))
+    runner.run(largest_step(config, longest_request(config, model)))
     runner.requests = Requests()
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()

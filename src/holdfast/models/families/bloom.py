@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from holdfast.core.spec import DecoderSpec, LayerSpec
-from holdfast.models.config import Config
+from holdfast.models.config import Config, head_size
 from holdfast.models.families.family import Family, fused_qkv
+from holdfast.models.families.llama import GGUF_NAMES
 from holdfast.models.parameters import Names
 
 
@@ -12,20 +13,21 @@ def bloom_spec(config: Config) -> DecoderSpec:
     config.require("apply_residual_connection_post_layernorm", False)
     hidden = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
+    head_dim = head_size(config)
     return DecoderSpec(
         family="bloom",
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=hidden // num_heads,
+        head_dim=head_dim,
         mlp_size=4 * hidden,
         max_positions=config.integer("max_position_embeddings", 2048),
         layers=(LayerSpec(rope=None),) * config.integer("num_hidden_layers"),
         norm="layer",
         norm_eps=config.number("layer_norm_eps", 1e-5),
         alibi=True,
-        attention_scale=(hidden // num_heads) ** -0.5,
+        attention_scale=head_dim**-0.5,
         activation="gelu_tanh",
         gated_mlp=False,
         qkv_bias=True,
@@ -53,18 +55,8 @@ def _hf_names(spec: DecoderSpec) -> Names:
 
 
 def _gguf_names(spec: DecoderSpec) -> Names:
-    return {
-        "embed": "token_embd",
-        "embed_norm": "token_embd_norm",
-        "layers.*.attn_norm": "blk.{layer}.attn_norm",
-        **fused_qkv("blk.{layer}.attn_qkv", spec, groups=1),
-        "layers.*.attn.o": "blk.{layer}.attn_output",
-        "layers.*.mlp_norm": "blk.{layer}.ffn_norm",
-        "layers.*.mlp.up": "blk.{layer}.ffn_up",
-        "layers.*.mlp.down": "blk.{layer}.ffn_down",
-        "final_norm": "output_norm",
-        "head": "output",
-    }
+    qkv = fused_qkv("blk.{layer}.attn_qkv", spec, groups=1)
+    return {**GGUF_NAMES, **qkv, "embed_norm": "token_embd_norm"}
 
 
 BLOOM = Family(bloom_spec, _hf_names, _gguf_names, base_prefix="transformer.")

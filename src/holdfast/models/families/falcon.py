@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from holdfast.core.spec import DecoderSpec, LayerSpec
-from holdfast.models.config import Config, rope_spec
+from holdfast.models.config import Config, head_size, rope_spec
 from holdfast.models.families.family import ACTIVATIONS, Family, fused_qkv
+from holdfast.models.families.llama import GGUF_NAMES
 from holdfast.models.parameters import Names
 
 
 def falcon_spec(config: Config) -> DecoderSpec:
     hidden = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
-    head_dim = hidden // num_heads
+    head_dim = head_size(config)
     alibi = config.flag("alibi", False)
     bias = config.flag("bias", False)
     return DecoderSpec(
@@ -75,15 +76,10 @@ def _hf_names(spec: DecoderSpec) -> Names:
 def _gguf_names(spec: DecoderSpec) -> Names:
     # the converter gave the 40B's MLP norm the name of the 7B's only one
     return {
-        "embed": "token_embd",
+        **GGUF_NAMES,
+        **fused_qkv("blk.{layer}.attn_qkv", spec, groups=1),
         "layers.*.attn_norm": "blk.{layer}.attn_norm" if spec.shared_parallel_norm else "blk.{layer}.attn_norm_2",
         "layers.*.mlp_norm": "blk.{layer}.attn_norm",
-        **fused_qkv("blk.{layer}.attn_qkv", spec, groups=1),
-        "layers.*.attn.o": "blk.{layer}.attn_output",
-        "layers.*.mlp.up": "blk.{layer}.ffn_up",
-        "layers.*.mlp.down": "blk.{layer}.ffn_down",
-        "final_norm": "output_norm",
-        "head": "output",
     }
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from holdfast.core.spec import DecoderSpec
+from holdfast.core.spec import Activation, DecoderSpec
 from holdfast.models.config import Config
 from holdfast.models.parameters import Names, Part, Source
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True, slots=True)

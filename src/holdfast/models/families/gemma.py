@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-from holdfast.core.errors import ModelError
 from holdfast.core.spec import DecoderSpec, LayerSpec, RopeSpec
-from holdfast.models.config import Config, parse_rope
+from holdfast.models.config import Config, layers_by_type, parse_rope
 from holdfast.models.families.family import ACTIVATIONS, Family
 from holdfast.models.families.llama import GGUF_NAMES
 from holdfast.models.parameters import Names, Source
@@ -37,7 +36,9 @@ def gemma3_spec(config: Config) -> DecoderSpec:
         qk_norm=True,
         ropes=_ropes(config, head_dim),
         attention_scale=_query_scalar(config, head_dim) ** -0.5,
-        logit_softcap=config.number("final_logit_softcapping") if config.has("final_logit_softcapping") else None,
+        logit_softcap=config.number("final_logit_softcapping", above=0.0)
+        if config.has("final_logit_softcapping")
+        else None,
         activation=config.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
         qkv_bias=attention_bias,
         attention_out_bias=attention_bias,
@@ -48,7 +49,7 @@ def gemma3_spec(config: Config) -> DecoderSpec:
 
 def _query_scalar(config: Config, head_dim: int) -> float:
     if not config.is_gguf:
-        return config.number("query_pre_attn_scalar", 256)
+        return config.number("query_pre_attn_scalar", 256, above=0.0)
     # GGUF metadata leave it out: the 27B model divides by its width per head, all others by the head's size
     if config.integer("num_hidden_layers") == _LAYERS_OF_27B:
         return config.integer("hidden_size") / config.integer("num_attention_heads")
@@ -57,29 +58,21 @@ def _query_scalar(config: Config, head_dim: int) -> float:
 
 def _layers(config: Config) -> tuple[LayerSpec, ...]:
     """`layer_types` (transformers 5), or every n-th layer global (4, and GGUF)."""
-    num_layers = config.integer("num_hidden_layers")
     local = LayerSpec(window=config.integer("sliding_window", 4096), rope=_LOCAL)
     known = {"sliding_attention": local, "full_attention": LayerSpec(rope=_GLOBAL)}
     period = config.integer("sliding_window_pattern", 6)
-    kinds = config.values.get("layer_types") or [
-        "sliding_attention" if (index + 1) % period else "full_attention" for index in range(num_layers)
-    ]
-    if len(kinds) != num_layers or not set(kinds) <= set(known):
-        raise ModelError(f"{config.path}: layer_types {kinds}: wants {num_layers} of {', '.join(known)}")
-    return tuple(known[kind] for kind in kinds)
+    return layers_by_type(config, known, lambda i: "sliding_attention" if (i + 1) % period else "full_attention")
 
 
 def _ropes(config: Config, head_dim: int) -> tuple[RopeSpec, RopeSpec]:
     """Global and local; scaling concerns the global one alone."""
-    nested = config.values.get("rope_parameters") or {}
-    if nested:
-        return (
-            parse_rope(config, nested.get("full_attention") or {}, head_dim, theta=1e6),
-            parse_rope(config, nested.get("sliding_attention") or {}, head_dim, theta=1e4),
-        )
-    scaled = {"rope_theta": config.number("rope_theta", 1e6), **(config.values.get("rope_scaling") or {})}
-    local = {"rope_theta": config.number("rope_local_base_freq", 1e4)}
-    return parse_rope(config, scaled, head_dim), parse_rope(config, local, head_dim)
+    nested = config.mapping("rope_parameters")
+    if nested.values:
+        full, sliding = nested.mapping("full_attention").values, nested.mapping("sliding_attention").values
+    else:
+        full = {"rope_theta": config.values.get("rope_theta"), **config.mapping("rope_scaling").values}
+        sliding = {"rope_theta": config.values.get("rope_local_base_freq")}
+    return parse_rope(config, full, head_dim, theta=1e6), parse_rope(config, sliding, head_dim, theta=1e4)
 
 
 _HF: Names = {

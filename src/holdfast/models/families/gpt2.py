@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from holdfast.core.spec import DecoderSpec, LayerSpec
-from holdfast.models.config import Config
+from holdfast.models.config import Config, head_size
 from holdfast.models.families.family import ACTIVATIONS, Family, fused_qkv
+from holdfast.models.families.llama import GGUF_NAMES
 from holdfast.models.parameters import Names, Source
 
 
@@ -14,6 +15,7 @@ def gpt2_spec(config: Config) -> DecoderSpec:
     config.require("add_cross_attention", False)
     hidden = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
+    head_dim = head_size(config)
     max_positions = config.integer("max_position_embeddings")
     return DecoderSpec(
         family="gpt2",
@@ -21,14 +23,14 @@ def gpt2_spec(config: Config) -> DecoderSpec:
         hidden_size=hidden,
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=hidden // num_heads,
+        head_dim=head_dim,
         mlp_size=config.integer("intermediate_size", 4 * hidden),
         max_positions=max_positions,
         layers=(LayerSpec(rope=None),) * config.integer("num_hidden_layers"),
         norm="layer",
         norm_eps=config.number("layer_norm_eps", 1e-5),
         learned_positions=max_positions,
-        attention_scale=(hidden // num_heads) ** -0.5,
+        attention_scale=head_dim**-0.5,
         activation=config.choice("hidden_act", ACTIVATIONS, "gelu_new"),
         gated_mlp=False,
         qkv_bias=True,
@@ -55,18 +57,8 @@ def _hf_names(spec: DecoderSpec) -> Names:
 
 
 def _gguf_names(spec: DecoderSpec) -> Names:
-    return {
-        "embed": "token_embd",
-        "positions": "position_embd",
-        "layers.*.attn_norm": "blk.{layer}.attn_norm",
-        **fused_qkv("blk.{layer}.attn_qkv", spec, groups=1),
-        "layers.*.attn.o": "blk.{layer}.attn_output",
-        "layers.*.mlp_norm": "blk.{layer}.ffn_norm",
-        "layers.*.mlp.up": "blk.{layer}.ffn_up",
-        "layers.*.mlp.down": "blk.{layer}.ffn_down",
-        "final_norm": "output_norm",
-        "head": "output",
-    }
+    qkv = fused_qkv("blk.{layer}.attn_qkv", spec, groups=1)
+    return {**GGUF_NAMES, **qkv, "positions": "position_embd"}
 
 
 GPT2 = Family(

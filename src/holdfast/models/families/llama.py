@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from holdfast.core.errors import ModelError
 from holdfast.core.spec import DecoderSpec, LayerSpec, MoeSpec
-from holdfast.models.config import Config, max_positions, rope_spec
+from holdfast.models.config import Config, head_size, layers_by_type, max_positions, rope_spec
 from holdfast.models.families.family import ACTIVATIONS, Family
 from holdfast.models.parameters import Names, Source
 
@@ -14,10 +13,7 @@ from holdfast.models.parameters import Names, Source
 def _spec(config: Config, family: str, **switches: Any) -> DecoderSpec:
     """What the kin share; `switches` are what each sets differently."""
     num_heads = config.integer("num_attention_heads")
-    head_dim = switches.pop("head_dim", None) or config.integer(
-        "head_dim", config.integer("hidden_size") // num_heads
-    )
-    config.require("partial_rotary_factor", 1.0)
+    head_dim = switches.pop("head_dim", None) or head_size(config)
     rope = rope_spec(config, head_dim)
     fields: dict[str, Any] = {
         "family": family,
@@ -93,7 +89,7 @@ def qwen3_moe_spec(config: Config) -> DecoderSpec:
         renormalize=config.flag("norm_topk_prob", config.is_gguf),
     )
     step = config.integer("decoder_sparse_step", 1)
-    dense = set(config.values.get("mlp_only_layers") or ())
+    dense = set(config.sequence("mlp_only_layers", int))
     layers = tuple(
         LayerSpec(window=layer.window, moe=index not in dense and (index + 1) % step == 0)
         for index, layer in enumerate(_qwen_layers(config))
@@ -119,18 +115,12 @@ def _window(config: Config) -> int | None:
 
 def _qwen_layers(config: Config) -> tuple[LayerSpec, ...]:
     """Windows only where `layer_types` (transformers 5) or `max_window_layers` (4) say so."""
-    num_layers = config.integer("num_hidden_layers")
     if not config.flag("use_sliding_window", False) or not config.has("sliding_window"):
         return _layers(config, LayerSpec())
     window = config.integer("sliding_window")
     first = config.integer("max_window_layers", 28)
-    kinds = config.values.get("layer_types") or [
-        "sliding_attention" if index >= first else "full_attention" for index in range(num_layers)
-    ]
     known = {"sliding_attention": LayerSpec(window=window), "full_attention": LayerSpec()}
-    if len(kinds) != num_layers or not set(kinds) <= set(known):
-        raise ModelError(f"{config.path}: layer_types {kinds}: wants {num_layers} of {', '.join(known)}")
-    return tuple(known[kind] for kind in kinds)
+    return layers_by_type(config, known, lambda i: "sliding_attention" if i >= first else "full_attention")
 
 
 _HF: Names = {

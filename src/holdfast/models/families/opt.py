@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from holdfast.core.spec import DecoderSpec, LayerSpec
-from holdfast.models.config import Config
+from holdfast.models.config import Config, head_size
 from holdfast.models.families.family import ACTIVATIONS, Family
 from holdfast.models.parameters import Names
 
@@ -15,6 +15,7 @@ def opt_spec(config: Config) -> DecoderSpec:
     config.require("word_embed_proj_dim", hidden)
     config.require("layer_norm_elementwise_affine", True)
     num_heads = config.integer("num_attention_heads")
+    head_dim = head_size(config)
     max_positions = config.integer("max_position_embeddings")
     norm_first = config.flag("do_layer_norm_before", True)
     bias = config.flag("enable_bias", True)
@@ -24,7 +25,7 @@ def opt_spec(config: Config) -> DecoderSpec:
         hidden_size=hidden,
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=hidden // num_heads,
+        head_dim=head_dim,
         mlp_size=config.integer("intermediate_size"),
         max_positions=max_positions,
         layers=(LayerSpec(rope=None),) * config.integer("num_hidden_layers"),
@@ -33,7 +34,7 @@ def opt_spec(config: Config) -> DecoderSpec:
         final_norm=norm_first and not config.flag("_remove_final_layer_norm", False),
         learned_positions=max_positions + _POSITION_OFFSET,
         position_offset=_POSITION_OFFSET,
-        attention_scale=(hidden // num_heads) ** -0.5,
+        attention_scale=head_dim**-0.5,
         activation=config.choice("hidden_act", ACTIVATIONS, "relu"),
         gated_mlp=False,
         qkv_bias=bias,
