@@ -17,7 +17,7 @@ from holdfast.core.config import ServeConfig
 from holdfast.core.request import SamplingParams, TokenLogprobs
 from holdfast.core.spec import ModelInfo
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
