@@ -100,15 +100,15 @@ def table_of(summaries: dict[int, Summary], limit: dict[int, float], title: str)
     """A row per load; medians and 99th percentiles in ms. The limit is compared with 1 / TPOT of all streams."""
     table = Table(title=title)
     for heading in (
-        "streams",
+        "n",
         "ok",
-        "output tok/s",
+        "tok/s",
         "TTFT p50",
         "p99",
         "TPOT p50",
         "p99",
-        "decode limit, tok/s",
-        "reached",
+        "limit",
+        "share",
     ):
         table.add_column(heading, justify="right")
     for streams, summary in summaries.items():
