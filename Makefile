@@ -59,6 +59,7 @@ $(VENV)/bin/pip:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "==> installing Holdfast and its dependencies into $(VENV) (torch is large; once only)"
+	@$(PIP) --version >/dev/null 2>&1 || $(PY) -m ensurepip # a killed upgrade of pip leaves none
 	@$(PIP) install --quiet --constraint constraints.txt --upgrade pip
 	@$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable .
 	@touch $@

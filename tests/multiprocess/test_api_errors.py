@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,32 @@ def test_a_sampling_default_out_of_range_is_refused_at_the_start(tmp_path: Path)
     assert service.wait_end() == 2
     assert "--override-generation-config: `repetition_penalty`: should be greater" in service.text()
     assert "Traceback" not in service.text()
+
+
+def test_a_head_without_end_is_cut(server: Service) -> None:
+    """Heads come before any key is checked: they may not fill the memory."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        with pytest.raises(OSError, match="reset|pipe"):
+            raw.sendall(b"x" * 20_000_000)
+    assert server.health()[0] == 200
+
+
+def test_a_large_body_may_follow_a_short_head(http: httpx.Client) -> None:
+    words = "word " * 30_000
+    assert http.post("/tokenize", json={"prompt": words}).json()["count"] > 30_000
+
+
+def test_a_bad_text_part_is_told_what_it_lacks(http: httpx.Client) -> None:
+    body = {"model": "demo", "messages": [{"role": "user", "content": [{"type": "text"}]}]}
+    error = http.post("/v1/chat/completions", json=body).json()["error"]
+    assert "text" in error["param"]
+    assert "only 'text' is" not in error["message"]
+
+
+def test_offsets_of_an_echoed_text_count_its_special_tokens(http: httpx.Client) -> None:
+    prompt = "<|im_start|>user\nHello"
+    body = {"model": "demo", "prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 1, "temperature": 0}
+    choice = http.post("/v1/completions", json=body).json()["choices"][0]
+    assert choice["text"].startswith(prompt)
+    assert choice["logprobs"]["text_offset"] == [0, 12, 16, 17, 22]

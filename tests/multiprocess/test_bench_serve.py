@@ -76,7 +76,7 @@ class Server:
             await self.gate.wait()
         if self.faults.get(number) == "refuse":
             self.in_flight -= 1
-            return JSONResponse({"error": {"message": "the queue is full"}}, 429)
+            return JSONResponse({"error": {"message": "the queue is full [/INST]"}}, 429)
         return StreamingResponse(self.stream(seen, self.faults.get(number)), media_type="text/event-stream")
 
     async def stream(self, seen: Seen, fault: str | None) -> AsyncIterator[bytes]:
@@ -90,6 +90,8 @@ class Server:
                 last = "length" if start + self.tokens_per_chunk >= count else None
                 seen.sent.append(time.perf_counter())
                 yield _event({"choices": [{"index": 0, "finish_reason": last, **choice}]})
+                if fault == "garbage":
+                    yield b'data: {"choices":[{"text":"\xff\xfe"}]}\n\n'
                 if fault == "error":
                     yield _event({"error": {"message": "the device is gone"}})
                 if fault is not None:
@@ -234,19 +236,21 @@ async def test_chunks_of_several_tokens(server: Server, tmp_path: Path) -> None:
 
 
 async def test_failures_are_counted_told_apart_and_end_in_exit_1(server: Server, tmp_path: Path) -> None:
-    server.faults = {1: "refuse", 2: "error", 3: "cut", 4: "refuse"}
-    flags = ["--num-prompts", "6", "--max-concurrency", "1", "--random-output-len", "3"]
+    server.faults = {1: "refuse", 2: "error", 3: "cut", 4: "refuse", 6: "garbage"}
+    flags = ["--num-prompts", "7", "--max-concurrency", "1", "--random-output-len", "3"]
     ran = await bench(server, tmp_path, *flags)
     assert ran.code == 1
     summary = ran.result["summary"]
-    assert (summary["ok"], summary["failed"]) == (2, 4)
+    assert (summary["ok"], summary["failed"]) == (2, 5)
+    [garbage] = [error for error in summary["errors"] if "utf-8" in error.lower()]
     assert summary["errors"] == {
-        "HTTP 429: the queue is full": 2,
+        garbage: 1,
+        "HTTP 429: the queue is full [/INST]": 2,
         "error in the stream: the device is gone": 1,
         "the stream ended early": 1,
     }
     assert summary["output_tokens"] == 6, "tokens of failed requests do not count"
-    assert "2 failed: HTTP 429: the queue is full" in ran.stdout
+    assert "2 failed: HTTP 429: the queue is full [/INST]" in ran.stdout
 
 
 async def test_chat_sends_messages(server: Server, tmp_path: Path) -> None:
@@ -306,5 +310,8 @@ async def test_a_warm_up_that_fails_is_exit_2(server: Server, tmp_path: Path) ->
     server.faults = {0: "refuse"}
     ran = await bench(server, tmp_path, "--vocab-size", "100")
     assert ran.code == 2
-    assert ran.stderr == "holdfast: the warm-up request failed, nothing was measured: HTTP 429: the queue is full\n"
+    assert (
+        ran.stderr
+        == "holdfast: the warm-up request failed, nothing was measured: HTTP 429: the queue is full [/INST]\n"
+    )
     assert set(server.seen[0].body["prompt"]) <= set(range(25, 90)), "the inner part of the vocabulary"

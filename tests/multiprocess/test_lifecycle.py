@@ -63,7 +63,7 @@ def test_processes_are_named_and_health_is_true(service: Service):
     assert "curl " in service.text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_drains_then_stops(service: Service, number: signal.Signals):
     stream = Stream(service, max_tokens=60)
     service.signal(number)

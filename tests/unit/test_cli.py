@@ -16,7 +16,7 @@ from holdfast import __version__
 from holdfast.cli.flags import format_bytes, parse_bytes, with_flags
 from holdfast.cli.help import PanelHelp
 from holdfast.cli.main import app
-from holdfast.core.config import ModelConfig, ServeConfig, option
+from holdfast.core.config import ModelConfig, ServeConfig, ServerConfig, option
 from holdfast.core.errors import ConfigError
 
 SERVE_FLAGS = [
@@ -258,3 +258,10 @@ def test_generation_overrides_are_read():
     model = ModelConfig(override_generation_config='{"temperature": 0, "top_k": 3}')
     ServeConfig(model=model).check()
     assert model.sampling_overrides() == {"temperature": 0, "top_k": 3}
+
+
+@pytest.mark.parametrize("key", ["", " ", "schlüssel", " padded"])
+def test_keys_that_everybody_or_nobody_has_are_refused(key):
+    """An unset shell variable makes an empty key, which an empty bearer token would match."""
+    with pytest.raises(ConfigError, match="--api-key"):
+        ServeConfig(server=ServerConfig(api_key=("good", key))).check()

@@ -40,7 +40,7 @@ def run_child(body: Body) -> None:
     name, boot_file, death_fd = sys.argv[1], sys.argv[2], int(sys.argv[3])
     boot = msgspec.json.decode(Path(boot_file).read_bytes(), type=wire.Boot)
     threading.Thread(target=_die_with_parent, args=(death_fd, boot.endpoints.folder), daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd tells everybody; the supervisor decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # told to everybody; the supervisor decides
         signal.signal(number, signal.SIG_IGN)
     setproctitle.setproctitle(f"holdfast {name}")
     setup_logging(name, boot.config.server.log_level)

@@ -108,6 +108,9 @@ class Supervisor:
         self._decode = wire.decoder(wire.ToSupervisor).decode
 
     def __enter__(self) -> Supervisor:
+        longest = self.endpoints.worker("0.0.0").removeprefix("ipc://")
+        if len(longest.encode()) > zmq.IPC_PATH_MAX_LEN:
+            raise ConfigError(f"TMPDIR {tempfile.gettempdir()}: too long for a socket's path ({longest})")
         self._context = zmq.Context()
         self._control = self._context.socket(zmq.ROUTER)
         try:
@@ -291,7 +294,7 @@ class Supervisor:
             self._control.send_multipart([child.encode(), wire.encode(message)])
 
 
-STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
+STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 def _startup_error(name: str, failed: wire.Failed) -> HoldfastError:

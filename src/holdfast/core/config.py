@@ -158,6 +158,8 @@ class ServeConfig:
             if value is not None and not least <= value <= MOST:
                 raise ConfigError(f"{flag} {value}: must be at least {least} and at most {MOST:.0e}")
         self.model.sampling_overrides()
+        if not all(key.isascii() and key.isprintable() and key.strip() == key != "" for key in self.server.api_key):
+            raise ConfigError("--api-key: must be printable ASCII, not empty, without spaces around it")
         if self.server.port > 65535:
             raise ConfigError(f"--port {self.server.port}: must be at most 65535")
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import random
+import resource
 import socket
 import time
 from collections.abc import Generator
 
 import uvicorn
 import zmq.asyncio
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from holdfast.core.config import ServerConfig
 from holdfast.core.errors import ConfigError
@@ -26,8 +28,33 @@ from holdfast.gateway.tokenlog import TokenLog
 
 logger = logging.getLogger(__name__)
 
+_MOST_HEAD_BYTES = 64_000
+
 _FLUSH_SECONDS = 2
 """How long connections get to take the last bytes of their replies."""
+
+
+class _BoundedHeads(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, with an end to request heads: they come before any key is checked."""
+
+    _head_bytes: int | None = 0
+    """Bytes since the head began; None while a body or a reply is under way."""
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes - len(data) > _MOST_HEAD_BYTES:  # this read may hold the body already
+                self.transport.close()
+                return
+        super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):
@@ -50,6 +77,7 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
     metrics = Metrics(name)
     with contextlib.closing(_listen(config.server)) as listener:
         max_live = config.scheduler.max_num_seqs + config.scheduler.max_queued_seqs
+        _raise_descriptor_limit(max_live)
         router = Router(boot.endpoints, TokenLog(), metrics, max_live=max_live)
         service = Service(router, metrics, config)
         server = _Server(
@@ -57,9 +85,9 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
                 build_app(service),
                 lifespan="off",
                 log_config=None,
-                log_level="warning",
+                log_level="error",  # its warnings are one line per malformed request, before any key is checked
                 access_log=False,
-                http="httptools",
+                http=_BoundedHeads,
                 ws="none",
                 server_header=False,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
@@ -139,6 +167,14 @@ async def _announce(boot: Boot, name: str, service: Service, control: zmq.asynci
         created=int(time.time()),
     )
     await control.send(encode(Ready(url)))
+
+
+def _raise_descriptor_limit(max_live: int) -> None:
+    """A live request takes a socket; many systems start processes with room for 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < max_live + 64:
+        logger.warning("only %d files may be open (ulimit -n), fewer than --max-num-seqs + --max-queued-seqs", hard)
 
 
 def _load_text(boot: Boot) -> tuple[Tokenizer, ChatTemplate]:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from holdfast.core.errors import InvalidRequest
@@ -112,12 +122,21 @@ class OtherPart(BaseModel):
     type: str
 
 
+def _part_kind(part: Any) -> str:
+    """Which model judges a part: a text part's faults are its own, not those of an unknown kind."""
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "text" if kind == "text" else "other"
+
+
+Part = Annotated[Annotated[TextPart, Tag("text")] | Annotated[OtherPart, Tag("other")], Discriminator(_part_kind)]
+
+
 class ChatMessage(_Strict):
     """One message. Templates see role, content, name and reasoning_content; `refusal` and `annotations` pass,
     so that an earlier reply can be sent back as it came, and are dropped."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart | OtherPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
@@ -127,7 +146,7 @@ class ChatMessage(_Strict):
     tool_calls: Any = _unsupported([])
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
 
 
 class ChatCompletionRequest(GenerationRequest):

@@ -208,7 +208,8 @@ class CompletionReply(Reply):
         if not self.job.echo:
             return "", []
         prompt = self.job.prompts[index]
-        parts = self._tokenizer.decode_parts(prompt.token_ids, skip_special_tokens=self.job.skip_special_tokens)
+        skip = prompt.text is None and self.job.skip_special_tokens  # a text is echoed as it came
+        parts = self._tokenizer.decode_parts(prompt.token_ids, skip_special_tokens=skip)
         return ("".join(parts) if prompt.text is None else prompt.text), parts
 
     def _logprobs(self, piece: Piece) -> Json | None:
