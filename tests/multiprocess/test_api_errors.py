@@ -187,7 +187,7 @@ def test_a_head_without_end_is_cut(server: Service) -> None:
     """Heads come before any key is checked: they may not fill the memory."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
         raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ")
-        with pytest.raises(OSError, match="reset|pipe"):
+        with pytest.raises(OSError, match=r"[Rr]eset|pipe"):
             raw.sendall(b"x" * 20_000_000)
     assert server.health()[0] == 200
 
