@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.bench.measure import Outcome
-from holdfast.bench.stream import StreamReader, error_text
+from holdfast.bench.stream import NOT_JSON, StreamReader, error_text
 
 
 def event(**fields: object) -> bytes:
@@ -104,9 +103,18 @@ def test_what_ended_as_no_answer_ends_has_failed(data: bytes, reason: str) -> No
     assert reason in found.error
 
 
-def test_what_is_no_event_is_an_error() -> None:
-    with pytest.raises(msgspec.DecodeError):
-        read((10.5, b"data: <html>\n\n"))
+@pytest.mark.parametrize(
+    "payload", [b"<html>", b'{"choices":[{"text":"\xff\xfe"}]}', b'{"x":' + b"[" * 100_000, b"[]"]
+)
+def test_what_is_no_event_is_an_error_that_the_client_expects(payload: bytes) -> None:
+    """Any other would end the whole measurement."""
+    with pytest.raises(NOT_JSON):
+        read((10.5, b"data: " + payload + b"\n\n"))
+
+
+def test_choices_may_be_null() -> None:
+    found = read((10.25, event(choices=None)), (10.5, text("a", "stop")), (11.0, DONE))
+    assert (found.ok, found.ttft) == (True, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -159,9 +159,15 @@ def test_messages_are_for_chat(tmp_path: Path) -> None:
         ("mooncake", ["nonsense"]),
         ("prompts", ['{"prompt": 3}']),
         ("prompts", ['{"prompt": "x", "output_len": "many"}']),
+        ("azure", ["TIMESTAMP,ContextTokens,GeneratedTokens", "0001-01-01 00:00:00,1,2"]),
+        ("mooncake", ['{"x": ' + "[" * 100_000]),
         ("prompts", ['{"turns": []}']),
+        ("prompts", ['{"turns": {"a": 1}}']),
+        ("prompts", ['{"turns": 5}']),
+        ("prompts", ['{"x": ' + "[" * 100_000]),
         ("prompts", ["{broken"]),
     ],
+    ids=lambda value: None if isinstance(value, str) else value[-1][:30],
 )
 def test_a_bad_line_is_named(tmp_path: Path, name: str, lines: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"--dataset-path .*file, line [12]: must be"):
@@ -177,6 +183,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8"):
         plan_requests(config(tmp_path / "binary", dataset_name=name))
+
+
+def test_a_field_longer_than_csv_takes(tmp_path: Path) -> None:
+    path = write(tmp_path, "TIMESTAMP,ContextTokens,GeneratedTokens", f"2023-11-16,{'1' * 200_000},1")
+    with pytest.raises(ConfigError, match=r"--dataset-path .*: not CSV"):
+        plan_requests(config(path, dataset_name="azure"))
 
 
 @needs_traces
@@ -208,6 +220,9 @@ def test_the_public_mooncake_trace() -> None:
         (config(Path("x")), "--dataset-path"),
         (config(chat=True, prompt_format="tokens"), "--prompt-format"),
         (config(load=LoadConfig(request_rate=math.nan)), "--request-rate"),
+        (BenchConfig(target=TargetConfig(api_key="schlüssel")), "--api-key"),
+        (config(temperature=math.inf), "--temperature"),
+        (config(load=LoadConfig(burstiness=math.inf)), "--burstiness"),
         (config(load=LoadConfig(max_concurrency=0)), "--max-concurrency"),
         (config(load=LoadConfig(trace_speedup=2)), "--trace-speedup"),
         (BenchConfig(report=ReportConfig(goodput=("ttft:fast",))), "--goodput"),
@@ -215,11 +230,22 @@ def test_the_public_mooncake_trace() -> None:
         (BenchConfig(report=ReportConfig(percentile_metrics="ttft,speed")), "--percentile-metrics"),
         (BenchConfig(report=ReportConfig(metric_percentiles="50,101")), "--metric-percentiles"),
         (BenchConfig(report=ReportConfig(json="/no/such/folder/out.json")), "--json"),
+        (BenchConfig(report=ReportConfig(json="/")), "--json /: is a folder"),
+        (BenchConfig(report=ReportConfig(plot="/")), "--plot /: is a folder"),
     ],
 )
 def test_what_cannot_work_is_refused_by_flag(wrong: BenchConfig, flag: str) -> None:
     with pytest.raises(ConfigError, match=flag):
         wrong.check()
+
+
+def test_what_is_named_twice_is_shown_once() -> None:
+    report = ReportConfig(metric_percentiles="50,90,50.0", percentile_metrics="ttft,itl,ttft")
+    assert (report.percentiles(), report.metrics()) == ([50.0, 90.0], ["ttft", "itl"])
+
+
+def test_a_rate_without_limit_is_allowed() -> None:
+    config(load=LoadConfig(request_rate=math.inf)).check()
 
 
 def test_limits_of_goodput_in_one_flag_or_several() -> None:

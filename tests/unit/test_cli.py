@@ -208,6 +208,27 @@ def test_what_the_user_did_wrong_is_one_line_and_exit_2() -> None:
     assert result.stderr == "holdfast: --port -1: must be at least 0 and at most 1e+15\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["serve", "x", "--startup-timeout", "inf"], "--startup-timeout inf"),
+        (["serve", "x", "--startup-timeout", "1e300"], "--startup-timeout 1e+300"),
+        (["serve", "x", "--shutdown-timeout", "nan"], "--shutdown-timeout nan"),
+        (["serve", ""], "MODEL ''"),
+        (["serve", "x" * 300], "no such file or folder"),
+        (["bench", "serve", "--base-url", "http://[::1"], "--base-url http://[::1"),
+        (["bench", "serve", "--api-key", "schlüssel"], "--api-key"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_odd_values_are_one_line_and_exit_2(arguments: list[str], flag: str) -> None:
+    result = holdfast(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert flag in result.stderr
+    assert result.stderr.startswith("holdfast: ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_commands_that_do_not_exist_are_not_offered() -> None:
     assert set(typer.main.get_command(app).commands) == {"serve", "bench"}
     assert holdfast("plan").returncode == 2

@@ -28,15 +28,17 @@ def change(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_eos_ids_outside_the_vocabulary_are_left_out(tmp_path: Path):
+def test_eos_ids_outside_the_vocabulary_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """One of them and `min_tokens` failed every request in the step."""
     llama(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 99999, -1]}')
     assert inspect_model(str(tmp_path)).eos_token_ids == (2,)
+    assert "eos token ids [99999, -1] are left out" in caplog.text
 
 
-def test_a_stored_head_wins_over_the_claim_that_it_is_tied(tmp_path: Path):
-    model = random_model(model_type="llama", num_key_value_heads=2, tie_word_embeddings=False)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_stored_head_wins_over_the_claim_that_it_is_tied(model_type: str, tmp_path: Path):
+    model = random_model(model_type=model_type, tie_word_embeddings=False)
     save(model, tmp_path)
     change(tmp_path, tie_word_embeddings=True)
     decoder = load_decoder(inspect_model(str(tmp_path)), select_kernels("cpu"), torch.float32, "cpu")

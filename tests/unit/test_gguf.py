@@ -13,6 +13,8 @@ import torch
 
 from holdfast.core.errors import ModelError
 from holdfast.kernels.select import select_kernels
+from holdfast.models.config import gguf_config
+from holdfast.models.families import FAMILIES
 from holdfast.models.gguf_file import TENSOR_TYPES, read_gguf, read_gguf_metadata
 from holdfast.models.inspect import inspect_model
 from holdfast.models.load import load_decoder, load_weights
@@ -246,6 +248,68 @@ def test_a_part_of_a_split_file_is_refused(tmp_path: Path):
         inspect_model(str(path))
 
 
+@pytest.mark.parametrize("count", ["two", 3.5], ids=str)
+def test_a_count_of_parts_that_is_no_number(count: Any, tmp_path: Path):
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_key_value("split.count", count, gguf.GGUFValueType.get_type(count))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"split\.count"):
+        read_gguf(str(path))
+
+
+def test_a_tensor_that_is_not_aligned_is_refused_by_name(tmp_path: Path):
+    """torch cannot see floats at an odd address: the worker would fall over it."""
+    path = _small(tmp_path / "small.gguf", second=np.ones(100, np.float32))
+    data = path.read_bytes()
+    at = data.index(b"second" + struct.pack("<IQ", 1, 100)) + 6 + 4 + 8 + 4  # name, dims, type
+    path.write_bytes(data[:at] + struct.pack("<Q", 33) + data[at + 8 :])
+    with pytest.raises(ModelError, match="tensor second: offset 33 is no multiple of 32"):
+        read_gguf(str(path))
+
+
+@pytest.mark.parametrize("alignment", [0, 1, 4])
+def test_an_alignment_that_aligns_nothing_is_refused(alignment: int, tmp_path: Path):
+    path = _small(tmp_path / "small.gguf")
+    data = path.read_bytes()
+    pair = struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, alignment)
+    (count,) = struct.unpack_from("<Q", data, 16)
+    path.write_bytes(data[:16] + struct.pack("<Q", count + 1) + pair + data[24:])
+    with pytest.raises(ModelError, match=rf"general\.alignment {alignment}: must be"):
+        read_gguf(str(path))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)], ids=str)
+def test_a_tensor_of_nothing_is_refused(shape: tuple[int, ...], tmp_path: Path):
+    path = tmp_path / "m.gguf"
+    entry = (
+        struct.pack("<Q", 1) + b"t" + struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + struct.pack("<IQ", 0, 0)
+    )
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + entry + bytes(64))
+    with pytest.raises(ModelError, match="tensor t has shape"):
+        read_gguf(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.scale", 0.5, r"llama\.attention\.scale 0\.5 is not supported"),
+        ("rope.scale_linear", 4.0, r"llama\.rope\.scale_linear 4\.0 is not supported"),
+        ("attention.head_count_kv", [], "num_key_value_heads"),
+        ("rope.dimension_count", 64, "partial_rotary_factor 0.5 is not supported"),
+    ],
+)
+def test_metadata_that_would_change_the_answers_is_refused(key: str, value: Any, message: str, tmp_path: Path):
+    path, _ = _k_quant_llama(tmp_path / "k.gguf", gguf.GGMLQuantizationType.Q4_K)
+    header = read_gguf(path)
+    header.metadata[f"llama.{key}"] = value
+    with pytest.raises(ModelError, match=message):
+        FAMILIES["llama"].spec(gguf_config(header))
+
+
 def test_unknown_tensor_type_is_refused_by_name(tmp_path: Path):
     path = _small(tmp_path / "small.gguf")
     data = path.read_bytes()
@@ -284,6 +348,8 @@ def test_end_of_turn_counts_as_end(tmp_path: Path):
     body = body[: first + len(pairs)] + bytes(padding) + body[first + len(pairs) :]
     Path(path).write_bytes(body)
     assert inspect_model(path).eos_token_ids == (5, 9)
+    Path(path).write_bytes(body.replace(struct.pack("<II", 4, 9), struct.pack("<II", 4, 16)))
+    assert inspect_model(path).eos_token_ids == (5,), "the vocabulary has 16 tokens"
 
 
 def test_every_parameter_of_the_demo_model_is_found():

@@ -268,15 +268,19 @@ def test_leftovers_of_older_checkpoints_are_ignored(copy: Callable[[str], Path])
     inspect_model(str(folder))
 
 
-def test_causal_masks_and_a_copy_of_the_tied_head_are_ignored(copy: Callable[[str], Path]):
+def test_causal_masks_are_ignored_and_a_stored_head_is_not(copy: Callable[[str], Path]):
     folder = copy("gpt2")
     leftovers = {
         "transformer.h.0.attn.bias": torch.zeros(1, 1, 64, 64),
         "transformer.h.0.attn.masked_bias": torch.zeros(()),
         "lm_head.weight": torch.zeros(97, 48),
     }
+    assert inspect_model(str(folder)).spec.tie_embeddings
     change_tensors(folder, lambda tensors: tensors.update(leftovers))
-    inspect_model(str(folder))
+    assert not inspect_model(str(folder)).spec.tie_embeddings
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 48)}))
+    with pytest.raises(ModelError, match=r"tensor lm_head\.weight has shape \(96, 48\)"):
+        inspect_model(str(folder))
 
 
 def test_truncated_file_is_refused_wherever_it_ends(copy: Callable[[str], Path]):

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from holdfast.core.config import SchedulerConfig, ServeConfig
+from holdfast.core.config import DeviceConfig, ModelConfig, SchedulerConfig, ServeConfig
+from holdfast.core.errors import ConfigError
+from holdfast.core.spec import RopeSpec
 from holdfast.hardware import host
-from holdfast.worker.start import largest_step
+from holdfast.models.inspect import inspect_model
+from holdfast.models.rope import rope_table
+from holdfast.worker.start import largest_step, longest_request, start_runner
 from support.local import LocalEngine
 from support.tiny import tiny_model
 
@@ -31,6 +36,27 @@ def test_the_largest_step_runs_on_a_model_shorter_than_it(tmp_path: Path):
     engine = LocalEngine(tiny_model(tmp_path), num_blocks=4)
     step = largest_step(ServeConfig(scheduler=SchedulerConfig(max_num_batched_tokens=2048)), 1024)
     assert len(engine.runner.run(step).sampled) == 128
+
+
+def test_more_threads_than_the_machine_has_are_refused(tmp_path: Path):
+    """The OpenMP runtime ends the process when it cannot make them."""
+    config = ServeConfig(device=DeviceConfig(device="cpu", cpu_threads=100_000))
+    with pytest.raises(ConfigError, match="--cpu-threads 100000: must be at most"):
+        start_runner(config, inspect_model(tiny_model(tmp_path)), lambda text, fraction: None)
+
+
+@pytest.mark.parametrize(("wanted", "longest"), [(None, 1024), (50, 50), (5000, 1024)])
+def test_no_more_positions_than_are_served(wanted: int | None, longest: int, tmp_path: Path):
+    config = ServeConfig(model=ModelConfig(max_model_len=wanted))
+    assert longest_request(config, inspect_model(tiny_model(tmp_path))) == longest
+
+
+def test_the_rope_table_of_a_short_service_is_the_start_of_the_long_one(tmp_path: Path):
+    """Else --max-model-len would change what a model says."""
+    rope = RopeSpec(theta=500.0, rotary_dim=10)
+    long = rope_table(rope, 70_000, torch.device("cpu"))
+    for length in (1, 7, 64, 1000, 40_961):
+        assert torch.equal(rope_table(rope, length, torch.device("cpu")), long[:length])
 
 
 def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
