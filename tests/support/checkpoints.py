@@ -12,8 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from holdfast.cache.pages import KVPages
+from holdfast.core.spec import ModelInfo
 from holdfast.kernels.interface import BatchLayout
+from holdfast.models.checkpoint import Checkpoint
 from holdfast.models.decoder import Decoder
+from holdfast.models.parameters import parameters
 
 SMALL = {
     "vocab_size": 97,
@@ -47,6 +50,12 @@ def save(model: PreTrainedModel, folder: Path, **options: Any) -> str:
     return str(folder)
 
 
+def stored_weights(info: ModelInfo) -> dict[str, Tensor]:
+    """Every parameter in float32, by our name, as the checkpoint has it."""
+    checkpoint = Checkpoint(info)
+    return {name: checkpoint.dense(name, torch.float32) for name in parameters(info.spec)}
+
+
 @torch.inference_mode()
 def oracle_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     """transformers' logits at every position: float32 [len(tokens), V]."""
@@ -75,13 +84,13 @@ class Driver:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             block_size=block_size,
-            dtype=decoder.embed.dtype,
-            device=decoder.embed.device,
+            dtype=decoder.dtype,
+            device=decoder.device,
         )
 
     def step(self, parts: Sequence[tuple[int, int]]) -> None:
         """Compute the next `n` tokens of request `i`, for each (i, n)."""
-        device = self.decoder.embed.device
+        device = self.decoder.device
         token_ids, positions, slots = [], [], []
         for index, count in parts:
             for position in range(self.computed[index], self.computed[index] + count):

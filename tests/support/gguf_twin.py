@@ -8,6 +8,7 @@ norms raised by 1.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,23 @@ ARCHITECTURES = {
 }
 
 
-def write_twin(config: Any, folder: Path, path: Path, *, kind: str = "F32") -> str:
+def write_twin(
+    config: Any, folder: Path, path: Path, *, kind: str = "F32", exceptions: Mapping[str, str] | None = None
+) -> str:
     """The checkpoint saved in `folder`, whose transformers config is given, as a GGUF file with matrices of a type
-    that `gguf` can quantize to."""
+    that `gguf` can quantize to; `exceptions`: another type for tensors with this in their name."""
     arch = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     _write_metadata(writer, config)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    quant = gguf.GGMLQuantizationType[kind]
     for name, tensor in _converted(config, load_file(folder / "model.safetensors")).items():
         if config.model_type == "bloom":
             name = name.removeprefix("transformer.")  # noqa: PLW2901 - as the converter does
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert mapped is not None, name
         data = tensor.contiguous().numpy()
+        kinds = [other for part, other in (exceptions or {}).items() if part in mapped]
+        quant = gguf.GGMLQuantizationType[kinds[0] if kinds else kind]
         if tensor.dim() > 1:
             writer.add_tensor(mapped, gguf.quants.quantize(data, quant), raw_dtype=quant)
         else:

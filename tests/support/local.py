@@ -36,6 +36,7 @@ class LocalEngine:
         dtype: str = "float32",
         num_blocks: int = 512,
         block_size: int = 16,
+        max_num_batched_tokens: int = 512,
     ) -> None:
         self.info = inspect_model(path)
         spec = self.info.spec
@@ -45,6 +46,7 @@ class LocalEngine:
             model=ModelConfig(dtype=dtype, max_model_len=spec.max_positions),
             device=DeviceConfig(device=device),
             cache=CacheConfig(block_size=block_size, kv_cache_memory_bytes=num_blocks * per_block),
+            scheduler=SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens),
         )
         self.runner = start_runner(config, self.info, lambda text, fraction: None)
         self.block_size = block_size

@@ -17,9 +17,9 @@ from holdfast.models.config import gguf_config
 from holdfast.models.families import FAMILIES
 from holdfast.models.gguf_file import TENSOR_TYPES, read_gguf, read_gguf_metadata
 from holdfast.models.inspect import inspect_model
-from holdfast.models.load import load_decoder, load_weights
+from holdfast.models.load import load_decoder
 from holdfast.models.parameters import parameters
-from support.checkpoints import oracle_logits, random_model, run_chunks, save
+from support.checkpoints import oracle_logits, random_model, run_chunks, save, stored_weights
 from support.gguf_twin import write_twin
 
 ROPE = {"rope_type": "default", "rope_theta": 300.0}
@@ -105,9 +105,7 @@ def test_every_type_that_can_be_written_loads(kind: str, tmp_path: Path):
     model = random_model(model_type="mixtral", num_local_experts=3, **sizes)
     folder = save(model, tmp_path)
     twin = write_twin(model.config, tmp_path, tmp_path / "twin.gguf", kind=kind)
-    cpu = torch.device("cpu")
-    exact = load_weights(inspect_model(folder), torch.float32, cpu, lambda fraction: None)
-    stored = load_weights(inspect_model(twin), torch.float32, cpu, lambda fraction: None)
+    exact, stored = stored_weights(inspect_model(folder)), stored_weights(inspect_model(twin))
     assert stored.keys() == exact.keys()
     bits = {"F32": 30, "F16": 10, "BF16": 7, "Q8_0": 7}.get(kind, int(kind[1]) - 1 if kind[0] == "Q" else 0)
     for name, tensor in stored.items():
@@ -119,7 +117,7 @@ def test_k_quants_load_row_by_row(kind: str, tmp_path: Path):
     """`gguf` cannot write these, so the blocks are random bytes; the whole-tensor dequantisation is the reference."""
     quant = gguf.GGMLQuantizationType[kind]
     path, tensors = _k_quant_llama(tmp_path / "k.gguf", quant)
-    weights = load_weights(inspect_model(path), torch.float32, torch.device("cpu"), lambda fraction: None)
+    weights = stored_weights(inspect_model(path))
     whole = torch.from_numpy(gguf.quants.dequantize(tensors["blk.0.attn_q.weight"], quant))
     permuted = whole.reshape(2, 64, 2, 256).transpose(1, 2).reshape(256, 256)  # back to half-split rows
     assert torch.equal(weights["layers.0.attn.q.weight"], permuted)

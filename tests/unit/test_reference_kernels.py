@@ -2,154 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import random
 
+import gguf
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from holdfast.kernels.interface import AttentionOptions, BatchLayout
-from holdfast.kernels.philox import philox
+from holdfast.kernels.interface import AttentionOptions, BatchLayout, Heads, Quantized, Routing
 from holdfast.kernels.reference import ReferenceKernels
 
 KERNELS = ReferenceKernels()
 
 
-# --- noise -----------------------------------------------------------------------------------------
-
-
-def scalar_philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 from the paper, with Python's own integers."""
-    c, k = list(counter), list(key)
-    for round_number in range(10):
-        if round_number:
-            k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
-        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
-        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
-    return c
-
-
-def tensor_philox(counter: list[int], key: list[int]) -> list[int]:
-    c0, c1, c2, c3, k0, k1 = (torch.tensor([word]) for word in (*counter, *key))
-    return [int(word) for word in philox((c0, c1, c2, c3), (k0, k1))]
-
-
-ONES = 0xFFFFFFFF
-KNOWN_ANSWERS = [  # the vectors published with the generator
-    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([ONES] * 4, [ONES] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-]
-
-
-@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
-def test_philox_known_answers(counter: list[int], key: list[int], words: list[int]):
-    assert scalar_philox(counter, key) == words
-    assert tensor_philox(counter, key) == words
-
-
-word = st.integers(0, ONES)
-
-
-@given(st.lists(word, min_size=4, max_size=4), st.lists(word, min_size=2, max_size=2))
-def test_philox_equals_the_scalar_one(counter: list[int], key: list[int]):
-    assert tensor_philox(counter, key) == scalar_philox(counter, key)
-
-
-def scalar_noise(seed: int, position: int, token_id: int) -> float:
-    key = [seed % 2**32, (seed >> 32) % 2**32]
-    chosen = scalar_philox([token_id // 4, position, 0, 0], key)[token_id % 4]
-    return -math.log(-math.log1p(-(chosen + 0.5) * 2.0**-32))
-
-
-def test_noise_is_a_function_of_seed_position_and_token():
-    """Also for seeds above 2^63, which travel as negative numbers, and a vocabulary that is no multiple of four."""
-    seeds, positions = [0, 1, 2**63 - 1, -1, -(2**62)], [0, 7, 131071, 5, 2]
-    noise = KERNELS.gumbel_noise(torch.tensor(seeds), torch.tensor(positions), 10)
-    assert noise.shape == (5, 10)
-    assert noise.dtype == torch.float32
-    for row, seed, position in zip(noise.tolist(), seeds, positions, strict=True):
-        expected = [scalar_noise(seed, position, token_id) for token_id in range(10)]
-        assert row == pytest.approx(expected, abs=1e-6)
-
-
-def test_noise_does_not_depend_on_the_batch():
-    seeds, positions = torch.tensor([5, 6, 7]), torch.tensor([1, 2, 3])
-    together = KERNELS.gumbel_noise(seeds, positions, 4099)
-    alone = KERNELS.gumbel_noise(seeds[1:2], positions[1:2], 4099)
-    assert torch.equal(together[1], alone[0])
-    assert KERNELS.gumbel_noise(seeds[:0], positions[:0], 11).shape == (0, 11)
-
-
-def test_noise_samples_the_softmax():
-    """argmax(logits + noise) over many positions hits each token as often as its probability says (Gumbel-max)."""
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5])
-    draws = 4_000
-    noise = KERNELS.gumbel_noise(torch.full((draws,), 42), torch.arange(draws), 5)
-    counts = (logits + noise).argmax(-1).bincount(minlength=5)
-    expected = logits.softmax(-1) * draws
-    assert ((counts - expected).abs() < 5 * expected.sqrt()).all(), (counts, expected)
-
-
-# --- filters ---------------------------------------------------------------------------------------
-
-
-def naive_filter(row: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
-    """Token ids that stay; the filters in order, each over what the one before left."""
-    peak = max(row)
-    kept = {i for i, x in enumerate(row) if min_p == 0 or x >= peak + math.log(min_p)}
-    if top_k:
-        kth = sorted((row[i] for i in kept), reverse=True)[min(top_k, len(kept)) - 1]
-        kept = {i for i in kept if row[i] >= kth}
-    if top_p < 1:
-        total = sum(math.exp(row[i]) for i in kept)
-        mass, last = 0.0, peak
-        for value in sorted((row[i] for i in kept), reverse=True):
-            if mass >= top_p * total:
-                break
-            last = value
-            mass += math.exp(value)
-        kept = {i for i in kept if row[i] >= last}
-    return kept
-
-
-@given(st.integers(0, 2**32), st.sampled_from([6, 50, 3000]))
-@settings(max_examples=60, deadline=None)
-def test_filters_equal_the_naive_ones(seed: int, vocab_size: int):
-    """3,000 tokens are more than the candidates looked at first, and flat rows make those fall short."""
-    dice = random.Random(seed)
-    rows, settings_ = [], []
-    for _ in range(4):
-        spread = dice.choice((0.01, 1.0, 5.0))
-        rows.append([dice.gauss(0, spread) for _ in range(vocab_size)])
-        settings_.append((dice.choice((0, 1, 3, 40, 2000)), dice.choice((1.0, 0.9, 0.37)), dice.choice((0.0, 0.05))))
-    top_k = torch.tensor([k for k, _, _ in settings_])
-    top_p, min_p = (torch.tensor([entry[i] for entry in settings_]) for i in (1, 2))
-    logits = torch.tensor(rows)
-    filtered = KERNELS.filter_logits(logits.clone(), top_k, top_p, min_p)
-    assert torch.equal(filtered.isinf() | (filtered == logits), torch.ones_like(logits, dtype=torch.bool))
-    for row, out, setting in zip(logits.double().tolist(), filtered, settings_, strict=True):
-        kept = set(out.isfinite().nonzero()[:, 0].tolist())
-        # rounding may move the last token of a nucleus in or out; nothing else may differ
-        assert len(kept ^ naive_filter(row, *setting)) <= (1 if setting[1] < 1 else 0)
-
-
-def test_filters_keep_ties_together():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
-    off = {"top_p": torch.ones(1), "min_p": torch.zeros(1)}
-    kept = KERNELS.filter_logits(logits, torch.tensor([2]), **off)
-    assert kept.isfinite().tolist() == [[False, True, True, True, False]]
-
-
-def test_the_likeliest_token_always_stays():
-    logits = torch.tensor([[0.0, 5.0, 1.0]])
-    kept = KERNELS.filter_logits(logits, torch.tensor([1]), torch.tensor([1e-9]), torch.tensor([1.0]))
-    assert kept.isfinite().tolist() == [[False, True, False]]
-
-
 # --- attention -------------------------------------------------------------------------------------
+
+
+def place(positions: torch.Tensor, slots: torch.Tensor) -> BatchLayout:
+    """As much of a layout as `store_kv` needs: one request."""
+    count = len(positions)
+    return BatchLayout((count,), (int(positions[-1]) + 1,), positions, slots, torch.zeros(1, 1, dtype=torch.int32))
 
 
 class Problem:
@@ -162,6 +33,7 @@ class Problem:
         self.lens = lens
         widths = [-(-context // size) for _, context in lens]
         ids = (torch.randperm(sum(widths), generator=random_) + 1).split(widths)
+        self.heads = Heads(heads, kv_heads, head_dim)
         self.k_pages = torch.zeros(sum(widths) + 1, kv_heads, size, head_dim)
         self.v_pages = torch.zeros_like(self.k_pages)
         self.q = torch.randn(sum(query for query, _ in lens), heads, head_dim, generator=random_)
@@ -172,7 +44,10 @@ class Problem:
             where = torch.arange(context)
             at = blocks[where // size] * size + where % size
             keys, values = torch.randn(2, context, kv_heads, head_dim, generator=random_)
-            KERNELS.store_kv(keys, values, self.k_pages, self.v_pages, at)
+            queries = torch.randn(context, heads * head_dim, generator=random_)
+            qkv = torch.cat((queries, keys.flatten(1), values.flatten(1)), dim=1)
+            q = KERNELS.store_kv(qkv, self.heads, self.k_pages, self.v_pages, place(where, at))
+            assert torch.equal(q, queries), "nothing to norm or rotate"
             self.keys.append(keys)
             self.values.append(values)
             positions.append(where[context - query :])
@@ -187,7 +62,7 @@ class Problem:
 
     def run(self, options: AttentionOptions, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         q, k, v = self.q.to(dtype), self.k_pages.to(dtype), self.v_pages.to(dtype)
-        return KERNELS.attention(q, k, v, self.batch, options)
+        return KERNELS.attention(q.flatten(1), self.heads, k, v, self.batch, options).view(self.q.shape)
 
     def expected(self, options: AttentionOptions) -> torch.Tensor:
         """One query, one head, one key at a time."""
@@ -250,57 +125,209 @@ def test_long_prefill_with_softcap_is_cut_into_rows():
     torch.testing.assert_close(problem.run(options), problem.expected(options), atol=1e-5, rtol=0)
 
 
-# --- the small ones --------------------------------------------------------------------------------
+# --- q, k and v ------------------------------------------------------------------------------------
 
 
-def test_rotate_turns_pairs_and_leaves_the_rest():
-    """Half-split: dim i turns with dim i + rotary_dim / 2; dims beyond rotary_dim stay."""
-    table = torch.randn(10, 2, 3)
-    x, positions = torch.randn(4, 2, 8), torch.tensor([9, 0, 3, 3])
-    out = KERNELS.rotate(x, table, positions)
-    for token, position in enumerate(positions):
-        cos, sin = table[position]
-        for i in range(3):
-            a, b = x[token, :, i], x[token, :, i + 3]
-            torch.testing.assert_close(out[token, :, i], a * cos[i] - b * sin[i])
-            torch.testing.assert_close(out[token, :, i + 3], b * cos[i] + a * sin[i])
-    assert torch.equal(out[..., 6:], x[..., 6:])
-    assert KERNELS.rotate(x.bfloat16(), table, positions).dtype == torch.bfloat16
+def turned(x: torch.Tensor, table: torch.Tensor, position: int) -> torch.Tensor:
+    """One head [D] rotated: dim i turns with dim i + rotary_dim / 2; dims beyond rotary_dim stay."""
+    cos, sin = table[position]
+    out = x.clone()
+    for i in range(len(cos)):
+        a, b = x[i], x[i + len(cos)]
+        out[i], out[i + len(cos)] = a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]
+    return out
 
 
-def test_norms_compute_in_float32_and_return_the_models_dtype():
-    x = (torch.randn(3, 16) * 30).bfloat16()
-    weight, bias = torch.randn(16), torch.randn(16)
-    exact = x.double()
-    rms = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-    out = KERNELS.rms_norm(x, weight, 1e-5, x.dtype)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, rms.bfloat16())
-    centred = exact - exact.mean(-1, keepdim=True)
-    layer = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
-    torch.testing.assert_close(KERNELS.layer_norm(x, weight, bias, 1e-5, x.dtype), layer.bfloat16())
-    heads = torch.randn(3, 2, 16)
-    assert KERNELS.rms_norm(heads, weight, 1e-5, heads.dtype).shape == heads.shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("rotary_dim", [0, 6, 8])
+def test_store_kv_norms_then_rotates_and_writes_to_the_slots(rotary_dim: int, normed: bool, dtype: torch.dtype):
+    """q and k are normed and turned, v is neither; each head and token lands in its own place, all others stay."""
+    random_ = torch.Generator().manual_seed(4)
+    norms = torch.randn(2, 8, generator=random_) if normed else (None, None)
+    table = torch.randn(10, 2, rotary_dim // 2, generator=random_) if rotary_dim else None
+    heads = Heads(6, 2, 8, rope=table, q_norm=norms[0], k_norm=norms[1], eps=1e-5)
+    qkv = torch.randn(4, (6 + 2 * 2) * 8, generator=random_).to(dtype)
+    before = qkv.double().view(4, 10, 8)
+    positions, slots = torch.tensor([9, 0, 3, 4]), torch.tensor([4 * 4 + 1, 2 * 4 + 3, 0, 4 * 4 + 2])
+    k_pages, v_pages = (torch.full((5, 2, 4, 8), 7.0).to(dtype) for _ in range(2))
+    q = KERNELS.store_kv(qkv, heads, k_pages, v_pages, place(positions, slots))
+    assert q.dtype == dtype
+    assert q.shape == (4, 48)
+
+    def expected(token: int, head: int, norm: torch.Tensor | None) -> torch.Tensor:
+        x = before[token, head]
+        if norm is not None:
+            x = x / (x.pow(2).mean() + 1e-5).sqrt() * norm
+        return x if table is None else turned(x, table.double(), int(positions[token]))
+
+    near = {"atol": 1e-5, "rtol": 1e-2 if dtype == torch.bfloat16 else 1e-5}
+    for token, slot in enumerate(slots.tolist()):
+        for head in range(6):
+            torch.testing.assert_close(q.view(4, 6, 8)[token, head].double(), expected(token, head, norms[0]), **near)
+        for head in range(2):
+            key = k_pages[slot // 4, head, slot % 4].double()
+            torch.testing.assert_close(key, expected(token, 6 + head, norms[1]), **near)
+            assert torch.equal(v_pages[slot // 4, head, slot % 4].double(), before[token, 8 + head])
+    for pages in (k_pages, v_pages):
+        assert (pages == 7.0).all(dim=-1).sum() == 5 * 2 * 4 - 4 * 2
 
 
-def test_route_orders_experts_and_gives_ties_to_the_lowest():
-    logits = torch.tensor([[0.0, 2.0, 2.0, 2.0, -1.0], [5.0, 0.0, 1.0, 4.0, 0.0]])
-    weights, ids = KERNELS.route(logits, 2, renormalize=False)
-    assert ids.tolist() == [[1, 2], [0, 3]]
-    torch.testing.assert_close(weights, logits.softmax(-1).gather(1, ids))
-    renormalized, _ = KERNELS.route(logits, 2, renormalize=True)
-    torch.testing.assert_close(renormalized.sum(-1), torch.ones(2))
+# --- linear ----------------------------------------------------------------------------------------
+
+
+def test_linear_stacks_parts_and_their_biases():
+    parts, biases = [torch.randn(rows, 12) for rows in (5, 1, 3)], [torch.randn(rows) for rows in (5, 1, 3)]
+    x = torch.randn(4, 12)
+    expected = torch.cat([x @ part.T for part in parts], dim=1)
+    torch.testing.assert_close(KERNELS.linear(x, KERNELS.pack(parts)), expected)
+    with_biases = KERNELS.linear(x, KERNELS.pack(parts, biases))
+    torch.testing.assert_close(with_biases, expected + torch.cat(biases))
+
+
+def test_pack_copies_what_it_needs():
+    """The loader lets go of what it packed: a view of a file."""
+    part, x = torch.randn(3, 4), torch.randn(2, 4)
+    packed = KERNELS.pack([part])
+    expected = KERNELS.linear(x, packed)
+    part.zero_()
+    assert torch.equal(KERNELS.linear(x, packed), expected)
 
 
 def test_activations_are_transformers_ones():
     from transformers.activations import ACT2FN  # noqa: PLC0415
 
-    x = torch.linspace(-4, 4, 101)
+    x, bias = torch.linspace(-4, 4, 101)[:, None], torch.tensor([0.25, -0.5])
+    up, gate = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5], [1.5]])
     for ours, theirs in (("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_new"), ("relu", "relu")):
-        torch.testing.assert_close(KERNELS.activate(x, ours), ACT2FN[theirs](x), atol=1e-6, rtol=0)
-    torch.testing.assert_close(KERNELS.gated_activate(x, x + 1, "silu"), ACT2FN["silu"](x) * (x + 1))
+        activate = ACT2FN[theirs]
+        plain = KERNELS.linear(x, KERNELS.pack([up], [bias], activation=ours))
+        torch.testing.assert_close(plain, activate(x @ up.T + bias), atol=1e-6, rtol=0)
+        gated = KERNELS.linear(x, KERNELS.pack([gate, up], [bias, -bias], activation=ours, gated=True))
+        expected = activate(x @ gate.T + bias) * (x @ up.T - bias)
+        torch.testing.assert_close(gated, expected, atol=3e-6, rtol=0)
 
 
-def test_embedding_scales_rows():
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_gives_the_dtype_asked_for(x_dtype: torch.dtype, weight_dtype: torch.dtype):
+    """Also of weights in another dtype than x, and into the float32 residual stream."""
+    x, weight, bias = torch.randn(4, 64).to(x_dtype), torch.randn(8, 64).to(weight_dtype), torch.randn(8)
+    expected = x.double() @ weight.double().T + bias.to(weight_dtype)
+    packed = KERNELS.pack([weight], [bias.to(weight_dtype)])
+    rounded = torch.bfloat16 in (x_dtype, weight_dtype)  # torch multiplies in bfloat16 what is all bfloat16
+    for dtype in (None, torch.float32, torch.bfloat16):
+        out = KERNELS.linear(x, packed, dtype=dtype)
+        assert out.dtype == (dtype or x_dtype)
+        atol = 1e-4 if out.dtype == torch.float32 and not rounded else 0.2
+        torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
+    stream = torch.randn(4, 8)
+    before = stream.double()
+    assert KERNELS.linear(x, packed, add_to=stream) is stream
+    torch.testing.assert_close(stream.double(), before + expected, atol=0.2 if rounded else 1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_quantized_parts_are_their_exact_values(kind: str):
+    """Stacked, as a table, and whatever dtype the kernels turn them into."""
+    quantization = gguf.GGMLQuantizationType[kind]
+    blocks = [gguf.quants.quantize(torch.randn(rows, 96).numpy(), quantization) for rows in (5, 2)]
+    exact = torch.cat([torch.from_numpy(gguf.quants.dequantize(part, quantization)) for part in blocks])
+    parts = [Quantized(kind, torch.from_numpy(part)) for part in blocks]
+    assert [part.shape for part in parts] == [(5, 96), (2, 96)]
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(KERNELS.linear(x, KERNELS.pack(parts)), x @ exact.T)
+    ids = torch.tensor([6, 0, 3])
+    assert torch.equal(KERNELS.embedding(ids, KERNELS.pack(parts)), exact[ids])
+    rounding = ReferenceKernels(torch.bfloat16)
+    assert torch.equal(rounding.embedding(ids, rounding.pack(parts)), exact[ids].bfloat16().float())
+
+
+# --- the small ones --------------------------------------------------------------------------------
+
+
+def test_norms_compute_in_float32_and_return_the_dtype_asked_for():
+    x = (torch.randn(3, 16) * 30).bfloat16()
+    weight, bias = torch.randn(16), torch.randn(16)
+    exact = x.double()
+    rms = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    centred = exact - exact.mean(-1, keepdim=True)
+    layer = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    for dtype in (torch.bfloat16, torch.float32):
+        near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {}
+        torch.testing.assert_close(KERNELS.rms_norm(x, weight, 1e-5, dtype), rms.to(dtype), **near)
+        torch.testing.assert_close(KERNELS.layer_norm(x, weight, bias, 1e-5, dtype), layer.to(dtype), **near)
+    no_bias = KERNELS.layer_norm(x, weight, None, 1e-5, torch.float32)
+    torch.testing.assert_close(no_bias.double(), layer - bias, atol=1e-5, rtol=1e-5)
+
+
+def test_norms_add_unrounded_to_the_residual_stream():
+    x, weight, bias = torch.randn(3, 16).bfloat16(), torch.randn(16), torch.randn(16)
+    start = torch.randn(3, 16)
+    for norm, args in ((KERNELS.rms_norm, (weight,)), (KERNELS.layer_norm, (weight, bias))):
+        stream = start.clone()
+        assert norm(x, *args, 1e-5, torch.bfloat16, add_to=stream) is stream
+        assert torch.equal(stream, start + norm(x, *args, 1e-5, torch.float32))
+
+
+def test_convert_makes_another_tensor():
+    """Blocks that norm after their sums read it while the stream is added to."""
+    x = torch.tensor([[1.0, 1.001]])
+    assert KERNELS.convert(x, torch.bfloat16).tolist() == [[1.0, 1.0]]
+    assert KERNELS.convert(x, torch.float32).data_ptr() != x.data_ptr()
+
+
+def test_embedding_scales_moves_and_adds_rows():
     table = torch.randn(7, 3)
-    torch.testing.assert_close(KERNELS.embedding(torch.tensor([6, 0]), table, 2.5), table[[6, 0]] * 2.5)
+    ids, packed = torch.tensor([4, 0]), KERNELS.pack([table])
+    torch.testing.assert_close(KERNELS.embedding(ids, packed, scale=2.5), table[[4, 0]] * 2.5)
+    stream = torch.ones(2, 3)
+    assert KERNELS.embedding(ids, packed, offset=2, add_to=stream) is stream
+    torch.testing.assert_close(stream, table[[6, 2]] + 1)
+    rows = KERNELS.embedding(ids, KERNELS.pack([table.bfloat16()]), scale=1.1)
+    torch.testing.assert_close(rows, table.bfloat16().float()[[4, 0]] * 1.1)
+
+
+def test_softcap_in_place():
+    x = torch.tensor([[0.0, 1.0, -50.0]])
+    expected = torch.tanh(x / 3.0) * 3.0
+    assert KERNELS.softcap(x, 3.0) is x
+    torch.testing.assert_close(x, expected)
+
+
+# --- experts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("chosen", [1, 2, 5])
+def test_experts_equal_their_definition(chosen: int, renormalize: bool):
+    """Row by row: the best by score, each one's answer times its share; the last expert is nobody's choice."""
+    random_ = torch.Generator().manual_seed(chosen)
+    gates, ups = torch.randn(2, 6, 7, 4, generator=random_)
+    downs = torch.randn(6, 4, 7, generator=random_)
+    x, scores = torch.randn(9, 4, generator=random_), torch.randn(9, 6, generator=random_)
+    scores[:, 5] = -100.0
+    expected = torch.zeros(9, 4)
+    for row in range(9):
+        shares = scores[row].softmax(-1)
+        best = sorted(range(6), key=lambda expert: -shares[expert].item())[:chosen]
+        total = sum(shares[expert] for expert in best) if renormalize else 1.0
+        for expert in best:
+            hidden = torch.nn.functional.silu(gates[expert] @ x[row]) * (ups[expert] @ x[row])
+            expected[row] += shares[expert] / total * (downs[expert] @ hidden)
+    up = [KERNELS.pack([gates[e], ups[e]], activation="silu", gated=True) for e in range(6)]
+    down = [KERNELS.pack([downs[e]]) for e in range(6)]
+    routing = Routing(chosen, renormalize)
+    torch.testing.assert_close(KERNELS.experts(x, scores, routing, up, down), expected)
+    stream = torch.ones(9, 4)
+    assert KERNELS.experts(x.bfloat16(), scores, routing, up, down, add_to=stream) is stream
+    torch.testing.assert_close(stream, expected + 1, atol=0.1, rtol=0.05)
+
+
+def test_ties_between_experts_go_to_the_lowest():
+    """Each expert answers with its own number."""
+    up = [KERNELS.pack([torch.ones(1, 1)]) for _ in range(5)]
+    down = [KERNELS.pack([torch.tensor([[10.0**expert]])]) for expert in range(5)]
+    scores = torch.tensor([[0.0, 2.0, 2.0, 2.0, -1.0], [5.0, 0.0, 1.0, 5.0, 0.0]])
+    out = KERNELS.experts(torch.ones(2, 1), scores, Routing(2, renormalize=True), up, down)
+    torch.testing.assert_close(out, torch.tensor([[(10 + 100) / 2], [(1 + 1000) / 2]]))

@@ -33,7 +33,7 @@ def test_the_largest_step_fills_both_limits_it_can(max_num_seqs, max_num_batched
 
 def test_the_largest_step_runs_on_a_model_shorter_than_it(tmp_path: Path):
     """Positions beyond the rope table would poison a GPU."""
-    engine = LocalEngine(tiny_model(tmp_path), num_blocks=4)
+    engine = LocalEngine(tiny_model(tmp_path), num_blocks=4, max_num_batched_tokens=2048)
     step = largest_step(ServeConfig(scheduler=SchedulerConfig(max_num_batched_tokens=2048)), 1024)
     assert len(engine.runner.run(step).sampled) == 128
 

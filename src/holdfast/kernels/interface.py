@@ -6,9 +6,9 @@ V vocabulary, E experts, K experts per token, P blocks in the cache, S tokens pe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,27 @@ from torch import Tensor
 from holdfast.core.spec import Activation
 
 T = TypeVar("T")
+W = TypeVar("W")
+
+GROUP = 32
+"""Numbers of a quantized row that share a scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A matrix [N, K] as GGUF stores it: groups of 32 numbers along K, code · scale (+ minimum)."""
+
+    format: Literal["Q8_0", "Q4_0", "Q4_1"]
+    blocks: Tensor
+    """uint8 [N, K / 32 * bytes of a group], rows contiguous."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        group_bytes = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}[self.format]
+        return self.blocks.shape[0], self.blocks.shape[1] // group_bytes * GROUP
+
+
+Matrix = Tensor | Quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +64,22 @@ class BatchLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """How a fused q-k-v row is made of heads, and what q and k go through before they are used."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Tensor | None = None
+    """float32 [positions, 2, rotary_dim / 2]: cosines and sines; the first rotary_dim numbers of a head are
+    rotated in two halves."""
+    q_norm: Tensor | None = None
+    """float32 [D]: RMS norm of every head, before the rotation."""
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionOptions:
     """What the score of a (query, key) pair goes through, per layer."""
 
@@ -55,63 +92,127 @@ class AttentionOptions:
     """float32 [H]: slope * (key position - query position) is added (after the scale and the cap)."""
 
 
-class Kernels(Protocol):
-    """One backend. `x` is [T, M] in the model's dtype unless said otherwise; no call changes its inputs
-    except where named. Backends accumulate in float32."""
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a router's logits choose experts."""
+
+    experts_per_token: int
+    renormalize: bool
+    """The chosen experts' shares are made to sum to 1."""
+
+
+Forward = Callable[[Tensor, BatchLayout], Tensor]
+"""(token ids int64 [T], layout) → hidden states [T, M]."""
+
+
+class Kernels(Protocol[W]):
+    """One backend; W is its form of a matrix that was packed for `linear`.
+
+    `x` is [T, …] in the model's dtype unless said otherwise. The residual stream is float32 [T, M]: calls with
+    `add_to` add their result to it in place, in float32, and return it. No other call changes its inputs except
+    where named. Backends accumulate in float32.
+    """
 
     name: str
     exact: bool
     """Whether a row's result is the same bits whatever rows share the call (docs/architecture.md, contract 1)."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, in] · weightᵀ [out, in] + bias [out] → [T, out]."""
+    def pack(
+        self,
+        parts: Sequence[Matrix],
+        biases: Sequence[Tensor] = (),
+        *,
+        activation: Activation | None = None,
+        gated: bool = False,
+        shards: Sequence[int] = (),
+    ) -> W:
+        """Matrices [N_i, K], stacked to one [N, K] and laid out for `linear`; what the call needs of them is copied.
+
+        `biases` [N_i]: one per part or none. `activation` is applied to the result; with `gated` the parts are
+        (gate, up), and the result is activation(x · gateᵀ) * (x · upᵀ) [T, N_0]. `shards`: ends of the virtual
+        shards of K, ascending to K (contract 1); () for one.
+        """
         ...
 
-    def embedding(self, token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-        """Rows of table [V, M] for int64 [T], times scale → [T, M]."""
-        ...
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """Over the last dim of x (the model's dtype or float32); weight is float32, the result in `dtype`."""
-        ...
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-        """Over the last dim of x (the model's dtype or float32); weight and bias float32, the result in `dtype`."""
-        ...
-
-    def rotate(self, x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding of x [T, heads, D]: cos_sin float32 [positions, 2, rotary_dim / 2], half-split."""
-        ...
-
-    def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-        """Write k, v [T, G, D] into pages [P, G, S, D] at `slots`. Changes the pages."""
-        ...
-
-    def attention(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: BatchLayout, options: AttentionOptions
+    def linear(
+        self, x: Tensor, weight: W, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Causal attention of q [T, H, D] over each request's pages → [T, H, D]. Query head h reads KV head
+        """x [T, K] → [T, N] in `dtype`, by default x's."""
+        ...
+
+    def embedding(
+        self, ids: Tensor, table: W, *, scale: float = 1.0, offset: int = 0, add_to: Tensor | None = None
+    ) -> Tensor:
+        """Rows ids + offset of a packed table [V, M], for int64 [T], times scale → float32 [T, M]."""
+        ...
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, *, add_to: Tensor | None = None
+    ) -> Tensor:
+        """Over rows of x [T, M] of any dtype; weight is float32, the result in `dtype`."""
+        ...
+
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        *,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        """Over rows of x [T, M] of any dtype; weight and bias float32, the result in `dtype`."""
+        ...
+
+    def convert(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [T, M] in another dtype."""
+        ...
+
+    def store_kv(self, qkv: Tensor, heads: Heads, k_pages: Tensor, v_pages: Tensor, batch: BatchLayout) -> Tensor:
+        """Split qkv [T, (H + 2G) · D] into heads; norm and rotate q and k; write k and v into the pages
+        [P, G, S, D] at the batch's slots (how a (block, head) cell orders its S · D numbers is the backend's own);
+        → q [T, H · D]. Changes qkv and the pages."""
+        ...
+
+    def attention(  # noqa: PLR0917 - five tensors and what to do with them
+        self,
+        q: Tensor,
+        heads: Heads,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        batch: BatchLayout,
+        options: AttentionOptions,
+    ) -> Tensor:
+        """Causal attention of q [T, H · D] over each request's pages → [T, H · D]. Query head h reads KV head
         h // (H / G)."""
         ...
 
-    def activate(self, x: Tensor, kind: Activation) -> Tensor:
-        """Elementwise."""
-        ...
-
-    def gated_activate(self, gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
-        """activation(gate) * up."""
-        ...
-
-    def route(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        """Router logits [T, E] → (weights float32 [T, K], expert ids int64 [T, K] ascending)."""
+    def experts(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        routing: Routing,
+        up: Sequence[W],
+        down: Sequence[W],
+        *,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        """Each row through its chosen experts, x → down[e](up[e](x)), times their shares, added in expert-id order in
+        float32 → [T, M] in x's dtype. Ties between experts go to the lowest id."""
         ...
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
-        """tanh(x / cap) * cap."""
+        """tanh(x / cap) * cap, in place."""
         ...
 
-    def gumbel_noise(self, seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-        """Standard Gumbel noise float32 [B, V], a pure function of (seed int64 [B], position int64 [B], token id).
+    def argmax(self, logits: Tensor) -> Tensor:
+        """float32 [R, V] → int64 [R]; ties go to the lowest id."""
+        ...
+
+    def add_gumbel_noise(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """Add standard Gumbel noise to float32 [R, V] in place: a pure function of (seed int64 [R], position int64
+        [R], token id).
 
         Philox 4x32-10 (Salmon et al., SC'11) with key = seed and counter = (token id // 4, position, 0, 0);
         token id % 4 picks the output word w; noise = -log(-log1p(-(w + ½) · 2⁻³²)).
@@ -119,8 +220,15 @@ class Kernels(Protocol):
         ...
 
     def filter_logits(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-        """Set logits [B, V] (float32, temperature applied) outside min_p, top_k, top_p to -inf.
+        """Set logits float32 [R, V] (temperature applied) outside min_p, top_k, top_p to -inf, in place.
 
-        top_k int64 [B] (0: off), top_p and min_p float32 [B] (1 and 0: off). The most likely token always stays.
+        top_k int64 [R] (0: off), top_p and min_p float32 [R] (1 and 0: off). The filters apply in this order: min_p,
+        top_k, top_p, each as a threshold (equal logits stay or go together); top_p counts the mass of the softmax of
+        what the others left. The most likely token always stays.
         """
+        ...
+
+    def record(self, forward: Forward, max_tokens: int) -> Forward:
+        """`forward` made cheap to call for any step of up to `max_tokens` tokens; it may call nothing but these
+        kernels and views of what they return. The result's rows are valid until the next call."""
         ...

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
 from torch import Tensor
 
 from holdfast.core.spec import Activation
-from holdfast.kernels.interface import AttentionOptions, BatchLayout
+from holdfast.kernels.interface import AttentionOptions, BatchLayout, Forward, Heads, Matrix, Routing
 from holdfast.kernels.philox import philox
 
 _MAX_GATHERED_TOKENS = 1 << 16
@@ -22,6 +25,17 @@ _MAX_COUNTERS = 1 << 17
 """Philox counters of one call: some dozens of bytes of temporary memory each."""
 _FEW_CANDIDATES = 1024
 """Tokens that top-p looks at first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StackedMatrix:
+    """The parts of a matrix one below the other, and what follows the product."""
+
+    rows: Tensor
+    """[N, K]; [2N, K] if gated, the gate first."""
+    bias: Tensor | None
+    activation: Activation | None
+    gated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,93 +68,185 @@ class _Group:
 
 
 class ReferenceKernels:
-    """`Kernels` in torch; see the protocol for what each call promises."""
+    """`Kernels` in torch; see the protocol for what each call promises. Quantized matrices become ones of `dtype`."""
 
     name = "reference"
     exact = False
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
 
-    def embedding(self, token_ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-        rows = F.embedding(token_ids, table)
-        return rows if scale == 1.0 else rows * scale
+    def pack(
+        self,
+        parts: Sequence[Matrix],
+        biases: Sequence[Tensor] = (),
+        *,
+        activation: Activation | None = None,
+        gated: bool = False,
+        shards: Sequence[int] = (),
+    ) -> StackedMatrix:
+        rows = torch.cat([self._dense(part) for part in parts])
+        return StackedMatrix(rows, torch.cat(list(biases)) if biases else None, activation, gated)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        return F.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)
+    def _dense(self, part: Matrix) -> Tensor:
+        if isinstance(part, Tensor):
+            return part
+        rows = dequantize(part.blocks.cpu().numpy(), GGMLQuantizationType[part.format])
+        return torch.from_numpy(rows).to(part.blocks.device, self.dtype)
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-        return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(dtype)
-
-    def rotate(self, x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = cos_sin[positions][:, None].unbind(2)  # [T, 1, rotary_dim / 2] each
-        half = cos.shape[-1]
-        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-        return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
-
-    def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-        block_size = k_pages.shape[2]
-        blocks, offsets = slots // block_size, slots % block_size
-        k_pages[blocks, :, offsets] = k
-        v_pages[blocks, :, offsets] = v
-
-    def attention(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: BatchLayout, options: AttentionOptions
+    def linear(
+        self, x: Tensor, weight: StackedMatrix, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        _, num_heads, head_dim = q.shape
+        common = torch.promote_types(x.dtype, weight.rows.dtype)
+        bias = None if weight.bias is None else weight.bias.to(common)
+        out = F.linear(x.to(common), weight.rows.to(common), bias)
+        if weight.gated:
+            gate, up = out.chunk(2, dim=-1)
+            out = _activate(gate, weight.activation) * up
+        else:
+            out = _activate(out, weight.activation)
+        return _deliver(out, dtype or x.dtype, add_to)
+
+    def embedding(
+        self, ids: Tensor, table: StackedMatrix, *, scale: float = 1.0, offset: int = 0, add_to: Tensor | None = None
+    ) -> Tensor:
+        return _deliver(F.embedding(ids + offset, table.rows).float() * scale, torch.float32, add_to)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, *, add_to: Tensor | None = None
+    ) -> Tensor:
+        return _deliver(F.rms_norm(x.float(), weight.shape, weight, eps), dtype, add_to)
+
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        *,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        return _deliver(F.layer_norm(x.float(), weight.shape, weight, bias, eps), dtype, add_to)
+
+    def convert(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype, copy=True)  # or in float32 the residual stream would go by two names
+
+    def store_kv(self, qkv: Tensor, heads: Heads, k_pages: Tensor, v_pages: Tensor, batch: BatchLayout) -> Tensor:
+        sizes = [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads]
+        q, k, v = torch.split(qkv.view(qkv.shape[0], -1, heads.head_dim), sizes, dim=1)
+        block_size = k_pages.shape[2]
+        blocks, offsets = batch.slots // block_size, batch.slots % block_size
+        k_pages[blocks, :, offsets] = _place(k, heads, heads.k_norm, batch.positions).to(k_pages.dtype)
+        v_pages[blocks, :, offsets] = v.to(v_pages.dtype)
+        return _place(q, heads, heads.q_norm, batch.positions).to(qkv.dtype).flatten(1)
+
+    def attention(  # noqa: PLR0917 - the protocol's
+        self,
+        q: Tensor,
+        heads: Heads,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        batch: BatchLayout,
+        options: AttentionOptions,
+    ) -> Tensor:
         out = torch.empty_like(q)
         for group in batch.derive("reference groups", partial(_groups, block_size=k_pages.shape[2])):
             count, length, _ = group.positions.shape
-            queries = q[group.rows].view(count, length, num_heads, head_dim).transpose(1, 2)
+            queries = q[group.rows].view(count, length, heads.num_heads, heads.head_dim).transpose(1, 2)
             keys, values = _gather(k_pages, group.tables), _gather(v_pages, group.tables)
             if options.softcap is None and options.alibi_slopes is None:
                 result = _fused_attention(queries, keys, values, group, options)
             else:
                 result = _explicit_attention(queries, keys, values, group, options)
-            out[group.rows] = result.transpose(1, 2).reshape(count * length, num_heads, head_dim)
+            out[group.rows] = result.transpose(1, 2).reshape(count * length, -1)
         return out
 
-    def activate(self, x: Tensor, kind: Activation) -> Tensor:
-        if kind == "silu":
-            return F.silu(x)
-        if kind == "relu":
-            return F.relu(x)
-        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
-
-    def gated_activate(self, gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
-        return self.activate(gate, kind) * up
-
-    def route(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        probabilities = logits.float().softmax(dim=-1)
-        # a stable sort, unlike topk, gives ties to the lowest expert
-        ids = probabilities.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
-        weights = probabilities.gather(1, ids)
-        return weights / weights.sum(dim=-1, keepdim=True) if renormalize else weights, ids
+    def experts(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        routing: Routing,
+        up: Sequence[StackedMatrix],
+        down: Sequence[StackedMatrix],
+        *,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        shares, chosen = _route(router_logits, routing)
+        out = torch.zeros(x.shape[0], down[0].rows.shape[0], device=x.device)
+        for expert in torch.unique(chosen).tolist():  # ascending
+            tokens, choice = torch.nonzero(chosen == expert, as_tuple=True)
+            result = self.linear(self.linear(x[tokens], up[expert]), down[expert], dtype=torch.float32)
+            out.index_add_(0, tokens, result * shares[tokens, choice, None])
+        return _deliver(out, x.dtype, add_to)
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
-        return torch.tanh(x / cap) * cap
+        return x.div_(cap).tanh_().mul_(cap)
 
-    def gumbel_noise(self, seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)  # torch returns the first of equal maxima
+
+    def add_gumbel_noise(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        vocab_size = logits.shape[1]
         rows_at_once = max(1, _MAX_COUNTERS * 4 // vocab_size)
-        parts = zip(torch.split(seeds, rows_at_once), torch.split(positions, rows_at_once), strict=True)
-        return torch.cat([_gumbel_rows(*part, vocab_size) for part in parts])
+        parts = (torch.split(tensor, rows_at_once) for tensor in (logits, seeds, positions))
+        for rows, row_seeds, row_positions in zip(*parts, strict=True):
+            rows.add_(_gumbel_rows(row_seeds, row_positions, vocab_size))
+        return logits
 
     def filter_logits(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-        """Each filter is a threshold, so equal logits stay or go together, in whatever order they come."""
         if (min_p > 0).any():
-            logits = _drop_below(logits, logits.amax(dim=-1, keepdim=True) + min_p.log()[:, None])
+            _drop_below(logits, logits.amax(dim=-1, keepdim=True) + min_p.log()[:, None])
         if (top_k > 0).any():
             ranked = logits.topk(min(int(top_k.max()), logits.shape[1]), dim=-1).values
             kth = ranked.gather(1, (top_k.clamp(1, ranked.shape[1]) - 1)[:, None])
-            logits = _drop_below(logits, kth.masked_fill_((top_k == 0)[:, None], -torch.inf))
+            _drop_below(logits, kth.masked_fill_((top_k == 0)[:, None], -torch.inf))
         if (top_p < 1).any():
-            logits = _drop_below(logits, _nucleus(logits, top_p))
+            _drop_below(logits, _nucleus(logits, top_p))
         return logits
 
+    def record(self, forward: Forward, max_tokens: int) -> Forward:
+        return forward
 
-def _drop_below(logits: Tensor, threshold: Tensor) -> Tensor:
-    return logits.masked_fill(logits < threshold, -torch.inf)
+
+def _deliver(result: Tensor, dtype: torch.dtype, add_to: Tensor | None) -> Tensor:
+    return result.to(dtype) if add_to is None else add_to.add_(result)
+
+
+def _activate(x: Tensor, kind: Activation | None) -> Tensor:
+    if kind is None:
+        return x
+    if kind == "silu":
+        return F.silu(x)
+    if kind == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def _place(x: Tensor, heads: Heads, norm: Tensor | None, positions: Tensor) -> Tensor:
+    """Heads x [T, heads, D] → normed and rotated, in float32 where anything is done to them."""
+    if norm is not None:
+        x = F.rms_norm(x.float(), norm.shape, norm, heads.eps)
+    if heads.rope is None:
+        return x
+    cos, sin = heads.rope[positions][:, None].unbind(2)  # [T, 1, rotary_dim / 2] each
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def _route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Router logits [T, E] → (shares float32 [T, K], expert ids int64 [T, K] ascending)."""
+    probabilities = logits.float().softmax(dim=-1)
+    # a stable sort, unlike topk, gives ties to the lowest expert
+    ranked = probabilities.sort(dim=-1, descending=True, stable=True).indices
+    ids = ranked[:, : routing.experts_per_token].sort(dim=-1).values
+    shares = probabilities.gather(1, ids)
+    return shares / shares.sum(dim=-1, keepdim=True) if routing.renormalize else shares, ids
+
+
+def _drop_below(logits: Tensor, threshold: Tensor) -> None:
+    logits.masked_fill_(logits < threshold, -torch.inf)
 
 
 def _nucleus(logits: Tensor, top_p: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
-"""The two kinds of layer with weights, bound to the kernels that run them."""
+"""The layers with weights, bound to the kernels that run them.
+
+Where a call takes `add_to`, the float32 residual stream [T, M], it adds its result there and returns it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,68 +15,68 @@ from torch import Tensor
 from holdfast.core.spec import DecoderSpec
 from holdfast.kernels.interface import Kernels
 
+PackedMatrix = Any
+"""A matrix in the form of the backend that packed it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """x [T, in] → [T, out]."""
+    """x [T, K] → [T, N], with whatever activation its weight was packed with."""
 
-    kernels: Kernels
-    weight: Tensor
-    bias: Tensor | None
+    kernels: Kernels[Any]
+    weight: PackedMatrix
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return self.kernels.linear(x, self.weight, add_to=add_to, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """Over the last dim; from the residual stream's float32 (or `dtype`) to `dtype`, the model's."""
+    """Over the last dim; to the model's dtype unless the call says otherwise."""
 
-    kernels: Kernels
+    kernels: Kernels[Any]
     weight: Tensor
     eps: float
     dtype: torch.dtype
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.rms_norm(x, self.weight, self.eps, self.dtype)
+    def __call__(self, x: Tensor, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps, dtype or self.dtype, add_to=add_to)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
     """Like `RMSNorm`."""
 
-    kernels: Kernels
+    kernels: Kernels[Any]
     weight: Tensor
     bias: Tensor
     eps: float
     dtype: torch.dtype
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, self.dtype)
+    def __call__(self, x: Tensor, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, dtype or self.dtype, add_to=add_to)
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A decoder's parameters by name (`models.parameters`), handed out as layers."""
+    """A decoder's weights in memory, handed out as layers."""
 
-    tensors: Mapping[str, Tensor]
     spec: DecoderSpec
-    kernels: Kernels
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The model's: that of every parameter but the norms."""
-        return self.tensors["embed.weight"].dtype
+    kernels: Kernels[Any]
+    dtype: torch.dtype
+    """The model's: of everything but the residual stream, the norms and the logits."""
+    device: torch.device
+    packed: Mapping[str, PackedMatrix]
+    """By the names of `models.parameters.packings`; "head" may be the very object that "embed" is."""
+    norms: Mapping[str, Tensor]
+    """float32, by the names of `models.parameters.parameters`."""
 
     def linear(self, name: str) -> Linear:
-        return Linear(self.kernels, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+        return Linear(self.kernels, self.packed[name])
 
     def norm(self, name: str) -> RMSNorm | LayerNorm:
         """The model's kind of norm."""
+        weight, eps = self.norms[f"{name}.weight"], self.spec.norm_eps
         if self.spec.norm == "rms":
-            return self.rms_norm(name)
-        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
-        return LayerNorm(self.kernels, weight, bias, self.spec.norm_eps, self.dtype)
-
-    def rms_norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.kernels, self.tensors[f"{name}.weight"], self.spec.norm_eps, self.dtype)
+            return RMSNorm(self.kernels, weight, eps, self.dtype)
+        return LayerNorm(self.kernels, weight, self.norms[f"{name}.bias"], eps, self.dtype)

@@ -1,6 +1,6 @@
-"""The parameters of a decoder under Holdfast's own names, and where each lies in a checkpoint.
+"""The parameters of a decoder under Holdfast's own names, where each lies in a checkpoint, and how they are packed.
 
-Both are data: the loader reads by them today, a tensor-parallel rank will read only its slices by them.
+All data: the loader reads by them today, a tensor-parallel rank will read only its slices by them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from holdfast.core.spec import DecoderSpec
+from holdfast.core.spec import Activation, DecoderSpec
+
+MLP_SHARDS = 8
+"""Virtual shards of an MLP's columns: as many ranks as can share them without a change of sums (contract 1)."""
+_SHARD_UNIT = 32
+"""Columns that stay together where they can: quantized ones share a scale, and vectors are whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,67 @@ def _norm(spec: DecoderSpec, name: str, size: int) -> Iterator[tuple[str, Parame
     yield f"{name}.weight", Parameter((size,), norm=True)
     if spec.norm == "layer":
         yield f"{name}.bias", Parameter((size,), norm=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Modules whose matrices (and biases) go into one `kernels.pack`; see there for the rest."""
+
+    modules: tuple[str, ...]
+    activation: Activation | None = None
+    gated: bool = False
+    shards: tuple[int, ...] = ()
+
+
+def packings(spec: DecoderSpec) -> dict[str, Packing]:
+    """Every packed matrix of the decoder by its own name: "layers.0.attn.qkv", "layers.0.mlp.up" (with its gate), …
+
+    Together they take every parameter of the spec but the norms, each once. A tied head has none.
+    """
+    return dict(_packings(spec))
+
+
+def _packings(spec: DecoderSpec) -> Iterator[tuple[str, Packing]]:
+    yield "embed", Packing(("embed",))
+    if spec.learned_positions:
+        yield "positions", Packing(("positions",))
+    for index, layer in enumerate(spec.layers):
+        name = f"layers.{index}"
+        yield f"{name}.attn.qkv", Packing(tuple(f"{name}.attn.{part}" for part in "qkv"))
+        yield f"{name}.attn.o", Packing((f"{name}.attn.o",), shards=attention_shards(spec))
+        if not layer.moe:
+            yield from _mlp_packings(f"{name}.mlp", spec, mlp_shards(spec.mlp_size))
+            continue
+        assert spec.moe is not None, "a layer with experts needs DecoderSpec.moe"
+        yield f"{name}.moe.router", Packing((f"{name}.moe.router",))
+        for expert in range(spec.moe.num_experts):  # an expert is never cut: ranks own whole ones
+            yield from _mlp_packings(f"{name}.moe.experts.{expert}", spec, ())
+    if not spec.tie_embeddings:
+        yield "head", Packing(("head",))
+
+
+def _mlp_packings(name: str, spec: DecoderSpec, shards: tuple[int, ...]) -> Iterator[tuple[str, Packing]]:
+    up = (f"{name}.gate", f"{name}.up") if spec.gated_mlp else (f"{name}.up",)
+    yield f"{name}.up", Packing(up, spec.activation, spec.gated_mlp)
+    yield f"{name}.down", Packing((f"{name}.down",), shards=shards)
+
+
+def attention_shards(spec: DecoderSpec) -> tuple[int, ...]:
+    """Ends of the virtual shards of the attention output: the query heads of one KV head each."""
+    width = spec.num_heads // spec.num_kv_heads * spec.head_dim
+    return _several([width * (group + 1) for group in range(spec.num_kv_heads)])
+
+
+def mlp_shards(columns: int) -> tuple[int, ...]:
+    """Ends of the `MLP_SHARDS` virtual shards of F columns: even, in whole units of 32 when F is made of them."""
+    unit = _SHARD_UNIT if columns % _SHARD_UNIT == 0 else 1
+    return _several([columns // unit * (index + 1) // MLP_SHARDS * unit for index in range(MLP_SHARDS)])
+
+
+def _several(ends: list[int]) -> tuple[int, ...]:
+    """Without the empty shards of a small matrix; () for a single one."""
+    kept = tuple(sorted(set(ends) - {0}))
+    return kept if len(kept) > 1 else ()
 
 
 def locate(names: Names, parameter: str) -> Source:

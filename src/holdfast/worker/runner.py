@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,21 +18,30 @@ LOGIT_ROWS = 64
 
 
 class Runner:
-    """A decoder, its KV pages, and the requests it holds."""
+    """A decoder, its KV pages, and the requests it holds. Steps have up to `max_tokens` tokens."""
 
-    def __init__(self, decoder: Decoder, pages: KVPages, sampler: Sampler, device: torch.device) -> None:
+    def __init__(
+        self, decoder: Decoder, pages: KVPages, sampler: Sampler, device: torch.device, max_tokens: int
+    ) -> None:
         self.decoder = decoder
-        self.pages = pages
         self.sampler = sampler
         self.device = device
+        self.max_tokens = max_tokens
         self.requests = Requests()
+        self.use_pages(pages)
+
+    def use_pages(self, pages: KVPages) -> None:
+        """Keep keys and values in `pages` from now on; what was in the ones before is forgotten."""
+        self.pages = pages
+        forward = partial(self.decoder.forward, kv=pages)
+        self.forward = self.decoder.kernels.record(forward, self.max_tokens)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
         """Compute the step's tokens; sample every request whose last token is among them."""
         work = self.requests.apply(step)
         token_ids, batch = layout(work, self.pages.block_size, self.device)
-        hidden = self.decoder.forward(token_ids, batch, self.pages)
+        hidden = self.forward(token_ids, batch)
         ends = torch.tensor(batch.query_lens).cumsum(0).tolist()
         return StepResult(step.step_id, self._sample(hidden, work, ends), self._score_prompts(hidden, work, ends))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from holdfast.kernels.interface import Kernels
 class Sampler:
     """Chooses one token per row. A row's choice depends on its own logits, history, parameters and seed only."""
 
-    kernels: Kernels
+    kernels: Kernels[Any]
     eos_token_ids: tuple[int, ...]
 
     def sample(self, logits: Tensor, requests: list[NewRequest]) -> list[tuple[int, TokenLogprobs | None]]:
@@ -25,13 +26,11 @@ class Sampler:
         for row, request in zip(logits, requests, strict=True):
             self._adjust(row, request)
         drawn = [index for index, request in enumerate(requests) if not request.params.greedy]
-        if drawn:
-            rows = logits if len(drawn) == len(requests) else logits[drawn]
-            rows = self._perturb(rows, [requests[index] for index in drawn])
-            chosen = logits.argmax(-1)
-            chosen[drawn] = rows.argmax(-1)
-        else:
-            chosen = logits.argmax(-1)  # torch returns the first of equal maxima: the lowest id
+        if len(drawn) == len(requests):
+            self._perturb(logits, requests)
+        elif drawn:
+            logits[drawn] = self._perturb(logits[drawn], [requests[index] for index in drawn])
+        chosen = self.kernels.argmax(logits)
         return [
             (token, token_logprobs(raw[index], token, request.params.logprobs or 0) if index in raw else None)
             for index, (token, request) in enumerate(zip(chosen.tolist(), requests, strict=True))
@@ -60,15 +59,15 @@ class Sampler:
             row[seen] -= params.presence_penalty + params.frequency_penalty * counts
 
     def _perturb(self, logits: Tensor, requests: list[NewRequest]) -> Tensor:
-        """Temperature, filters and noise on rows [R, V]: the argmax of the result is the sample (Gumbel-max)."""
+        """Temperature, filters and noise on rows [R, V], in place: the argmax is then the sample (Gumbel-max)."""
         params = [request.params for request in requests]
 
         def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=logits.device)
 
-        logits = logits / column([p.temperature for p in params], torch.float32)[:, None]
+        logits /= column([p.temperature for p in params], torch.float32)[:, None]
         if any(p.top_k or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
-            logits = self.kernels.filter_logits(
+            self.kernels.filter_logits(
                 logits,
                 column([p.top_k for p in params], torch.int64),
                 column([p.top_p for p in params], torch.float32),
@@ -76,7 +75,7 @@ class Sampler:
             )
         seeds = column([p.seed for p in params], torch.int64)
         positions = column([len(request.token_ids) for request in requests], torch.int64)
-        return logits + self.kernels.gumbel_noise(seeds, positions, logits.shape[-1])
+        return self.kernels.add_gumbel_noise(logits, seeds, positions)
 
 
 def _raw_logprobs(logits: Tensor, requests: list[NewRequest]) -> dict[int, Tensor]:

@@ -30,10 +30,11 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
     Raises `ConfigError` when the device or its memory is not there, `ModelError` when the checkpoint is bad.
     """
     device = pick_device(config.device.device)
-    if device.type == "cpu":
-        torch.set_num_threads(_num_threads(config.device.cpu_threads))
     dtype = pick_dtype(config.model.dtype, model, device)
-    kernels = select_kernels(device.type)
+    threads = _num_threads(config.device.cpu_threads)
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    kernels = select_kernels(device.type, dtype, threads)
     decoder = load_decoder(
         model,
         kernels,
@@ -47,11 +48,13 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
         _pages(config, model, dtype, device, num_blocks=1),
         Sampler(kernels, model.eos_token_ids),
         device,
+        config.scheduler.max_num_batched_tokens,
     )
     num_blocks = _num_blocks(config, model, dtype, device, runner)
-    runner.pages = _pages(config, model, dtype, device, num_blocks)
+    runner.use_pages(_pages(config, model, dtype, device, num_blocks))
     tokens = num_blocks * config.cache.block_size
-    progress(f"{device.type}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
+    place = kernels.name if device.type == "cpu" else device.type
+    progress(f"{place}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
     return runner
 
 

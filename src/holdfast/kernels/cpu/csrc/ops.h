@@ -1,0 +1,224 @@
+// The step program: a list of operations that a team of threads runs in order. Filled in by Python through ctypes
+// (kernels/cpu/structs.py mirrors every struct here, and checks their sizes when the library is loaded).
+//
+// Shapes: T rows (tokens) of the step, B requests, H query heads, G KV heads, D head dim, S tokens per block.
+#pragma once
+#include <stdint.h>
+
+enum dtype { F32, BF16 };
+enum weight_format { W_F32, W_BF16, W_Q8, W_Q4, W_Q4_MIN };  // Q8_0, Q4_0 and Q4_1 of GGUF
+enum activation { ACT_NONE, ACT_SILU, ACT_GELU, ACT_GELU_TANH, ACT_RELU };
+
+// T rows of numbers; row t starts at data + t * stride elements.
+struct rows {
+    void *data;
+    int64_t stride;
+    int64_t dtype;
+};
+
+// One step, the same for all its operations.
+struct batch {
+    int64_t rows;                 // T
+    int64_t requests;             // B
+    const int64_t *positions;     // [T]
+    const int64_t *slots;         // [T]: block * S + offset
+    const int32_t *query_starts;  // [B + 1]: rows of request b are query_starts[b] … query_starts[b + 1] - 1
+    const int32_t *context_lens;  // [B]
+    const int32_t *tables;        // [B, table_width] block ids
+    int64_t table_width;
+    const int32_t *items;         // [B + 1]: attention's items of request b, see attention.inc
+};
+
+// A matrix [N, K], read by panels of 32 of its rows (output columns), K in order within a panel. A panel of
+//   W_F32:  [K][32] floats
+//   W_BF16: [K / 2][32][2], two neighbours in K together; an odd K ends in a pair whose second is 0
+//   W_Q8, W_Q4, W_Q4_MIN: K / 32 groups, see groups.inc
+// The last panel is filled up with zeros. `gated`: panels come in pairs, gate then up.
+struct weight {
+    const void *data;
+    const float *bias;      // [panels * 32] or NULL
+    const int64_t *shards;  // ends of the virtual shards of K (the last is K), or NULL for one; see linear.inc
+    int64_t n, k;           // n: of one half if gated
+    int64_t panel_bytes;
+    int64_t format;
+    int64_t num_shards;
+    int64_t activation;
+    int64_t gated;
+};
+
+// y = activation(x · wᵀ + bias), or y += it. With `offsets` the rows belong to groups, one weight each: group g
+// has rows offsets[g] … offsets[g + 1] - 1 (experts).
+struct linear_op {
+    struct rows x, y;
+    const struct weight *weights;
+    const int64_t *offsets;
+    int64_t groups;
+    const float *sums;  // [T, K / 32] sums of x over the groups of W_Q4_MIN weights, else NULL
+    int64_t add;
+};
+
+// sums[i][g] = the sum of x[i] over its group g of 32, for T · `per_row` rows.
+struct group_sums_op {
+    struct rows x;
+    float *sums;
+    int64_t k;
+    int64_t per_row;
+};
+
+// y = table[ids + offset] * scale, or y += it; y is float32.
+struct embedding_op {
+    const int64_t *ids;
+    const struct weight *table;
+    struct rows y;
+    int64_t offset;
+    int64_t add;
+    float scale;
+};
+
+// RMS norm, or layer norm where centered; y = it, or y += it. weight and bias are float32 [width].
+struct norm_op {
+    struct rows x, y;
+    const float *weight, *bias;
+    int64_t width;
+    int64_t centered;
+    int64_t add;
+    float eps;
+};
+
+struct convert_op {
+    struct rows x, y;
+    int64_t width;
+};
+
+// x = tanh(x / cap) * cap.
+struct softcap_op {
+    struct rows x;
+    int64_t width;
+    float cap;
+};
+
+// KV pages [P, G, S, D]; see pages.inc for the order of the numbers within a cell.
+struct pages {
+    void *k, *v;
+    int64_t kv_heads, block_size, head_dim;
+    int64_t dtype;
+};
+
+// Split qkv [T, (H + 2G) · D]: norm and rotate q in place, norm and rotate k into its page, v into its page.
+struct store_kv_op {
+    struct rows qkv;
+    struct pages pages;
+    const float *q_norm, *k_norm;  // [D] or NULL
+    const float *cos_sin;          // [positions][2][rotary / 2] or NULL
+    int64_t heads, rotary;
+    float eps;
+};
+
+struct attention_op {
+    struct rows q, y;  // [T, H · D]
+    struct pages pages;
+    const float *alibi;  // [H] or NULL
+    int64_t heads;
+    int64_t window;  // 0: none
+    float scale, softcap;  // softcap 0: none
+    float *partial;        // room for states of splits, see attention.inc
+    int64_t partial_floats;
+};
+
+// Router logits [T, E] → the K best experts of each row, ascending, and their shares.
+struct route_op {
+    struct rows logits;
+    int64_t *ids;   // [T, K]
+    float *shares;  // [T, K]
+    int64_t experts, chosen;
+    int64_t renormalize;
+};
+
+// Sort the T · K (row, expert) pairs by expert: offsets [E + 1], `sources` [T · K] the row of each sorted place,
+// `places` [T, K] the sorted place of each pair.
+struct sort_op {
+    const int64_t *ids;
+    int64_t *offsets, *sources, *places;
+    int64_t experts, chosen;
+};
+
+// y[i] = x[sources[i]] for T · K rows.
+struct gather_op {
+    struct rows x, y;
+    const int64_t *sources;
+    int64_t width, chosen;
+};
+
+// y[t] += Σ shares[t, i] · x[places[t, i]], in order of i; or = where not add.
+struct combine_op {
+    struct rows x, y;  // x float32 [T · K, width]
+    const int64_t *places;
+    const float *shares;
+    int64_t width, chosen;
+    int64_t add;
+};
+
+// chosen[t] = the id of the largest of logits[t], the lowest among equals.
+struct argmax_op {
+    struct rows logits;
+    int64_t *chosen;
+    int64_t width;
+};
+
+// logits[t] += Gumbel noise of (seeds[t], positions[t], id).
+struct noise_op {
+    struct rows logits;
+    const int64_t *seeds, *positions;
+    int64_t width;
+};
+
+// Set what is outside min_p, top_k, top_p to -inf.
+struct filter_op {
+    struct rows logits;
+    const int64_t *top_k;
+    const float *top_p, *min_p;
+    int64_t width;
+};
+
+#define OPERATIONS(X)                                                                                               \
+    X(linear) X(group_sums) X(embedding) X(norm) X(convert) X(softcap) X(store_kv) X(attention) X(merge) X(route)   \
+    X(sort) X(gather) X(combine) X(argmax) X(noise) X(filter)
+
+#define KIND(name) OP_##name,
+enum op_kind { OPERATIONS(KIND) OP_COUNT };
+#undef KIND
+
+struct op {
+    int64_t kind;
+    union {
+        struct linear_op linear;
+        struct group_sums_op group_sums;
+        struct embedding_op embedding;
+        struct norm_op norm;
+        struct convert_op convert;
+        struct softcap_op softcap;
+        struct store_kv_op store_kv;
+        struct attention_op attention, merge;
+        struct route_op route;
+        struct sort_op sort;
+        struct gather_op gather;
+        struct combine_op combine;
+        struct argmax_op argmax;
+        struct noise_op noise;
+        struct filter_op filter;
+    };
+};
+
+// What an operation is cut into, and how a range of these units is computed. Units may run in any order, on any
+// thread; no number depends on how they are cut.
+typedef int64_t units_fn(const struct op *op, const struct batch *batch);
+typedef void run_fn(const struct op *op, const struct batch *batch, int64_t first, int64_t last);
+
+// One instruction set's build of every operation.
+struct isa {
+    const char *name;
+    int (*supported)(void);
+    int64_t dots_bf16;  // whether linear takes bf16 rows; elsewhere they are converted to float32 before
+    units_fn *units[OP_COUNT];
+    run_fn *run[OP_COUNT];
+};

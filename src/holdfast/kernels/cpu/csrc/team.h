@@ -1,0 +1,13 @@
+// A team of threads that runs step programs.
+#pragma once
+#include "ops.h"
+
+struct team;
+
+// `threads` - 1 threads beside the caller's; cpus[i] is the core thread i is pinned to (0: the caller's, which is
+// pinned too), or cpus is NULL. NULL if a thread could not be started.
+struct team *team_start(int64_t threads, const int64_t *cpus);
+void team_stop(struct team *team);
+
+// Run the operations in order; returns when the last has ended. One caller at a time.
+void team_run(struct team *team, const struct isa *isa, const struct op *ops, int64_t count, const struct batch *batch);

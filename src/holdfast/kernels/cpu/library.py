@@ -1,0 +1,100 @@
+"""The compiled kernels: finding the library, choosing the build for this processor, calling it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Array, byref, c_char_p, c_int64, c_void_p
+from pathlib import Path
+
+from holdfast.core.errors import ConfigError
+from holdfast.kernels.cpu.structs import OPERATIONS, Batch, Op, Weight
+
+ISA_VARIABLE = "HOLDFAST_CPU_ISA"
+"""Names the build to use instead of the best: avx512bf16, avx512, avx2 or portable. For tests."""
+LIBRARY_VARIABLE = "HOLDFAST_CPU_LIBRARY"
+"""Path of another build of the library. For tests: one with sanitizers."""
+
+
+class Library:
+    """The shared library and one of its builds. Raises `FileNotFoundError` if it was not compiled when Holdfast was
+    installed, `ConfigError` if `isa` (or $HOLDFAST_CPU_ISA) names no build that runs here."""
+
+    def __init__(self, isa: str | None = None) -> None:
+        self._c = ctypes.CDLL(str(_path()))
+        self._declare()
+        self._check_structs()
+        wanted = isa or os.environ.get(ISA_VARIABLE)
+        builds = self._builds()
+        if wanted is not None and wanted not in builds:
+            raise ConfigError(f"{ISA_VARIABLE}={wanted}: must be one of {', '.join(builds)} on this processor")
+        self.isa = wanted or next(iter(builds))
+        self._isa = builds[self.isa]
+        self.dots_bf16 = bool(self._c.holdfast_isa_dots_bf16(self._isa))
+        """Whether linear takes bfloat16 rows; elsewhere they are converted to float32 before."""
+
+    def _declare(self) -> None:
+        signatures: dict[str, tuple[type | None, list[object]]] = {
+            "isa": (c_void_p, [c_int64]),
+            "isa_name": (c_char_p, [c_void_p]),
+            "isa_supported": (c_int64, [c_void_p]),
+            "isa_dots_bf16": (c_int64, [c_void_p]),
+            "struct_bytes": (c_int64, [c_int64]),
+            "team_start": (c_void_p, [c_int64, c_void_p]),
+            "team_stop": (None, [c_void_p]),
+            "run": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]),
+            "pack_dense": (None, [POINTER(Weight), c_void_p, c_int64, c_int64]),
+            "pack_groups": (None, [POINTER(Weight), c_void_p, c_int64, c_int64]),
+        }
+        for name, (result, arguments) in signatures.items():
+            function = getattr(self._c, f"holdfast_{name}")
+            function.restype, function.argtypes = result, arguments
+
+    def _check_structs(self) -> None:
+        structs: tuple[type[ctypes.Structure], ...] = (Batch, Weight, Op, *OPERATIONS)
+        for index, struct in enumerate(structs):
+            found = self._c.holdfast_struct_bytes(index)
+            assert found == ctypes.sizeof(struct), f"{struct.__name__}: C has {found} bytes"
+        assert self._c.holdfast_struct_bytes(len(structs)) == -1
+
+    def _builds(self) -> dict[str, int]:
+        """Those this processor runs, best first."""
+        builds = {}
+        index = 0
+        while isa := self._c.holdfast_isa(index):
+            if self._c.holdfast_isa_supported(isa):
+                builds[self._c.holdfast_isa_name(isa).decode()] = isa
+            index += 1
+        return builds
+
+    def start_team(self, threads: int, cpus: Sequence[int] | None) -> int:
+        """See csrc/team.h. Raises `OSError` when the threads cannot be had."""
+        pinned = (c_int64 * threads)(*cpus) if cpus else None
+        team = self._c.holdfast_team_start(threads, pinned)
+        if not team:
+            raise OSError(f"cannot start {threads} threads")
+        return int(team)
+
+    def stop_team(self, team: int) -> None:
+        self._c.holdfast_team_stop(team)
+
+    def run(self, team: int, ops: Array[Op], batch: Batch) -> None:
+        """Run the operations in order. Releases the GIL."""
+        self._c.holdfast_run(team, self._isa, ops, len(ops), byref(batch))
+
+    def pack_dense(self, weight: Weight, rows: int, stride: int, half: int) -> None:
+        self._c.holdfast_pack_dense(byref(weight), rows, stride, half)
+
+    def pack_groups(self, weight: Weight, rows: int, row_bytes: int, half: int) -> None:
+        self._c.holdfast_pack_groups(byref(weight), rows, row_bytes, half)
+
+
+def _path() -> Path:
+    if chosen := os.environ.get(LIBRARY_VARIABLE):
+        return Path(chosen)
+    here = Path(__file__).parent
+    found = sorted(here.glob("_library*.so"))
+    if not found:
+        raise FileNotFoundError(f"no compiled kernels in {here}: was a C compiler there when Holdfast was installed?")
+    return found[0]

@@ -1,0 +1,111 @@
+"""Matrices in the order `linear` reads them: panels of 32 output columns (csrc/ops.h, struct weight)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.core.spec import Activation
+from holdfast.kernels.cpu.library import Library
+from holdfast.kernels.cpu.memory import Arena
+from holdfast.kernels.cpu.structs import ACTIVATIONS, FORMATS, Weight
+from holdfast.kernels.interface import GROUP, Matrix, Quantized
+
+PANEL = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedMatrix:
+    """[N, K] packed; `columns`: N, of one half if gated. Holds the memory that `c` points to."""
+
+    c: Weight
+    columns: int
+    format: str
+    memory: np.ndarray
+    bias: np.ndarray | None
+    shards: np.ndarray | None
+
+
+def pack(
+    library: Library,
+    arena: Arena,
+    parts: Sequence[Matrix],
+    biases: Sequence[Tensor],
+    *,
+    activation: Activation | None,
+    gated: bool,
+    shards: Sequence[int],
+) -> PackedMatrix:
+    """See `Kernels.pack`; all parts are tensors of one dtype (float32 or bfloat16) or quantized alike."""
+    halves = [[part] for part in parts] if gated else [list(parts)]
+    rows, k = sum(part.shape[0] for part in halves[0]), parts[0].shape[1]
+    kind = _format_of(parts[0])
+    assert all(_format_of(part) == kind for part in parts), "parts of one matrix are stored alike"
+    ends = np.array(shards or (k,), dtype=np.int64)
+    panel_bytes = _panel_bytes(kind, np.diff(ends, prepend=0))
+    panels = -(-rows // PANEL)
+    memory = arena.take(panels * (1 + gated) * panel_bytes)
+    bias = _bias(biases, gated, rows, panels) if biases else None
+    weight = Weight(
+        data=memory.ctypes.data,
+        bias=bias.ctypes.data if bias is not None else None,
+        shards=ends.ctypes.data if shards else None,
+        n=rows,
+        k=k,
+        panel_bytes=panel_bytes,
+        format=FORMATS[kind],
+        num_shards=len(ends),
+        activation=ACTIVATIONS[activation],
+        gated=gated,
+    )
+    for index, half in enumerate(halves):
+        _fill(library, weight, half, index)
+    return PackedMatrix(weight, rows, kind, memory, bias, ends if shards else None)
+
+
+def weight_array(matrices: Sequence[PackedMatrix]) -> ctypes.Array[Weight]:
+    """Side by side, as an operation over experts wants them."""
+    return (Weight * len(matrices))(*(matrix.c for matrix in matrices))
+
+
+def _format_of(part: Matrix) -> str:
+    return part.format if isinstance(part, Quantized) else str(part.dtype).removeprefix("torch.")
+
+
+def _panel_bytes(kind: str, shard_sizes: np.ndarray) -> int:
+    if kind == "float32":
+        return int(shard_sizes.sum()) * PANEL * 4
+    if kind == "bfloat16":
+        return int((-(-shard_sizes // 2)).sum()) * PANEL * 4
+    assert not (shard_sizes % GROUP).any(), "a shard of quantized weights ends with a group"
+    group_bytes = {"Q8_0": 1088, "Q4_0": 576, "Q4_1": 640}[kind]
+    return int(shard_sizes.sum()) // GROUP * group_bytes
+
+
+def _fill(library: Library, weight: Weight, parts: list[Matrix], half: int) -> None:
+    if isinstance(parts[0], Quantized):
+        blocks = [part.blocks for part in parts if isinstance(part, Quantized)]
+        stacked = (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).contiguous()
+        library.pack_groups(weight, stacked.data_ptr(), stacked.shape[1], half)
+        return
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    stacked = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if stacked.stride(1) != 1:
+        stacked = stacked.contiguous()
+    library.pack_dense(weight, stacked.data_ptr(), stacked.stride(0), half)
+
+
+def _bias(biases: Sequence[Tensor], gated: bool, rows: int, panels: int) -> np.ndarray:
+    """float32 [panels * 32], or gate and up panel by panel."""
+    halves = [[bias] for bias in biases] if gated else [list(biases)]
+    out = np.zeros((panels, len(halves), PANEL), dtype=np.float32)
+    for index, half in enumerate(halves):
+        flat = np.zeros(panels * PANEL, dtype=np.float32)
+        flat[:rows] = torch.cat(half).float().numpy()
+        out[:, index] = flat.reshape(panels, PANEL)
+    return out

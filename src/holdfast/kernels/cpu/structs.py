@@ -1,0 +1,225 @@
+"""The structs of csrc/ops.h, field for field; `library` checks their sizes."""
+
+from __future__ import annotations
+
+from ctypes import POINTER, Structure, Union, c_float, c_int64, c_void_p
+from typing import Any
+
+DTYPES = {"float32": 0, "bfloat16": 1}
+FORMATS = {"float32": 0, "bfloat16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+
+
+class Rows(Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64), ("dtype", c_int64)]
+
+
+class Batch(Structure):
+    _fields_ = [
+        ("rows", c_int64),
+        ("requests", c_int64),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("query_starts", c_void_p),
+        ("context_lens", c_void_p),
+        ("tables", c_void_p),
+        ("table_width", c_int64),
+        ("items", c_void_p),
+    ]
+
+
+class Weight(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("bias", c_void_p),
+        ("shards", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("panel_bytes", c_int64),
+        ("format", c_int64),
+        ("num_shards", c_int64),
+        ("activation", c_int64),
+        ("gated", c_int64),
+    ]
+
+
+class Linear(Structure):
+    _fields_ = [
+        ("x", Rows),
+        ("y", Rows),
+        ("weights", POINTER(Weight)),
+        ("offsets", c_void_p),
+        ("groups", c_int64),
+        ("sums", c_void_p),
+        ("add", c_int64),
+    ]
+
+
+class GroupSums(Structure):
+    _fields_ = [("x", Rows), ("sums", c_void_p), ("k", c_int64), ("per_row", c_int64)]
+
+
+class Embedding(Structure):
+    _fields_ = [
+        ("ids", c_void_p),
+        ("table", POINTER(Weight)),
+        ("y", Rows),
+        ("offset", c_int64),
+        ("add", c_int64),
+        ("scale", c_float),
+    ]
+
+
+class Norm(Structure):
+    _fields_ = [
+        ("x", Rows),
+        ("y", Rows),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("width", c_int64),
+        ("centered", c_int64),
+        ("add", c_int64),
+        ("eps", c_float),
+    ]
+
+
+class Convert(Structure):
+    _fields_ = [("x", Rows), ("y", Rows), ("width", c_int64)]
+
+
+class Softcap(Structure):
+    _fields_ = [("x", Rows), ("width", c_int64), ("cap", c_float)]
+
+
+class Pages(Structure):
+    _fields_ = [
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("kv_heads", c_int64),
+        ("block_size", c_int64),
+        ("head_dim", c_int64),
+        ("dtype", c_int64),
+    ]
+
+
+class StoreKV(Structure):
+    _fields_ = [
+        ("qkv", Rows),
+        ("pages", Pages),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("cos_sin", c_void_p),
+        ("heads", c_int64),
+        ("rotary", c_int64),
+        ("eps", c_float),
+    ]
+
+
+class Attention(Structure):
+    _fields_ = [
+        ("q", Rows),
+        ("y", Rows),
+        ("pages", Pages),
+        ("alibi", c_void_p),
+        ("heads", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("partial", c_void_p),
+        ("partial_floats", c_int64),
+    ]
+
+
+class Merge(Attention):
+    """The second pass of attention, over the same fields."""
+
+
+class Route(Structure):
+    _fields_ = [
+        ("logits", Rows),
+        ("ids", c_void_p),
+        ("shares", c_void_p),
+        ("experts", c_int64),
+        ("chosen", c_int64),
+        ("renormalize", c_int64),
+    ]
+
+
+class Sort(Structure):
+    _fields_ = [
+        ("ids", c_void_p),
+        ("offsets", c_void_p),
+        ("sources", c_void_p),
+        ("places", c_void_p),
+        ("experts", c_int64),
+        ("chosen", c_int64),
+    ]
+
+
+class Gather(Structure):
+    _fields_ = [("x", Rows), ("y", Rows), ("sources", c_void_p), ("width", c_int64), ("chosen", c_int64)]
+
+
+class Combine(Structure):
+    _fields_ = [
+        ("x", Rows),
+        ("y", Rows),
+        ("places", c_void_p),
+        ("shares", c_void_p),
+        ("width", c_int64),
+        ("chosen", c_int64),
+        ("add", c_int64),
+    ]
+
+
+class Argmax(Structure):
+    _fields_ = [("logits", Rows), ("chosen", c_void_p), ("width", c_int64)]
+
+
+class Noise(Structure):
+    _fields_ = [("logits", Rows), ("seeds", c_void_p), ("positions", c_void_p), ("width", c_int64)]
+
+
+class Filter(Structure):
+    _fields_ = [
+        ("logits", Rows),
+        ("top_k", c_void_p),
+        ("top_p", c_void_p),
+        ("min_p", c_void_p),
+        ("width", c_int64),
+    ]
+
+
+OPERATIONS: tuple[type[Structure], ...] = (
+    Linear,
+    GroupSums,
+    Embedding,
+    Norm,
+    Convert,
+    Softcap,
+    StoreKV,
+    Attention,
+    Merge,
+    Route,
+    Sort,
+    Gather,
+    Combine,
+    Argmax,
+    Noise,
+    Filter,
+)
+"""In the order of OPERATIONS in ops.h."""
+
+
+class _AnyOperation(Union):
+    _fields_ = [(kind.__name__, kind) for kind in OPERATIONS]
+
+
+class Op(Structure):
+    _fields_ = [("kind", c_int64), ("of", _AnyOperation)]
+
+
+def op(operation: Any) -> Op:
+    """An operation as a step program holds it."""
+    kind = type(operation)
+    return Op(OPERATIONS.index(kind), _AnyOperation(**{kind.__name__: operation}))

@@ -1,0 +1,133 @@
+"""A checkpoint's tensors as our parameters: memory-mapped, selected, dequantised where they must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from holdfast.core.errors import ModelError
+from holdfast.core.spec import ModelInfo
+from holdfast.models.gguf_file import read_gguf
+from holdfast.models.inspect import source_finder
+from holdfast.models.parameters import Source
+from holdfast.models.safetensors_file import read_safetensors
+
+Format = Literal["Q8_0", "Q4_0", "Q4_1"]
+_FORMATS: dict[str, Format] = {"Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1"}
+"""Quantizations that kernels take as they are stored."""
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NUMBERS_AT_ONCE = 1 << 22
+"""That are in memory as float32 before they become the wanted dtype."""
+
+
+class Checkpoint:
+    """The weights of `info`, by the names of `models.parameters`: matrices as [out, in], rows in our order.
+
+    What comes back may be a view of the file: it must be copied before it is changed or kept. Raises `ModelError` for
+    a file that has been damaged since it was inspected.
+    """
+
+    def __init__(self, info: ModelInfo) -> None:
+        self._types, self._whole = _open_gguf(info.path) if info.format == "gguf" else _open_safetensors(info.path)
+        self._find = source_finder(info, self._types)
+        self._head_dim = info.spec.head_dim
+
+    def format(self, names: Sequence[str]) -> Format | None:
+        """The one in which all these matrices are stored, when kernels take it and only rows need to be moved."""
+        sources = [self._find(name) for name in names]
+        kinds = {self._types[source.name] for source in sources}
+        if len(kinds) > 1 or any(source.transpose or source.plus_one for source in sources):
+            return None
+        return _FORMATS.get(kinds.pop())
+
+    def blocks(self, name: str) -> Tensor:
+        """A matrix that has a `format`, as it is stored: uint8 [out, bytes of a row], contiguous."""
+        source = self._find(name)
+        return select(self._whole(source.name), source, self._head_dim).contiguous()
+
+    def dense(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A parameter in numbers, contiguous."""
+        source = self._find(name)
+        kind, tensor = self._types[source.name], self._whole(source.name)
+        if kind in _PLAIN:
+            tensor = select(tensor, source, self._head_dim)
+        elif source.transpose:
+            tensor = select(_dequantize(tensor, kind, dtype), source, self._head_dim)
+        else:
+            tensor = _dequantize(select(tensor, source, self._head_dim), kind, dtype)
+        if source.plus_one:
+            tensor = tensor.float() + 1.0
+        return tensor.to(dtype).contiguous()
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two parameters, each a tensor of its own, are stored as the same numbers."""
+        first, second = self._find(one).name, self._find(other).name
+        return self._types[first] == self._types[second] and torch.equal(self._whole(first), self._whole(second))
+
+
+def select(tensor: Tensor, source: Source, head_dim: int) -> Tensor:
+    """The part of a stored tensor that `source` describes. Unless it is transposed, only rows are picked and moved,
+    so it works alike on numbers and on quantized rows of bytes."""
+    if source.stacked is not None:
+        tensor = tensor[source.stacked]
+    if source.transpose and tensor.dim() == 2:
+        tensor = tensor.T
+    rest = tensor.shape[1:]
+    if source.part is not None:
+        part = source.part
+        tensor = tensor.reshape(part.groups, part.slots, -1, *rest)[:, part.start : part.stop].reshape(-1, *rest)
+    if source.interleaved:
+        tensor = tensor.reshape(-1, head_dim // 2, 2, *rest).transpose(1, 2).reshape(-1, *rest)
+    return tensor
+
+
+def _dequantize(rows: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """uint8 […, bytes of a row] → […, numbers of a row]."""
+    quantization = GGMLQuantizationType[kind]
+    numbers, num_bytes = GGML_QUANT_SIZES[quantization]
+    flat = rows.reshape(-1, rows.shape[-1])
+    out = torch.empty(flat.shape[0], flat.shape[1] // num_bytes * numbers, dtype=dtype)
+    rows_at_once = max(1, _NUMBERS_AT_ONCE // out.shape[1])
+    for some, place in zip(torch.split(flat, rows_at_once), torch.split(out, rows_at_once), strict=True):
+        place.copy_(torch.from_numpy(dequantize(some.numpy(), quantization)))
+    return out.view(*rows.shape[:-1], -1)
+
+
+_Opened = tuple[dict[str, str], Callable[[str], Tensor]]
+"""By a stored tensor's name: its type, and what reads it whole: numbers, or rows of bytes if it is quantized."""
+
+
+def _open_safetensors(folder: str) -> _Opened:
+    tensors = read_safetensors(folder)
+    try:
+        files = {file: safe_open(file, framework="pt") for file in {tensor.file for tensor in tensors.values()}}
+    except SafetensorError as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+    def whole(name: str) -> Tensor:
+        stored: Tensor = files[tensors[name].file].get_tensor(name)  # type: ignore[no-untyped-call]
+        return stored
+
+    return {name: tensor.dtype for name, tensor in tensors.items()}, whole
+
+
+def _open_gguf(path: str) -> _Opened:
+    tensors = read_gguf(path).tensors
+    # copy-on-write, only because torch warns of arrays that cannot be written to
+    data = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+
+    def whole(name: str) -> Tensor:
+        tensor = tensors[name]
+        raw = data[tensor.offset : tensor.offset + tensor.num_bytes]
+        if tensor.type in _PLAIN:
+            return raw.view(_PLAIN[tensor.type]).view(tensor.shape)
+        return raw.view(*tensor.shape[:-1], -1)
+
+    return {name: tensor.type for name, tensor in tensors.items()}, whole
