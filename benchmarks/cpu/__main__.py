@@ -1,6 +1,6 @@
 """`make bench-cpu`: Holdfast, llama.cpp, vLLM and transformers side by side on this machine's CPU.
 
-    python -m benchmarks.cpu [--model NAME,…] [--job NAME,…] [--peers NAME,…] [--rounds N] [--service yes|no|only]
+    python -m benchmarks.cpu [--model NAME,…] [--job NAME,…] [--peers NAME,…] [--rounds N] [--extras yes|no|only]
 
 A whole run is written to benchmarks/results/cpu.json and cpu.png; one of a part only, to benchmarks/out/cpu.
 """
@@ -25,6 +25,7 @@ from . import report
 from .bounds import Gauge
 from .checkpoints import make
 from .contest import Contest, ModelResult
+from .exactness import ExactnessResult, measure_exactness
 from .install import install
 from .plot import draw
 from .service import ServiceResult, measure_http, measure_ready
@@ -53,9 +54,9 @@ def arguments(models: dict[str, Model]) -> argparse.Namespace:
     parser.add_argument("--peers", type=choice(PEERS), help=f"some of {','.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each; the median counts")
     parser.add_argument(
-        "--service",
+        "--extras",
         choices=("yes", "no", "only"),
-        help="start to ready, and HTTP against the engine; default: no if a model, job or peer is chosen",
+        help="start to ready, HTTP against the engine, the cost of exactness; default: no if a part is chosen",
     )
     found = parser.parse_args()
     if found.rounds < 1:
@@ -104,7 +105,7 @@ def record(
     results: list[ModelResult],
     verdicts: dict[str, list[JobVerdict]],
     gauge: Gauge,
-    service: ServiceResult | None,
+    extras: dict[str, ServiceResult | ExactnessResult],
     rounds: int,
 ) -> dict[str, Any]:
     """Everything, for JSON: facts, limits, figures, every single timing."""
@@ -132,8 +133,7 @@ def record(
             }
             for result in results
         },
-        "service": service.record() if service else None,
-    }
+    } | {name: extra.record() for name, extra in extras.items()}
 
 
 def _timing(timing: Any) -> dict[str, Any]:
@@ -161,10 +161,10 @@ def main() -> int:
     models = all_models()
     args = arguments(models)
     partial = bool(args.model or args.job or args.peers)
-    service_wanted = args.service or ("no" if partial else "yes")
-    chosen = [] if service_wanted == "only" else [models[name] for name in args.model or models]
+    wanted = args.extras or ("no" if partial else "yes")
+    chosen = [] if wanted == "only" else [models[name] for name in args.model or models]
     needed = {model.name: model for model in chosen}
-    if service_wanted != "no":
+    if wanted != "no":
         needed |= {name: models[name] for name in HTTP_MODELS}
     for model in needed.values():
         make(model)
@@ -172,16 +172,18 @@ def main() -> int:
     gauge = Gauge()
     gauge.read()
     results = measure_models(chosen, args.peers or list(PEERS), jobs, args.rounds, gauge)
-    service = measure_service(models, args.rounds) if service_wanted != "no" else None
+    extras: dict[str, ServiceResult | ExactnessResult] = {}
+    if wanted != "no":
+        extras = {"service": measure_service(models, args.rounds), "exactness": measure_exactness(args.rounds)}
     verdicts = {result.model.name: judge(result, jobs, gauge.best) for result in results}
     console = Console(width=None if sys.stdout.isatty() else 132)
     for result in results:
         report.print_model(console, result, verdicts[result.model.name])
     report.print_limits(console, gauge.best)
-    if service:
-        report.print_service(console, service)
-    found = record(results, verdicts, gauge, service, args.rounds)
-    whole = not partial and service_wanted == "yes"
+    for extra in extras.values():
+        report.print_extra(console, extra)
+    found = record(results, verdicts, gauge, extras, args.rounds)
+    whole = not partial and wanted == "yes"
     write(RESULTS if whole else OUT, found, [one for some in verdicts.values() for one in some], console)
     return 0
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..limits import Limits
 from .contest import ModelResult
+from .exactness import GOAL_COST, GOAL_ROWS, ExactnessResult
 from .quiet import ENOUGH
 from .service import ServiceResult
 from .verdict import Figures, JobVerdict
@@ -89,7 +90,15 @@ def print_limits(console: Console, limits: Limits) -> None:
     )
 
 
-def print_service(console: Console, result: ServiceResult) -> None:
+def print_extra(console: Console, result: ServiceResult | ExactnessResult) -> None:
+    """What is measured beside the contest."""
+    if isinstance(result, ServiceResult):
+        _print_service(console, result)
+    else:
+        _print_exactness(console, result)
+
+
+def _print_service(console: Console, result: ServiceResult) -> None:
     """Start to ready, and HTTP against the bare engine."""
     table = Table(title="Serving", title_justify="left")
     for heading in ("", "median", "rounds", "goal", ""):
@@ -108,6 +117,19 @@ def print_service(console: Console, result: ServiceResult) -> None:
     console.print(table)
     for problem in result.problems:
         console.print(f"[red]left out:[/] {problem}", highlight=False)
+
+
+def _print_exactness(console: Console, result: ExactnessResult) -> None:
+    """Our products against oneDNN's, all of a Llama-1B step."""
+    table = Table(title="What exactness costs: all products of a Llama-1B step", title_justify="left")
+    for heading in ("rows", "exact, s", "oneDNN prepacked, s", "cost", "goal", ""):
+        table.add_column(heading, justify="right")
+    for rows, seconds in result.exact.items():
+        cost = result.cost(rows)
+        goal = (f"≤ {GOAL_COST:.0%}", _met(cost <= GOAL_COST)) if rows in GOAL_ROWS else ("", "")
+        cells = (f"{median(seconds):.4f}", f"{median(result.onednn[rows]):.4f}", f"{cost:+.1%}")
+        table.add_row(str(rows), *cells, *goal)
+    console.print(table)
 
 
 def _met(good: bool) -> str:
