@@ -100,11 +100,13 @@ class CpuKernels:
 
     def _as_operand(self, x: Tensor, weight: PackedMatrix) -> Tensor:
         """x in a dtype that this processor multiplies `weight` with."""
-        if x.dtype == torch.bfloat16 and (not self._library.dots_bf16 or weight.format == "float32"):
-            return self.convert(x, torch.float32)
-        if x.dtype == torch.float32 and self._library.dots_bf16 and weight.format not in DTYPES:
-            return self.convert(x, torch.bfloat16)
-        return x
+        dtype = self._operand_dtype(x.dtype, weight)
+        return x if x.dtype == dtype else self.convert(x, dtype)
+
+    def _operand_dtype(self, dtype: torch.dtype, weight: PackedMatrix) -> torch.dtype:
+        if not self._library.dots_bf16 or weight.format == "float32":
+            return torch.float32
+        return dtype if weight.format in DTYPES else torch.bfloat16
 
     def _product(
         self,
@@ -181,7 +183,7 @@ class CpuKernels:
             0 if heads.rope is None else 2 * heads.rope.shape[2],
             heads.eps,
         )
-        self._run_step(operation, heads, batch, keep=(heads, k_pages, v_pages))
+        self._run_step([operation], heads, batch, keep=(heads, k_pages, v_pages))
         return qkv[:, : heads.num_heads * heads.head_dim]
 
     def attention(  # noqa: PLR0917 - the protocol's
@@ -194,8 +196,8 @@ class CpuKernels:
         options: AttentionOptions,
     ) -> Tensor:
         out = self._target(q, q.dtype)
-        for kind in (structs.Attention, structs.Merge):
-            operation = kind(
+        operations = [
+            kind(
                 _rows(q),
                 _rows(out),
                 _pages(k_pages, v_pages),
@@ -207,18 +209,25 @@ class CpuKernels:
                 self._partial.ctypes.data,
                 PARTIAL_FLOATS,
             )
-            self._run_step(operation, heads, batch, keep=(options, k_pages, v_pages))
+            for kind in (structs.Attention, structs.Merge)
+        ]
+        # in one run: in between, another thread's attention would overwrite what it left in `_partial`
+        self._run_step(operations, heads, batch, keep=(options, k_pages, v_pages))
         return out
 
-    def _run_step(self, operation: ctypes.Structure, heads: Heads, batch: BatchLayout, keep: tuple[Any, ...]) -> None:
-        """Run an operation that needs to know where the step's rows belong."""
+    def _run_step(
+        self, operations: Sequence[ctypes.Structure], heads: Heads, batch: BatchLayout, keep: tuple[Any, ...]
+    ) -> None:
+        """Run operations that need to know where the step's rows belong."""
         max_items = PARTIAL_FLOATS // (heads.num_heads * (heads.head_dim + 2))
         if self._recording is not None:
-            self._recording.add(operation, keep)
+            for operation in operations:
+                self._recording.add(operation, keep)
             self._recording.max_items = min(self._recording.max_items, max_items)
             return
         step = batch.derive(f"cpu step {max_items}", lambda layout: StepBatch(layout, max_items))
-        self._library.run(self._team, (structs.Op * 1)(structs.op(operation)), step.c)
+        ops = (structs.Op * len(operations))(*map(structs.op, operations))
+        self._library.run(self._team, ops, step.c)
 
     # --- experts ---
 
@@ -244,7 +253,7 @@ class CpuKernels:
         x = self._as_operand(x, up[0])
         gathered = self._new(rows * chosen, x.shape[1], x.dtype)
         self._run(structs.Gather(_rows(x), _rows(gathered), at[3], x.shape[1], chosen), rows)
-        hidden = self._new(rows * chosen, up[0].columns, x.dtype)
+        hidden = self._new(rows * chosen, up[0].columns, self._operand_dtype(x.dtype, down[0]))
         product = partial(self._product, offsets=offsets, groups=count, per_row=chosen)
         product(gathered, hidden, up[0], weight_array(up), keep=(*up,))
         out = self._new(rows * chosen, down[0].columns, torch.float32)
@@ -275,6 +284,7 @@ class CpuKernels:
 
     def record(self, forward: Forward, max_tokens: int) -> Forward:
         recording = Recording(max_tokens)
+        recording.kept.append(self)  # its team, and the room that attention needs
         self._recording = recording
         try:
             result = forward(recording.token_ids, recording.layout)

@@ -34,7 +34,7 @@ class Recording:
         self.max_items = sys.maxsize
         self.ops: list[Op] = []
         self.kept: list[Any] = []
-        """What the operations point to and the workspace does not hold: weights, pages, tables."""
+        """What the operations point to and the workspace does not hold: weights, pages, tables, the kernels."""
 
     def add(self, operation: ctypes.Structure, keep: tuple[Any, ...]) -> None:
         self.ops.append(op(operation))

@@ -33,9 +33,17 @@ INLINE vf fma_(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vf fma_(vf a, vf b, vf c) { return a * b + c; }
 #endif
 
-// The larger; b if either is NaN.
+// The larger, the smaller; b if either is NaN.
+#if VL == 16
+INLINE vf max_(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf min_(vf a, vf b) { return _mm512_min_ps(a, b); }
+#elif VL == 8
+INLINE vf max_(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf min_(vf a, vf b) { return _mm256_min_ps(a, b); }
+#else
 INLINE vf max_(vf a, vf b) { return select_(a > b, a, b); }
 INLINE vf min_(vf a, vf b) { return select_(a < b, a, b); }
+#endif
 
 INLINE vi lane(void) {
     vi ids;
@@ -43,20 +51,32 @@ INLINE vi lane(void) {
     return ids;
 }
 
+// Every lane i gets lane i ^ distance.
+INLINE vf swap_lanes(vf x, const int distance) {
+#if defined(__clang__)
+    vf out;
+    for (int i = 0; i < VL; i++) out[i] = x[i ^ distance];
+    return out;
+#else
+    return __builtin_shuffle(x, lane() ^ distance);
+#endif
+}
+
 // Sum of all lanes, halves first: always in this order.
 INLINE float sum_lanes(vf x) {
-    float lanes[VL];
-    store(lanes, x);
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+#pragma GCC unroll 4
+    for (int half = VL / 2; half; half /= 2) x += swap_lanes(x, half);
+    return x[0];
 }
 
 // NaN if there is one.
 INLINE float max_lanes(vf x) {
-    float most = x[0];
-    for (int i = 1; i < VL; i++) most = x[i] > most || x[i] != x[i] ? x[i] : most;
-    return most;
+#pragma GCC unroll 4
+    for (int half = VL / 2; half; half /= 2) {
+        vf other = swap_lanes(x, half);
+        x = select_((other > x) | (other != other), other, x);
+    }
+    return x[0];
 }
 
 // --- bfloat16: the upper half of a float, rounded to nearest even ---
@@ -69,7 +89,13 @@ INLINE float bf16_to_float(uint16_t x) {
 }
 
 INLINE vf load_bf16(const uint16_t *p) {
+#if VL == 16
+    return as_float((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)) << 16);
+#elif VL == 8
+    return as_float((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)) << 16);
+#else
     return as_float(__builtin_convertvector((vh) * (const vh_unaligned *)p, vu) << 16);
+#endif
 }
 
 INLINE void store_bf16(uint16_t *p, vf x) {
@@ -155,8 +181,7 @@ INLINE void *row_of(const struct rows *rows, int64_t t) {
 
 // e^x to about 1 ulp: exactly 1 at 0, exactly 0 at -inf; NaN stays NaN.
 INLINE vf exp_(vf x) {
-    x = select_(x > 89.0f, set1(89.0f), x);
-    x = select_(x < -104.0f, set1(-104.0f), x);
+    x = max_(set1(-104.0f), min_(set1(89.0f), x));
     vf magic = set1(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
     vf shifted = fma_(x, set1(1.44269504f), magic);
     vf n = shifted - magic;
@@ -216,4 +241,31 @@ INLINE vf activate_(vf x, int64_t kind) {
         case ACT_RELU: return select_(x < 0.0f, set1(0.0f), x);
         default: return x;
     }
+}
+
+// --- several rows at once ---
+
+// Up to 16 rows of numbers; row i is at[i / 4] + i % 4 rows, so that 14 of them need few registers for their addresses.
+struct quads {
+    const char *at[4];
+    int64_t row_bytes;
+};
+
+INLINE struct quads quads_of(const int R, const char *x, int64_t row_bytes) {
+    struct quads q = {.row_bytes = row_bytes};
+#pragma GCC unroll 4
+    for (int i = 0; i < (R + 3) / 4; i++) q.at[i] = x + 4 * i * row_bytes;
+    return q;
+}
+
+INLINE void advance(const int R, struct quads *q, int64_t bytes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < (R + 3) / 4; i++) q->at[i] += bytes;
+}
+
+// The 4 bytes of row i at `offset` in every lane: a float, or a pair of bf16.
+INLINE vi word_of(const struct quads *q, int i, int64_t offset) {
+    int32_t word;
+    memcpy(&word, q->at[i / 4] + i % 4 * q->row_bytes + offset, 4);
+    return word + (vi){};
 }
