@@ -43,8 +43,8 @@ MAX_SHARDS = 256
 
 
 class CpuKernels:
-    """`dtype`: the model's, float32 or bfloat16; in float32 quantized matrices are held dequantized, since
-    the quantized products take bfloat16 rows. `pinned`: bind each thread to a core, the caller's included.
+    """`dtype`: the model's, float32 or bfloat16; in float32 quantized matrices are held dequantized, since their
+    products round the rows to 8 bits. `pinned`: bind each thread to a core, the caller's included.
 
     Raises what `Library` raises; `OSError` when there are no threads to be had.
     """
@@ -54,7 +54,7 @@ class CpuKernels:
     def __init__(
         self, dtype: torch.dtype = torch.float32, threads: int = 1, *, pinned: bool = False, isa: str | None = None
     ) -> None:
-        assert str(dtype).removeprefix("torch.") in DTYPES, dtype
+        assert dtype in (torch.float32, torch.bfloat16), dtype
         self.dtype = dtype
         self._library = Library(isa)
         self.name = f"cpu-{self._library.isa}"
@@ -99,14 +99,13 @@ class CpuKernels:
         return y
 
     def _as_operand(self, x: Tensor, weight: PackedMatrix) -> Tensor:
-        """x in a dtype that this processor multiplies `weight` with."""
+        """x in a dtype that `_product` takes with `weight`."""
         dtype = self._operand_dtype(x.dtype, weight)
         return x if x.dtype == dtype else self.convert(x, dtype)
 
     def _operand_dtype(self, dtype: torch.dtype, weight: PackedMatrix) -> torch.dtype:
-        if not self._library.dots_bf16 or weight.format == "float32":
-            return torch.float32
-        return dtype if weight.format in DTYPES else torch.bfloat16
+        dense = weight.format in DTYPES
+        return torch.float32 if dense and not (self._library.dots_bf16 and weight.format == "bfloat16") else dtype
 
     def _product(
         self,
@@ -122,14 +121,14 @@ class CpuKernels:
         per_row: int = 1,
     ) -> None:
         """y = x · weight. With `offsets`: `groups` weights alike, `per_row` rows of x for every row of the step."""
-        rows, sums = x.shape[0] // per_row, None
-        if weight.format == "Q4_1":
-            sums = self._new(x.shape[0], weight.c.k // GROUP, torch.float32, dense=True)
-            self._run(structs.GroupSums(_rows(x), sums.data_ptr(), weight.c.k, per_row), rows)
-        sums_at = None if sums is None else sums.data_ptr()
-        offsets_at = None if offsets is None else offsets.data_ptr()
-        operation = structs.Linear(_rows(x), _rows(y), weights, offsets_at, groups, sums_at, add)
-        self._run(operation, rows, keep=(weights, *keep))
+        rows, k, factors = x.shape[0] // per_row, weight.c.k, None
+        if weight.format not in DTYPES:
+            factors = self._new(x.shape[0], k // GROUP * 2, torch.float32, dense=True)
+            codes, offset = self._new(x.shape[0], k, torch.int8), 128 if weight.format == "Q8_0" else 0
+            self._run(structs.Quantize(_rows(x), _rows(codes), factors.data_ptr(), k, per_row, offset), rows)
+            x = codes
+        at = (_rows(x), _rows(y), weights, _pointer(offsets), groups, _pointer(factors))
+        self._run(structs.Linear(*at, add), rows, keep=(weights, *keep))
 
     # --- rows ---
 

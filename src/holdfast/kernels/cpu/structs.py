@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctypes import POINTER, Structure, Union, c_float, c_int64, c_void_p
 from typing import Any
 
-DTYPES = {"float32": 0, "bfloat16": 1}
+DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 FORMATS = {"float32": 0, "bfloat16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
@@ -50,13 +50,20 @@ class Linear(Structure):
         ("weights", POINTER(Weight)),
         ("offsets", c_void_p),
         ("groups", c_int64),
-        ("sums", c_void_p),
+        ("factors", c_void_p),
         ("add", c_int64),
     ]
 
 
-class GroupSums(Structure):
-    _fields_ = [("x", Rows), ("sums", c_void_p), ("k", c_int64), ("per_row", c_int64)]
+class Quantize(Structure):
+    _fields_ = [
+        ("x", Rows),
+        ("y", Rows),
+        ("factors", c_void_p),
+        ("k", c_int64),
+        ("per_row", c_int64),
+        ("offset", c_int64),
+    ]
 
 
 class Embedding(Structure):
@@ -192,7 +199,7 @@ class Filter(Structure):
 
 OPERATIONS: tuple[type[Structure], ...] = (
     Linear,
-    GroupSums,
+    Quantize,
     Embedding,
     Norm,
     Convert,

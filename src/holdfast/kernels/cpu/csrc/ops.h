@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-enum dtype { F32, BF16 };
+enum dtype { F32, BF16, I8 };
 enum weight_format { W_F32, W_BF16, W_Q8, W_Q4, W_Q4_MIN };  // Q8_0, Q4_0 and Q4_1 of GGUF
 enum activation { ACT_NONE, ACT_SILU, ACT_GELU, ACT_GELU_TANH, ACT_RELU };
 
@@ -53,16 +53,18 @@ struct linear_op {
     const struct weight *weights;
     const int64_t *offsets;
     int64_t groups;
-    const float *sums;  // [T, K / 32] sums of x over the groups of W_Q4_MIN weights, else NULL
+    const float *factors;  // of x in int8, for weights in groups: see quantize
     int64_t add;
 };
 
-// sums[i][g] = the sum of x[i] over its group g of 32, for T · `per_row` rows.
-struct group_sums_op {
-    struct rows x;
-    float *sums;
+// Rows x [T · per_row, k] in groups of 32: codes y of 8 bits, `offset` (0 or 128) more than they stand for, and
+// factors [T · per_row, k / 32, 2], for each group its scale and the sum of its numbers.
+struct quantize_op {
+    struct rows x, y;
+    float *factors;
     int64_t k;
     int64_t per_row;
+    int64_t offset;
 };
 
 // y = table[ids + offset] * scale, or y += it; y is float32.
@@ -181,7 +183,7 @@ struct filter_op {
 };
 
 #define OPERATIONS(X)                                                                                               \
-    X(linear) X(group_sums) X(embedding) X(norm) X(convert) X(softcap) X(store_kv) X(attention) X(merge) X(route)   \
+    X(linear) X(quantize) X(embedding) X(norm) X(convert) X(softcap) X(store_kv) X(attention) X(merge) X(route)   \
     X(sort) X(gather) X(combine) X(argmax) X(noise) X(filter)
 
 #define KIND(name) OP_##name,
@@ -192,7 +194,7 @@ struct op {
     int64_t kind;
     union {
         struct linear_op linear;
-        struct group_sums_op group_sums;
+        struct quantize_op quantize;
         struct embedding_op embedding;
         struct norm_op norm;
         struct convert_op convert;

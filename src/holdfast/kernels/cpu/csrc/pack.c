@@ -55,12 +55,8 @@ void pack_groups(const struct weight *w, const uint8_t *rows, int64_t row_bytes,
                 if (w->format == W_Q4_MIN) memcpy(out + codes + 64 + 2 * c, block + 2, 2);
                 for (int64_t i = 0; i < GROUP; i++) {
                     int code = block_code(w->format, block, i);
-                    if (w->format == W_Q8) {
-                        ((uint8_t *)out)[(i / 2 * PANEL + c) * 2 + i % 2] = (uint8_t)code;
-                    } else {
-                        int64_t pair = i / 2;
-                        ((uint16_t *)out)[(pair / 4 * PANEL + c) * 2 + i % 2] |= (uint16_t)(code << (4 * (pair % 4)));
-                    }
+                    int64_t four = i / 4, row = w->format == W_Q8 ? four : four % 4;
+                    ((uint8_t *)out)[(row * PANEL + c) * 4 + i % 4] |= (uint8_t)(row == four ? code : code << 4);
                 }
             }
     }

@@ -16,6 +16,7 @@ typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef float vf_unaligned __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 typedef uint32_t vu_unaligned __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef int8_t v_bytes __attribute__((vector_size(VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef uint16_t vh_unaligned __attribute__((vector_size(2 * VL), aligned(2), may_alias));
 
@@ -173,8 +174,10 @@ INLINE void store_row(void *row, int64_t dtype, int64_t at, int64_t end, vf x) {
     memcpy(p, lanes, (size_t)(end - at) * 2);
 }
 
+INLINE int64_t element_bytes(int64_t dtype) { return dtype == F32 ? 4 : dtype == BF16 ? 2 : 1; }
+
 INLINE void *row_of(const struct rows *rows, int64_t t) {
-    return (char *)rows->data + t * rows->stride * (rows->dtype == F32 ? 4 : 2);
+    return (char *)rows->data + t * rows->stride * element_bytes(rows->dtype);
 }
 
 // --- functions ---
