@@ -31,6 +31,8 @@ SERVE_FLAGS = [
     "--seed",
     "--device",
     "--cpu-threads",
+    "--pin-cpu-threads",
+    "--no-pin-cpu-threads",
     "--tensor-parallel-size",
     "--pipeline-parallel-size",
     "--data-parallel-size",

@@ -70,6 +70,11 @@ class DeviceConfig:
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs. auto: cuda if there is one.")
     cpu_threads: int | None = option(None, "Threads of the worker on CPU. Default: the cores this process may use.")
+    pin_cpu_threads: bool = option(
+        False,
+        "Keep each of these threads on a core of its own, of those that taskset allows. Of use where cores are "
+        "plenty; where the gateway has to share them, the system places threads better.",
+    )
     tensor_parallel_size: int = option(1, "Devices that share each layer. Only 1 works yet.")
     pipeline_parallel_size: int = option(1, "Groups of layers on devices of their own. Only 1 works yet.")
     data_parallel_size: int = option(1, "Copies of the model. Only 1 works yet.")

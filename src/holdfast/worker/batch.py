@@ -64,26 +64,23 @@ class Requests:
 def layout(work: list[Work], block_size: int, device: torch.device) -> tuple[Tensor, BatchLayout]:
     """Token ids int64 [T] and the layout of a step."""
     token_ids: list[int] = []
-    positions = np.empty(sum(part.stop - part.start for part in work), dtype=np.int64)
-    slots = np.empty_like(positions)
+    positions: list[int] = []
+    slots: list[int] = []
     widest = max(-(-part.stop // block_size) for part in work)
     tables = np.zeros((len(work), widest), dtype=np.int32)
-    row = 0
-    for table, part in zip(tables, work, strict=True):
-        token_ids += part.request.token_ids[part.start : part.stop]
+    for row, part in enumerate(work):
+        blocks, stretch = part.request.block_ids, range(part.start, part.stop)
         num_blocks = -(-part.stop // block_size)
-        table[:num_blocks] = part.request.block_ids[:num_blocks]
-        rows = slice(row, row + part.stop - part.start)
-        positions[rows] = np.arange(part.start, part.stop)
-        slots[rows] = (
-            table[positions[rows] // block_size].astype(np.int64) * block_size + positions[rows] % block_size
-        )
-        row = rows.stop
+        tables[row, :num_blocks] = blocks[:num_blocks]
+        token_ids += part.request.token_ids[part.start : part.stop]
+        positions += stretch
+        slots += [blocks[position // block_size] * block_size + position % block_size for position in stretch]
+    rows = torch.from_numpy(np.array((token_ids, positions, slots), dtype=np.int64)).to(device)
     batch = BatchLayout(
         query_lens=tuple(part.stop - part.start for part in work),
         context_lens=tuple(part.stop for part in work),
-        positions=torch.from_numpy(positions).to(device),
-        slots=torch.from_numpy(slots).to(device),
+        positions=rows[1],
+        slots=rows[2],
         block_tables=torch.from_numpy(tables).to(device),
     )
-    return torch.tensor(token_ids, dtype=torch.int64, device=device), batch
+    return rows[0], batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Runner:
         work = self.requests.apply(step)
         token_ids, batch = layout(work, self.pages.block_size, self.device)
         hidden = self.forward(token_ids, batch)
-        ends = torch.tensor(batch.query_lens).cumsum(0).tolist()
+        ends = list(accumulate(batch.query_lens))
         return StepResult(step.step_id, self._sample(hidden, work, ends), self._score_prompts(hidden, work, ends))
 
     def _sample(self, hidden: Tensor, work: list[Work], ends: list[int]) -> list[SampledToken]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from holdfast.cache.pages import KVPages, bytes_per_block
-from holdfast.core.config import ServeConfig
+from holdfast.core.config import DeviceConfig, ServeConfig
 from holdfast.core.errors import ConfigError
 from holdfast.core.request import SamplingParams
 from holdfast.core.spec import ModelInfo
@@ -31,10 +31,10 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
     """
     device = pick_device(config.device.device)
     dtype = pick_dtype(config.model.dtype, model, device)
-    threads = _num_threads(config.device.cpu_threads)
+    threads, pinned = _num_threads(config.device), config.device.pin_cpu_threads
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    kernels = select_kernels(device.type, dtype, threads)
+    kernels = select_kernels(device.type, dtype, threads, pinned=pinned)
     decoder = load_decoder(
         model,
         kernels,
@@ -63,11 +63,14 @@ def longest_request(config: ServeConfig, model: ModelInfo) -> int:
     return min(config.model.max_model_len or model.spec.max_positions, model.spec.max_positions)
 
 
-def _num_threads(wanted: int | None) -> int:
-    """`--cpu-threads`, or as many as there are cores for us. Raises `ConfigError` for more than the machine has."""
-    there = os.cpu_count() or 1
+def _num_threads(config: DeviceConfig) -> int:
+    """`--cpu-threads`, or as many as there are cores for us. Raises `ConfigError` for more than the machine has, or,
+    when each gets a core of its own, than this process may use."""
+    wanted, there, ours = config.cpu_threads, os.cpu_count() or 1, len(os.sched_getaffinity(0))
     if wanted is not None and wanted > there:
         raise ConfigError(f"--cpu-threads {wanted}: must be at most {there}, what this machine has")
+    if config.pin_cpu_threads and (wanted or 0) > ours:
+        raise ConfigError(f"--cpu-threads {wanted} with --pin-cpu-threads: must be at most {ours}")
     return wanted or usable_cores()
 
 

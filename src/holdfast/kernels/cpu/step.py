@@ -46,8 +46,10 @@ class StepBatch:
 def _items(query_lens: Sequence[int], context_lens: Sequence[int], max_items: int) -> np.ndarray:
     """int32 [B + 1]: the first attention item of each request, and their number. A decode over several splits of
     keys gets an item each if there is room for all: more to share out, the same sums."""
-    queries = np.array(query_lens, dtype=np.int64)
-    tiles = -(-queries // TILE_TOKENS)
-    splits = np.where(queries == 1, -(-np.array(context_lens, dtype=np.int64) // SPLIT), tiles)
-    counts = splits if splits.sum() <= max_items else tiles
-    return np.concatenate(([0], counts.cumsum())).astype(np.int32)
+    tiles = [-(-length // TILE_TOKENS) for length in query_lens]
+    splits = [
+        -(-context // SPLIT) if length == 1 else count
+        for length, context, count in zip(query_lens, context_lens, tiles, strict=True)
+    ]
+    counts = splits if sum(splits) <= max_items else tiles
+    return np.array([0, *accumulate(counts)], dtype=np.int32)

@@ -44,6 +44,7 @@ struct team {
     int64_t units, units_per_claim;
 
     int64_t size;
+    int64_t callers_cpu;  // which the next caller is to be pinned to; -1: none
     atomic_bool stopping;
     pthread_mutex_t running;
     struct member members[];
@@ -138,8 +139,19 @@ static void *member_main(void *argument) {
     return NULL;
 }
 
+static void pin(pthread_t thread, int64_t cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    pthread_setaffinity_np(thread, sizeof set, &set);  // a core that is gone: run where the system likes
+}
+
 void team_run(struct team *team, const struct isa *isa, const struct op *ops, int64_t count, const struct batch *batch) {
     pthread_mutex_lock(&team->running);
+    if (team->callers_cpu >= 0) {
+        pin(pthread_self(), team->callers_cpu);
+        team->callers_cpu = -1;
+    }
     uint64_t stage = (atomic_load(&team->stage) & ~IDLE) + 1;
     team->isa = isa;
     team->ops = ops;
@@ -154,28 +166,19 @@ void team_run(struct team *team, const struct isa *isa, const struct op *ops, in
     pthread_mutex_unlock(&team->running);
 }
 
-static void pin(pthread_t thread, const int64_t *cpus, int64_t index) {
-    if (!cpus) return;
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpus[index], &set);
-    pthread_setaffinity_np(thread, sizeof set, &set);  // a core that is gone: run where the system likes
-}
-
 struct team *team_start(int64_t threads, const int64_t *cpus) {
     size_t bytes = sizeof(struct team) + (size_t)threads * sizeof(struct member);
     struct team *team = aligned_alloc(64, (bytes + 63) / 64 * 64);
     if (!team) return NULL;
-    *team = (struct team){.stage = IDLE, .size = 1};
+    *team = (struct team){.stage = IDLE, .size = 1, .callers_cpu = cpus ? cpus[0] : -1};
     pthread_mutex_init(&team->running, NULL);
     for (int64_t i = 0; i < threads; i++) team->members[i] = (struct member){.team = team, .index = i};
-    pin(pthread_self(), cpus, 0);
     for (int64_t i = 1; i < threads; i++, team->size++) {
         if (pthread_create(&team->members[i].thread, NULL, member_main, &team->members[i])) {
             team_stop(team);
             return NULL;
         }
-        pin(team->members[i].thread, cpus, i);
+        if (cpus) pin(team->members[i].thread, cpus[i]);
     }
     return team;
 }

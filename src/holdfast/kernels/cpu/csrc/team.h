@@ -4,8 +4,9 @@
 
 struct team;
 
-// `threads` - 1 threads beside the caller's; cpus[i] is the core thread i is pinned to (0: the caller's, which is
-// pinned too), or cpus is NULL. NULL if a thread could not be started.
+// `threads` - 1 threads beside the caller's; cpus[i] is the core thread i is pinned to, or cpus is NULL. Thread 0 is who
+// calls team_run first: pinned then and not before, since what loads the weights has inherited its cores. NULL if a
+// thread could not be started.
 struct team *team_start(int64_t threads, const int64_t *cpus);
 void team_stop(struct team *team);
 
