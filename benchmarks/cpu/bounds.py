@@ -62,12 +62,18 @@ class Gauge:
     def __init__(self) -> None:
         self.readings: list[Limits] = []
 
-    def read(self) -> None:
+    def read(self) -> Limits:
+        """Measure once more; returns the better of this and the time before, for what was done in between."""
         self.readings.append(measure_limits())
+        return _best(self.readings[-2:])
 
     @property
     def best(self) -> Limits:
-        return Limits(
-            max(reading.read_bytes_per_second for reading in self.readings),
-            max(reading.bf16_flop_per_second for reading in self.readings),
-        )
+        return _best(self.readings)
+
+
+def _best(readings: list[Limits]) -> Limits:
+    return Limits(
+        max(reading.read_bytes_per_second for reading in readings),
+        max(reading.bf16_flop_per_second for reading in readings),
+    )

@@ -54,11 +54,9 @@ class Contest:
         try:
             for peer in list(self.peers):
                 self._try(peer, partial(self._start, peer))
-            self.gauge.read()
             for number in range(rounds):
                 for job in self.jobs:
                     self._round(job, number)
-                self.gauge.read()
         finally:
             for peer in self.peers:
                 peer.stop()
@@ -87,7 +85,7 @@ class Contest:
             with Watch(peer.pid) as watch:
                 timing = peer.run(job, prompts)
             peer.hold()
-            tries.append(replace(timing, others=watch.others))
+            tries.append(replace(timing, others=watch.others, limits=self.gauge.read()))
         best = min(tries, key=lambda timing: timing.others)
         self.result.timings.setdefault(job.name, {}).setdefault(peer.name, []).append(best)
         note = f"  others used {best.others:.1f} cores" if best.others > ENOUGH else ""

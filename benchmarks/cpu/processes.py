@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..limits import Limits
 from .work import OUT, THREADS, Job, Model
 
 PEERS_FOLDER = Path(__file__).parent / "peers"
@@ -46,6 +47,9 @@ class Timing:
     """Of the first request; empty if the peer does not tell."""
     others: float = 0.0
     """Cores that foreign processes used meanwhile."""
+    limits: Limits | None = None
+    """What the machine did right before and right after, the better of both: on shared machines the rate of
+    memory can halve for minutes."""
 
 
 class Peer(Protocol):

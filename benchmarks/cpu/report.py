@@ -84,8 +84,8 @@ def _agreement(greetings: dict[str, list[int]]) -> str:
 
 def print_limits(console: Console, limits: Limits) -> None:
     console.print(
-        f"limit: {limits.read_bytes_per_second / 1e9:.1f} GB/s read, "
-        f"{limits.bf16_flop_per_second / 1e9:.0f} GFLOP/s in bf16 (the best seen during the run)",
+        f"limit, the best seen: {limits.read_bytes_per_second / 1e9:.1f} GB/s read, "
+        f"{limits.bf16_flop_per_second / 1e9:.0f} GFLOP/s in bf16; shares are of what it did right before and after",
         highlight=False,
     )
 

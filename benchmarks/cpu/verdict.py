@@ -26,13 +26,15 @@ class Figures:
     spread: float
     """(slowest - fastest) / median."""
     limit_share: float
+    """The least time the job could take by what the machine did around it, as a share of the time it took."""
     others: float
     """Cores that foreign processes used, in the worst round that counts."""
 
     @staticmethod
-    def of(job: Job, timings: list[Timing], limit_seconds: float) -> Figures:
+    def of(job: Job, timings: list[Timing], weights: Weights) -> Figures:
         seconds = median(timing.seconds for timing in timings)
         times = [timing.seconds for timing in timings]
+        shares = [weights.job_seconds(job, t.limits) / t.seconds for t in timings if t.limits]
         decode = [t.decode_tokens / (t.seconds - t.prefill_seconds) for t in timings if t.decode_tokens]
         return Figures(
             seconds=seconds,
@@ -40,7 +42,7 @@ class Figures:
             prefill_rate=job.num_requests * job.input_len / median(t.prefill_seconds for t in timings),
             decode_rate=median(decode) if decode else None,
             spread=(max(times) - min(times)) / seconds,
-            limit_share=limit_seconds / seconds,
+            limit_share=median(shares),
             others=max(timing.others for timing in timings),
         )
 
@@ -113,6 +115,6 @@ def judge(result: ModelResult, jobs: list[Job], limits: Limits) -> list[JobVerdi
     for job in jobs:
         timings = result.timings.get(job.name, {})
         limit = weights.job_seconds(job, limits)
-        figures = {peer: Figures.of(job, rounds, limit) for peer, rounds in timings.items()}
+        figures = {peer: Figures.of(job, rounds, weights) for peer, rounds in timings.items()}
         verdicts.append(JobVerdict(result.model, job, limit, figures, GOALS.get((result.model.name, job.name))))
     return [verdict for verdict in verdicts if verdict.figures]
