@@ -25,6 +25,7 @@ SERVE_FLAGS = [
     "--chat-template",
     "--revision",
     "--dtype",
+    "--quantized-activations",
     "--max-model-len",
     "--override-generation-config",
     "--max-logprobs",

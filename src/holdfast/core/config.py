@@ -38,6 +38,11 @@ class ModelConfig:
         "auto",
         "Type of weights, activations and KV cache. auto: as the checkpoint; for float16 on CPU, bfloat16.",
     )
+    quantized_activations: Literal["int8", "int16"] = option(
+        "int8",
+        "What activations are rounded to, in groups of 32, where they meet int8 or int4 weights of a GGUF file on "
+        "CPU. int8 is what llama.cpp does; int16 is as good as unrounded, slower where many tokens share a step.",
+    )
     max_model_len: int | None = option(
         None,
         "Tokens one request may hold, prompt and output. Default: the model's limit, or what the cache holds.",

@@ -24,9 +24,14 @@ log = logging.getLogger(__name__)
 
 
 def select_kernels(
-    device: str, dtype: torch.dtype = torch.float32, threads: int = 1, *, pinned: bool = False
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 1,
+    *,
+    pinned: bool = False,
+    activation_bits: int = 8,
 ) -> Kernels[Any]:
-    """The backend for a torch device type ("cpu", "cuda") and the model's dtype; `threads` and `pinned` are for CPUs.
+    """The backend for a torch device type ("cpu", "cuda") and the model's dtype; the rest is for CPUs, see `CpuKernels`.
 
     Raises `ConfigError` for an instruction set asked for by the environment that this processor lacks.
     """
@@ -36,7 +41,7 @@ def select_kernels(
         log.warning("the CPU kernels take float32 and bfloat16: %s runs on torch's, slower and not exact", dtype)
         return ReferenceKernels(dtype)
     try:
-        return CpuKernels(dtype, threads, pinned=pinned)
+        return CpuKernels(dtype, threads, pinned=pinned, activation_bits=activation_bits)
     except FileNotFoundError as error:
         log.warning("%s; torch's kernels are used, slower and not exact", error)
         return ReferenceKernels(dtype)

@@ -34,7 +34,8 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
     threads, pinned = _num_threads(config.device), config.device.pin_cpu_threads
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    kernels = select_kernels(device.type, dtype, threads, pinned=pinned)
+    bits = {"int8": 8, "int16": 16}[config.model.quantized_activations]
+    kernels = select_kernels(device.type, dtype, threads, pinned=pinned, activation_bits=bits)
     decoder = load_decoder(
         model,
         kernels,

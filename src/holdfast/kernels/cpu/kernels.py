@@ -44,7 +44,7 @@ MAX_SHARDS = 256
 
 class CpuKernels:
     """`dtype`: the model's, float32 or bfloat16; in float32 quantized matrices are held dequantized, since their
-    products round the rows to 8 bits. `pinned`: bind each thread to a core, the caller's included.
+    products round the rows, to `activation_bits` (8 or 16). `pinned`: bind each thread to a core, the caller's included.
 
     Raises what `Library` raises; `OSError` when there are no threads to be had.
     """
@@ -52,10 +52,18 @@ class CpuKernels:
     exact = True
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, threads: int = 1, *, pinned: bool = False, isa: str | None = None
+        self,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 1,
+        *,
+        pinned: bool = False,
+        activation_bits: int = 8,
+        isa: str | None = None,
     ) -> None:
         assert dtype in (torch.float32, torch.bfloat16), dtype
+        assert activation_bits in (8, 16), activation_bits
         self.dtype = dtype
+        self._digits = activation_bits // 8
         self._library = Library(isa)
         self.name = f"cpu-{self._library.isa}"
         cores = sorted(os.sched_getaffinity(0))[:threads] if pinned else None
@@ -124,11 +132,14 @@ class CpuKernels:
         rows, k, factors = x.shape[0] // per_row, weight.c.k, None
         if weight.format not in DTYPES:
             factors = self._new(x.shape[0], k // GROUP * 2, torch.float32, dense=True)
-            codes, offset = self._new(x.shape[0], k, torch.int8), 128 if weight.format == "Q8_0" else 0
-            self._run(structs.Quantize(_rows(x), _rows(codes), factors.data_ptr(), k, per_row, offset), rows)
+            codes = self._new(x.shape[0], self._digits * k, torch.int8)
+            offset = 128 if weight.format == "Q8_0" else 0
+            self._run(
+                structs.Quantize(_rows(x), _rows(codes), factors.data_ptr(), k, per_row, offset, self._digits), rows
+            )
             x = codes
         at = (_rows(x), _rows(y), weights, _pointer(offsets), groups, _pointer(factors))
-        self._run(structs.Linear(*at, add), rows, keep=(weights, *keep))
+        self._run(structs.Linear(*at, self._digits, add), rows, keep=(weights, *keep))
 
     # --- rows ---
 

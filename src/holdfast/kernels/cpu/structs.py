@@ -51,6 +51,7 @@ class Linear(Structure):
         ("offsets", c_void_p),
         ("groups", c_int64),
         ("factors", c_void_p),
+        ("digits", c_int64),
         ("add", c_int64),
     ]
 
@@ -63,6 +64,7 @@ class Quantize(Structure):
         ("k", c_int64),
         ("per_row", c_int64),
         ("offset", c_int64),
+        ("digits", c_int64),
     ]
 
 

@@ -53,18 +53,21 @@ struct linear_op {
     const struct weight *weights;
     const int64_t *offsets;
     int64_t groups;
-    const float *factors;  // of x in int8, for weights in groups: see quantize
+    const float *factors;  // of quantized rows x, for weights in groups: see quantize
+    int64_t digits;        // of such rows
     int64_t add;
 };
 
-// Rows x [T · per_row, k] in groups of 32: codes y of 8 bits, `offset` (0 or 128) more than they stand for, and
-// factors [T · per_row, k / 32, 2], for each group its scale and the sum of its numbers.
+// Rows x [T · per_row, k] in groups of 32: codes y of one or two digits of 8 bits, all the high ones [k] before all the
+// low ones, `offset` (0 or 128) more than they stand for; and factors [T · per_row, k / 32, 2], for each group its scale
+// and the sum of its numbers.
 struct quantize_op {
     struct rows x, y;
     float *factors;
     int64_t k;
     int64_t per_row;
     int64_t offset;
+    int64_t digits;
 };
 
 // y = table[ids + offset] * scale, or y += it; y is float32.
