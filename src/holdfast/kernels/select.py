@@ -31,7 +31,7 @@ def select_kernels(
     pinned: bool = False,
     activation_bits: int = 8,
 ) -> Kernels[Any]:
-    """The backend for a torch device type ("cpu", "cuda") and the model's dtype; the rest is for CPUs, see `CpuKernels`.
+    """The backend for a torch device type ("cpu", "cuda") and the model's dtype; the rest is for CPUs: `CpuKernels`.
 
     Raises `ConfigError` for an instruction set asked for by the environment that this processor lacks.
     """

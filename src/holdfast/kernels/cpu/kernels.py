@@ -44,7 +44,7 @@ MAX_SHARDS = 256
 
 class CpuKernels:
     """`dtype`: the model's, float32 or bfloat16; in float32 quantized matrices are held dequantized, since their
-    products round the rows, to `activation_bits` (8 or 16). `pinned`: bind each thread to a core, the caller's included.
+    products round the rows, to `activation_bits` (8 or 16). `pinned`: bind each thread to a core, the caller's too.
 
     Raises what `Library` raises; `OSError` when there are no threads to be had.
     """
@@ -134,9 +134,8 @@ class CpuKernels:
             factors = self._new(x.shape[0], k // GROUP * 2, torch.float32, dense=True)
             codes = self._new(x.shape[0], self._digits * k, torch.int8)
             offset = 128 if weight.format == "Q8_0" else 0
-            self._run(
-                structs.Quantize(_rows(x), _rows(codes), factors.data_ptr(), k, per_row, offset, self._digits), rows
-            )
+            how = (k, per_row, offset, self._digits)
+            self._run(structs.Quantize(_rows(x), _rows(codes), factors.data_ptr(), *how), rows)
             x = codes
         at = (_rows(x), _rows(y), weights, _pointer(offsets), groups, _pointer(factors))
         self._run(structs.Linear(*at, self._digits, add), rows, keep=(weights, *keep))
