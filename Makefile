@@ -41,7 +41,7 @@ sanitize: $(VENV)/.installed-dev ## the kernel tests with AddressSanitizer and U
 	$(CC) -std=gnu11 -O1 -g -ffp-contract=off -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
 		-Wall -Wextra -Werror -Wno-psabi -pthread -fPIC -shared src/holdfast/kernels/cpu/csrc/*.c -o build/sanitized.so -lm
 	@HOLDFAST_CPU_LIBRARY=build/sanitized.so LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(PY) -m pytest -p no:cacheprovider tests/unit/test_cpu_kernels.py tests/unit/test_cpu_sampling.py $(ARGS)
+		ASAN_OPTIONS=detect_leaks=0 $(PY) -m pytest -p no:cacheprovider tests/unit/test_cpu_*.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, import rules, length of modules
 	@$(PY) -m ruff check .

@@ -131,3 +131,72 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
     },
 }
+
+WHOLE_GROUPS = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "whole groups: llama": WHOLE_GROUPS | {"model_type": "llama"},
+    "whole groups: gemma3": WHOLE_GROUPS
+    | {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 9,
+    },
+    "whole groups: mixtral": WHOLE_GROUPS | {"model_type": "mixtral", "num_local_experts": 5, "sliding_window": None},
+    "whole groups: qwen3_moe": WHOLE_GROUPS
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "whole groups: gpt2": {"model_type": "gpt2", "hidden_size": 64, "num_attention_heads": 2},
+    "whole groups: bloom": {"model_type": "bloom", "hidden_size": 96, "num_attention_heads": 3},
+}
+"""Sizes that quantized matrices can have: whole groups of 32 columns, also in every virtual shard."""
+
+NINE_HEADS = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 72,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "heads of 64, 49,152 tokens": NINE_HEADS | {"head_dim": 64, "vocab_size": 49152},
+    "heads of 80": NINE_HEADS | {"head_dim": 80},
+    "heads of 96, 151,936 tokens": NINE_HEADS | {"head_dim": 96, "vocab_size": 151936},
+    "heads of 128": NINE_HEADS | {"head_dim": 128},
+    "heads of 256": NINE_HEADS | {"head_dim": 256},
+}
+"""Heads and vocabularies of real models; the rest is small."""
+
+LONG: dict[str, dict[str, Any]] = {
+    "one KV head": {"model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 1},
+    "alibi": {"model_type": "bloom", "num_hidden_layers": 2},
+    "wide window": {
+        "model_type": "mistral",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 3,
+        "sliding_window": 1100,
+    },
+}
+"""For requests of thousands of tokens."""
+
+WIDE: dict[str, dict[str, Any]] = {
+    "wide experts": {
+        "model_type": "mixtral",
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 4224,
+        "num_local_experts": 2,
+        "sliding_window": None,
+    }
+}
+"""Products over thousands of columns. Experts, because other matrices are cut into virtual shards."""

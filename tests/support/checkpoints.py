@@ -118,9 +118,9 @@ class Driver:
         return [torch.cat(parts) for parts in self.logits]
 
 
-def run_chunks(decoder: Decoder, tokens: Sequence[int], chunks: Iterable[int]) -> Tensor:
+def run_chunks(decoder: Decoder, tokens: Sequence[int], chunks: Iterable[int], block_size: int = 4) -> Tensor:
     """Logits of one request, prefilled in chunks of these lengths; the last one may be cut short."""
-    driver = Driver(decoder, [tokens])
+    driver = Driver(decoder, [tokens], block_size)
     for chunk in chunks:
         driver.step([(0, min(chunk, len(tokens) - driver.computed[0]))])
         if driver.computed[0] == len(tokens):
@@ -128,11 +128,18 @@ def run_chunks(decoder: Decoder, tokens: Sequence[int], chunks: Iterable[int]) -
     return driver.result()[0]
 
 
-def run_interleaved(decoder: Decoder, requests: Sequence[Sequence[int]], seed: int = 0) -> list[Tensor]:
-    """Logits of several requests in mixed steps: each step takes some of them, in any order, one token or a few."""
-    driver = Driver(decoder, requests, seed=seed)
+def run_interleaved(
+    decoder: Decoder,
+    requests: Sequence[Sequence[int]],
+    seed: int = 0,
+    block_size: int = 4,
+    chunks: Sequence[int] = (1, 1, 2, 5, 11),
+) -> list[Tensor]:
+    """Logits of several requests in mixed steps: each step takes some of them, in any order, and of each one of
+    `chunks` tokens."""
+    driver = Driver(decoder, requests, block_size, seed)
     dice = random.Random(seed)
     while left := [i for i, tokens in enumerate(requests) if driver.computed[i] < len(tokens)]:
         chosen = dice.sample(left, dice.randint(1, len(left)))
-        driver.step([(i, min(dice.choice((1, 1, 2, 5, 11)), len(requests[i]) - driver.computed[i])) for i in chosen])
+        driver.step([(i, min(dice.choice(chunks), len(requests[i]) - driver.computed[i])) for i in chosen])
     return driver.result()

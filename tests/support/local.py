@@ -24,6 +24,11 @@ class Answer:
         self.finish: str | None = None
         self.num_cached_tokens = 0
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What the client asked for, without how it was come by."""
+        return self.token_ids, self.logprobs, self.prompt_logprobs, self.finish
+
 
 class LocalEngine:
     """`path` is a model folder or .gguf. `num_blocks` of device memory; `schedule` may use fewer."""
@@ -37,6 +42,7 @@ class LocalEngine:
         num_blocks: int = 512,
         block_size: int = 16,
         max_num_batched_tokens: int = 512,
+        cpu_threads: int | None = None,
     ) -> None:
         self.info = inspect_model(path)
         spec = self.info.spec
@@ -44,7 +50,7 @@ class LocalEngine:
         per_block = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * block_size * itemsize
         config = ServeConfig(
             model=ModelConfig(dtype=dtype, max_model_len=spec.max_positions),
-            device=DeviceConfig(device=device),
+            device=DeviceConfig(device=device, cpu_threads=cpu_threads),
             cache=CacheConfig(block_size=block_size, kv_cache_memory_bytes=num_blocks * per_block),
             scheduler=SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens),
         )
