@@ -190,8 +190,8 @@ LONG: dict[str, dict[str, Any]] = {
 WIDE: dict[str, dict[str, Any]] = {
     "wide experts": {
         "model_type": "mixtral",
-        "num_hidden_layers": 1,
-        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "intermediate_size": 4224,

@@ -22,15 +22,14 @@ VOCABULARIES = [1, 2, 31, 97, 49152]
 # --- argmax ---
 
 
+some_logits = st.sampled_from([-torch.inf, -1.0, -0.0, 0.0, 1e-45, 2.0, torch.inf, torch.nan, -torch.nan])
+
+
 @every_isa
-@given(
-    st.lists(
-        st.sampled_from([-torch.inf, -1.0, -0.0, 0.0, 1e-45, 2.0, torch.inf, torch.nan]), min_size=1, max_size=70
-    )
-)
+@given(st.lists(some_logits, min_size=1, max_size=70))
 @settings(max_examples=100, deadline=None)
 def test_argmax_is_the_first_of_the_largest(isa: str, row: list[float]):
-    """Ties that go to whichever lane had them, zeros of two signs, infinities, and a NaN, which counts as largest."""
+    """Ties that go to whichever lane had them, zeros of two signs, infinities, and NaNs, which count as largest."""
     nans = [i for i, x in enumerate(row) if math.isnan(x)]
     expected = nans[0] if nans else row.index(max(row))
     assert Build(isa, 1).kernels().argmax(torch.tensor([row])).tolist() == [expected]

@@ -160,10 +160,12 @@ def test_thousands_of_tiny_operations(isa: str):
 
 
 def test_more_units_than_a_range_has_bits_for():
-    """A claim of a million rows that loses its upper bits."""
-    kernels = CpuKernels(torch.float32, 2)
-    x = torch.randn(2_100_000, 1)
-    assert torch.equal(kernels.convert(x, torch.bfloat16), x.bfloat16())
+    """Claims that lose their upper bits, or of which the last goes beyond the end."""
+    memory = torch.full((2_100_100, 1), 100.0)
+    x = memory[:2_100_001]
+    CpuKernels(torch.float32, 2).softcap(x, 3.0)
+    assert (x == 3.0).all()
+    assert (memory[2_100_001:] == 100.0).all()
 
 
 @every_isa
@@ -233,11 +235,10 @@ def test_a_program_keeps_its_kernels():
 def test_pinned_threads_have_a_core_each():
     """The caller's thread, once it calls, and the others; not the thread that made the kernels."""
     usable = os.sched_getaffinity(0)
-    count = min(2, len(usable))
     before = thread_ids()
-    kernels = CpuKernels(torch.float32, count, pinned=True)
+    kernels = CpuKernels(torch.float32, 2, pinned=True)
     started = thread_ids() - before
-    assert [os.sched_getaffinity(thread) for thread in started] == [{sorted(usable)[1]}] * (count - 1)
+    assert [os.sched_getaffinity(thread) for thread in started] == [{(sorted(usable) * 2)[1]}]
 
     def call() -> set[int]:
         kernels.convert(torch.ones(3, 3), torch.float32)
@@ -246,6 +247,22 @@ def test_pinned_threads_have_a_core_each():
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(call).result() == {min(usable)}
     assert os.sched_getaffinity(0) == usable
+
+
+def test_pinned_threads_keep_to_the_cores_they_may_use():
+    """A thread for which no core is left, pinned to one that belongs to others."""
+
+    def start() -> list[bool]:
+        last = max(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {last})  # this thread's
+        before = thread_ids()
+        kernels = CpuKernels(torch.float32, 3, pinned=True)
+        found = [os.sched_getaffinity(thread) == {last} for thread in thread_ids() - before]
+        del kernels
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(start).result() == [True, True]
 
 
 # --- the library ---

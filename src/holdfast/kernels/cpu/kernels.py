@@ -66,8 +66,9 @@ class CpuKernels:
         self._digits = activation_bits // 8
         self._library = Library(isa)
         self.name = f"cpu-{self._library.isa}"
-        cores = sorted(os.sched_getaffinity(0))[:threads] if pinned else None
-        self._team = self._library.start_team(threads, cores)
+        cores = sorted(os.sched_getaffinity(0))  # more threads than that share them
+        cpus = [cores[i % len(cores)] for i in range(threads)] if pinned else None
+        self._team = self._library.start_team(threads, cpus)
         weakref.finalize(self, self._library.stop_team, self._team)
         self._arena = Arena()
         self._partial = np.empty(PARTIAL_FLOATS, dtype=np.float32)
