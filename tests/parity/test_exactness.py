@@ -233,12 +233,12 @@ def serve(engine: LocalEngine, requests: Sequence[Request]) -> dict[str, list[tu
     return {way: [answer.content for answer in answers] for way, answers in ways.items()}
 
 
-def served_ways_that_differ(path: str, dtype: str, requests: Sequence[Request]) -> list[str]:
+def served_ways_that_differ(path: str, dtype: str, requests: Sequence[Request], **options: Any) -> list[str]:
     """Those in which the requests come out otherwise than alone on one thread; each number of threads starts an
     engine of its own."""
     found, expected = [], None
     for threads in (1, THREADS):
-        engine = LocalEngine(path, dtype=dtype, num_blocks=128, cpu_threads=threads)
+        engine = LocalEngine(path, dtype=dtype, num_blocks=128, cpu_threads=threads, **options)
         ways = serve(engine, requests)
         expected = expected or ways["alone"]
         found += [f"{way}, {threads} threads" for way, answers in ways.items() if answers != expected]
@@ -254,10 +254,11 @@ def test_served_answers(checkpoint: Checkpoints, name: str, dtype: str):
     assert served_ways_that_differ(checkpoint(name, dtype), dtype, requests) == []
 
 
-def test_served_answers_of_every_build(checkpoint: Checkpoints, isa: str):
+@pytest.mark.parametrize("activations", some(["int8", "int16"], fast=["int8"]))
+def test_served_answers_of_every_build(checkpoint: Checkpoints, isa: str, activations: str):
     """The same, of quantized experts, on kernels asked for by the environment."""
-    path = checkpoint("whole groups: mixtral", "Q4_1")
-    assert served_ways_that_differ(path, "bfloat16", requests_to_serve(97)) == []
+    path, requests = checkpoint("whole groups: mixtral", "Q4_1"), requests_to_serve(97)
+    assert served_ways_that_differ(path, "bfloat16", requests, quantized_activations=activations) == []
 
 
 @pytest.mark.slow

@@ -43,13 +43,16 @@ class LocalEngine:
         block_size: int = 16,
         max_num_batched_tokens: int = 512,
         cpu_threads: int | None = None,
+        quantized_activations: str = "int8",
     ) -> None:
         self.info = inspect_model(path)
         spec = self.info.spec
         itemsize = 4 if dtype == "float32" else 2
         per_block = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * block_size * itemsize
         config = ServeConfig(
-            model=ModelConfig(dtype=dtype, max_model_len=spec.max_positions),
+            model=ModelConfig(
+                dtype=dtype, max_model_len=spec.max_positions, quantized_activations=quantized_activations
+            ),
             device=DeviceConfig(device=device, cpu_threads=cpu_threads),
             cache=CacheConfig(block_size=block_size, kv_cache_memory_bytes=num_blocks * per_block),
             scheduler=SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens),
