@@ -219,3 +219,9 @@ def test_errors_in_openais_shape() -> None:
     assert full == {"message": "full", "type": "rate_limit_error", "param": None, "code": "queue_full"}
     assert error_body(StepFailed("rank 0"))["error"]["message"] == "rank 0"
     assert "secret" not in error_body(RuntimeError("secret"))["error"]["message"]
+
+
+@pytest.mark.parametrize("end", "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
+def test_an_event_is_one_line_whatever_a_client_takes_for_a_lines_end(end: str) -> None:
+    line, *rest = event({"text": f"a{end}é"}).decode().splitlines()
+    assert rest == [""] and json.loads(line.removeprefix("data: ")) == {"text": f"a{end}é"}

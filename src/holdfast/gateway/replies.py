@@ -16,6 +16,9 @@ from holdfast.gateway.tokenizer import Tokenizer
 
 to_json = msgspec.json.encode
 
+_LINE_ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\x85\u2028\u2029"}
+"""What JSON may hold as it is, and some clients (httpx's `iter_lines`, all that follow `str.splitlines`) end a line at."""
+
 LEAST_LOGPROB = -9999.0
 """JSON has no -Infinity."""
 
@@ -31,8 +34,11 @@ def error_body(error: BaseException) -> Json:
 
 
 def event(body: Json) -> bytes:
-    """One server-sent event."""
-    return b"data: " + to_json(body) + b"\n\n"
+    """One server-sent event: one line to every client, whatever it takes for a line's end."""
+    encoded = to_json(body)
+    for end, escaped in _LINE_ENDS.items():
+        encoded = encoded.replace(end, escaped)
+    return b"data: " + encoded + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
