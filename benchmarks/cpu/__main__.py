@@ -30,7 +30,7 @@ from .install import install
 from .plot import draw
 from .service import ServiceResult, measure_http, measure_ready
 from .verdict import JobVerdict, judge
-from .work import BENCHMARKS, JOBS, OUT, PEERS, RESULTS, THREADS, Job, Model, all_models
+from .work import BENCHMARKS, JOBS, OURS, OUT, PEERS, RESULTS, THREADS, Job, Model, all_models
 
 HTTP_MODELS = ("smollm2-q4_1", "llama-1b")
 
@@ -68,7 +68,7 @@ def measure_models(
     models: list[Model], peers: list[str], jobs: list[Job], rounds: int, gauge: Gauge
 ) -> list[ModelResult]:
     """Every model with the chosen peers that can read it."""
-    problems = {peer: problem for peer in peers if peer != "holdfast" and (problem := install(peer))}
+    problems = {peer: problem for peer in peers if peer not in OURS and (problem := install(peer))}
     for problem in problems.values():
         print(problem, file=sys.stderr)
     results = []

@@ -10,9 +10,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .verdict import JobVerdict
-from .work import PEERS
+from .work import OURS, PEERS
 
-COLOURS = {"holdfast": "#c0392b", "llama.cpp": "#2c3e50", "vllm": "#2980b9", "transformers": "#a6acaf"}
+COLOURS = {
+    "holdfast": "#c0392b",
+    "holdfast-int8": "#e59a92",
+    "llama.cpp": "#2c3e50",
+    "vllm": "#2980b9",
+    "transformers": "#a6acaf",
+}
 LIMIT_COLOUR = "#e67e22"
 GROUP_WIDTH = 0.8
 
@@ -32,7 +38,7 @@ def draw(path: Path, verdicts: list[JobVerdict], caption: str) -> None:
     handles = [Patch(color=COLOURS[peer]) for peer in PEERS]
     limit = Line2D([], [], color=LIMIT_COLOUR, linewidth=2)
     figure.legend(
-        [*handles, limit], [*PEERS, "limit of the machine"], loc="outside upper center", ncols=5, frameon=False
+        [*handles, limit], [*PEERS, "limit of the machine"], loc="outside upper center", ncols=6, frameon=False
     )
     figure.supxlabel(caption, fontsize=8, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +52,7 @@ def _chart(axis: Axes, title: str, verdicts: list[JobVerdict]) -> None:
     highest = 1.0
     for group, verdict in enumerate(verdicts):
         rates = {peer: figures.rate for peer, figures in verdict.figures.items()}
-        unit = max((rate for peer, rate in rates.items() if peer != "holdfast"), default=rates.get("holdfast", 1.0))
+        unit = max((rate for peer, rate in rates.items() if peer not in OURS), default=rates.get("holdfast", 1.0))
         limit = verdict.limit_rate / unit
         highest = max(highest, *(rate / unit for rate in rates.values()), min(limit, 4.0))
         for index, peer in enumerate(peers):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..limits import Limits
-from .work import OUT, THREADS, Job, Model
+from .work import OURS, OUT, THREADS, Job, Model
 
 PEERS_FOLDER = Path(__file__).parent / "peers"
 START_SECONDS = 900.0
@@ -72,7 +72,7 @@ class Peer(Protocol):
 
 def python_of(peer: str) -> str:
     """The interpreter that has `peer`."""
-    return sys.executable if peer == "holdfast" else str(OUT / peer / "bin" / "python")
+    return sys.executable if peer in OURS else str(OUT / peer / "bin" / "python")
 
 
 class ChildPeer:
@@ -92,13 +92,15 @@ class ChildPeer:
 
     def start(self, jobs: list[Job]) -> None:
         """Load the model and run each job's shape once, shortened."""
-        path = self.model.holdfast_path if self.name == "holdfast" else self.model.folder
-        script = PEERS_FOLDER / f"run_{self.name}.py"
+        if self.name in OURS:
+            script, arguments = "run_holdfast.py", [str(self.model.holdfast_path), str(THREADS), OURS[self.name]]
+        else:
+            script, arguments = f"run_{self.name}.py", [str(self.model.folder), str(THREADS)]
         log = LOGS / f"{self.name}.{self.model.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [python_of(self.name), str(script), str(path), str(THREADS)],
+                [python_of(self.name), str(PEERS_FOLDER / script), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

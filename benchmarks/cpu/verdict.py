@@ -10,7 +10,7 @@ from ..limits import Limits
 from .bounds import Weights
 from .contest import ModelResult
 from .processes import Timing
-from .work import GOALS, Goal, Job, Model
+from .work import GOALS, OURS, Goal, Job, Model
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class JobVerdict:
         """The ratio the goal is about; None if a peer it names is missing."""
         if self.goal is None:
             return None
-        others = [name for name in self.figures if name != "holdfast"]
+        others = [name for name in self.figures if name not in OURS]
         if self.goal.against != "best":
             others = [name for name in others if name == self.goal.against]
         of = self.decode_ratio if self.goal.while_decoding else self.ratio

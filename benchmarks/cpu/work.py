@@ -13,7 +13,10 @@ OUT = BENCHMARKS / "out" / "cpu"
 """Venvs, built programs and checkpoints: everything that can be made again."""
 RESULTS = BENCHMARKS / "results"
 MODELS = OUT / "models"
-PEERS = ("holdfast", "llama.cpp", "vllm", "transformers")
+OURS = {"holdfast": "int16", "holdfast-int8": "int8"}
+"""Name → `--quantized-activations`: the default, and what llama.cpp does."""
+OTHERS = ("llama.cpp", "vllm", "transformers")
+PEERS = (*OURS, *OTHERS)
 THREADS = 2
 
 
@@ -64,7 +67,7 @@ class Model:
     @property
     def peers(self) -> tuple[str, ...]:
         """Who can read it: quantized GGUF is left to Holdfast and llama.cpp."""
-        return PEERS if self.folder else PEERS[:2]
+        return ("holdfast", *OTHERS) if self.folder else (*OURS, "llama.cpp")
 
     @property
     def holdfast_path(self) -> Path:

@@ -254,7 +254,7 @@ def test_served_answers(checkpoint: Checkpoints, name: str, dtype: str):
     assert served_ways_that_differ(checkpoint(name, dtype), dtype, requests) == []
 
 
-@pytest.mark.parametrize("activations", some(["int8", "int16"], fast=["int8"]))
+@pytest.mark.parametrize("activations", some(["int8", "int16"], fast=["int16"]))
 def test_served_answers_of_every_build(checkpoint: Checkpoints, isa: str, activations: str):
     """The same, of quantized experts, on kernels asked for by the environment."""
     path, requests = checkpoint("whole groups: mixtral", "Q4_1"), requests_to_serve(97)

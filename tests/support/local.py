@@ -43,7 +43,7 @@ class LocalEngine:
         block_size: int = 16,
         max_num_batched_tokens: int = 512,
         cpu_threads: int | None = None,
-        quantized_activations: str = "int8",
+        quantized_activations: str = "int16",
     ) -> None:
         self.info = inspect_model(path)
         spec = self.info.spec

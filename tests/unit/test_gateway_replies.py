@@ -224,4 +224,5 @@ def test_errors_in_openais_shape() -> None:
 @pytest.mark.parametrize("end", "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
 def test_an_event_is_one_line_whatever_a_client_takes_for_a_lines_end(end: str) -> None:
     line, *rest = event({"text": f"a{end}é"}).decode().splitlines()
-    assert rest == [""] and json.loads(line.removeprefix("data: ")) == {"text": f"a{end}é"}
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == {"text": f"a{end}é"}

@@ -1,6 +1,6 @@
 """Holdfast as a peer: its real scheduler, cache and runner in this process, as `holdfast serve` sets them up.
 
-python run_holdfast.py MODEL THREADS
+python run_holdfast.py MODEL THREADS QUANTIZED_ACTIVATIONS
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from conversation import Work, converse
 
 from holdfast import __version__
 from holdfast.cache.blocks import BlockPool
-from holdfast.core.config import CacheConfig, DeviceConfig, ServeConfig
+from holdfast.core.config import CacheConfig, DeviceConfig, ModelConfig, ServeConfig
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import Submit
 from holdfast.models.inspect import inspect_model
@@ -26,10 +26,11 @@ CACHE_BYTES = 512_000_000
 
 
 def start() -> tuple[Work, dict[str, str], str]:
-    path, threads = sys.argv[1], int(sys.argv[2])
+    path, threads, activations = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     info = inspect_model(path)
     config = replace(
         ServeConfig(),
+        model=ModelConfig(quantized_activations=activations),
         device=DeviceConfig(device="cpu", cpu_threads=threads),
         cache=CacheConfig(kv_cache_memory_bytes=CACHE_BYTES),
     )

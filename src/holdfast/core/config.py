@@ -39,9 +39,9 @@ class ModelConfig:
         "Type of weights, activations and KV cache. auto: as the checkpoint; for float16 on CPU, bfloat16.",
     )
     quantized_activations: Literal["int8", "int16"] = option(
-        "int8",
+        "int16",
         "What activations are rounded to, in groups of 32, where they meet int8 or int4 weights of a GGUF file on "
-        "CPU. int8 is what llama.cpp does; int16 is as good as unrounded, slower where many tokens share a step.",
+        "CPU. int16 is as good as unrounded; int8 is what llama.cpp does, faster where many tokens share a step.",
     )
     max_model_len: int | None = option(
         None,

@@ -17,7 +17,7 @@ from holdfast.gateway.tokenizer import Tokenizer
 to_json = msgspec.json.encode
 
 _LINE_ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\x85\u2028\u2029"}
-"""What JSON may hold as it is, and some clients (httpx's `iter_lines`, all that follow `str.splitlines`) end a line at."""
+"""JSON may hold these as they are, but clients that use `str.splitlines` (httpx's `iter_lines`) end lines there."""
 
 LEAST_LOGPROB = -9999.0
 """JSON has no -Infinity."""
