@@ -57,7 +57,7 @@ class LlamaCpp:
             raise PeerError(f"llama.cpp on {self.model.name}: {error}") from error
         line = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
         if done.returncode or line is None:
-            raise PeerError(f"llama.cpp on {self.model.name} ended with {done.returncode}: {done.stderr[-500:]}")
+            raise PeerError(f"llama.cpp on {self.model.name} ended with {done.returncode}: {(done.stdout + done.stderr)[-800:]}")
         found = json.loads(line)
         prefill = found["t_pp"]
         return Timing(prefill + (found["t_tg"] if steps else 0.0), prefill, steps * job.num_requests)
