@@ -49,15 +49,22 @@ class LlamaCpp:
         command = [BIN / "llama-batched-bench", "-m", self.model.gguf, "-c", context, "-b", 2048, "-ub", 512]
         command += ["-t", THREADS, "-tb", THREADS, "-fa", flash_attention, "--output-format", "jsonl"]
         command += ["-npp", job.input_len, "-ntg", max(steps, 1), "-npl", job.num_requests]
-        try:
-            done = subprocess.run(
-                [str(part) for part in command], check=False, capture_output=True, timeout=JOB_SECONDS, text=True
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise PeerError(f"llama.cpp on {self.model.name}: {error}") from error
-        line = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
+        line = None
+        for _ in range(TRIES):  # seen once in hundreds of runs: it ends with 0 and says nothing
+            try:
+                done = subprocess.run(
+                    [str(part) for part in command], check=False, capture_output=True, timeout=JOB_SECONDS, text=True
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise PeerError(f"llama.cpp on {self.model.name}: {error}") from error
+            line = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
+            if done.returncode or line is not None:
+                break
         if done.returncode or line is None:
-            raise PeerError(f"llama.cpp on {self.model.name} ended with {done.returncode}: {(done.stdout + done.stderr)[-800:]}")
+            what = (done.stdout + done.stderr)[-800:]
+            raise PeerError(
+                f"llama.cpp on {self.model.name}, {job.name}, ended with {done.returncode}: {what} {command}"
+            )
         found = json.loads(line)
         prefill = found["t_pp"]
         return Timing(prefill + (found["t_tg"] if steps else 0.0), prefill, steps * job.num_requests)
