@@ -50,7 +50,7 @@ class LlamaCpp:
         command += ["-t", THREADS, "-tb", THREADS, "-fa", flash_attention, "--output-format", "jsonl"]
         command += ["-npp", job.input_len, "-ntg", max(steps, 1), "-npl", job.num_requests]
         line = None
-        for _ in range(TRIES):  # seen once in hundreds of runs: it ends with 0 and says nothing
+        for _ in range(TRIES):  # sometimes it ends with 0 and says nothing; why is not known
             try:
                 done = subprocess.run(
                     [str(part) for part in command], check=False, capture_output=True, timeout=JOB_SECONDS, text=True
@@ -62,9 +62,7 @@ class LlamaCpp:
                 break
         if done.returncode or line is None:
             what = (done.stdout + done.stderr)[-800:]
-            raise PeerError(
-                f"llama.cpp on {self.model.name}, {job.name}, ended with {done.returncode}: {what} {command}"
-            )
+            raise PeerError(f"llama.cpp on {self.model.name}, {job.name}, ended with {done.returncode}: {what}")
         found = json.loads(line)
         prefill = found["t_pp"]
         return Timing(prefill + (found["t_tg"] if steps else 0.0), prefill, steps * job.num_requests)

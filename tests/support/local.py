@@ -13,6 +13,9 @@ from holdfast.models.inspect import inspect_model
 from holdfast.schedule.scheduler import Scheduler
 from holdfast.worker.start import start_runner
 
+SERVED = ModelConfig()
+"""What `holdfast serve` takes when it is not told."""
+
 
 class Answer:
     """What a request produced."""
@@ -43,7 +46,7 @@ class LocalEngine:
         block_size: int = 16,
         max_num_batched_tokens: int = 512,
         cpu_threads: int | None = None,
-        quantized_activations: str = "int16",
+        quantized_activations: str = SERVED.quantized_activations,
     ) -> None:
         self.info = inspect_model(path)
         spec = self.info.spec

@@ -71,7 +71,7 @@ def start() -> tuple[Work, dict[str, str], str]:
             "tokens": next(iter(outputs.values())),
         }
 
-    how = f"in-process engine as served by default, {config.scheduler.max_num_batched_tokens} tokens a step"
+    how = f"in-process engine, {config.scheduler.max_num_batched_tokens} tokens a step, quantized weights × {activations}"
     return work, {"holdfast": __version__, "torch": torch.__version__}, how
 
 

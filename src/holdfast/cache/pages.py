@@ -19,8 +19,8 @@ def bytes_per_block(num_layers: int, num_kv_heads: int, head_dim: int, block_siz
 class KVPages:
     """K and V pages of every layer: per layer [P blocks, G heads, S tokens, D].
 
-    A (block, layer, head) cell is contiguous [S, D], so that checkpoints can be keyed by it. Which request a
-    block belongs to is not known here (`cache.blocks` owns that).
+    A (block, layer, head) cell lies in one piece of S · D numbers, in the backend's own order, so that checkpoints
+    can be keyed by it. Which request a block belongs to is not known here (`cache.blocks` owns that).
     """
 
     k: tuple[Tensor, ...]
