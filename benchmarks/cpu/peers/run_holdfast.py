@@ -71,7 +71,8 @@ def start() -> tuple[Work, dict[str, str], str]:
             "tokens": next(iter(outputs.values())),
         }
 
-    how = f"in-process engine, {config.scheduler.max_num_batched_tokens} tokens a step, quantized weights × {activations}"
+    tokens = config.scheduler.max_num_batched_tokens
+    how = f"in-process engine, {tokens} tokens a step, quantized weights × {activations}"
     return work, {"holdfast": __version__, "torch": torch.__version__}, how
 
 
