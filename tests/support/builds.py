@@ -16,6 +16,6 @@ def builds() -> list[str]:
 def _runs(name: str) -> bool:
     try:
         Library(name)
-    except (ConfigError, FileNotFoundError):
+    except (ConfigError, OSError):
         return False
     return True

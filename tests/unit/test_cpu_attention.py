@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from holdfast.kernels.cpu import kernels as cpu
+from holdfast.kernels.cpu import executor
 from holdfast.kernels.cpu.step import StepBatch
 from holdfast.kernels.interface import AttentionOptions, BatchLayout, Heads
 from support.attention import Cached, Part
@@ -161,10 +161,25 @@ def test_a_long_decode_is_the_same_without_room_for_its_splits(isa: str, monkeyp
     for options in options_for(6, 33).values():
         apart = cached.run(decodes, options)
         with monkeypatch.context() as patch:
-            patch.setattr(cpu, "PARTIAL_FLOATS", 6 * (33 + 2) * 9)  # a split more than there is room for
+            patch.setattr(executor, "PARTIAL_FLOATS", 6 * (33 + 2) * 9)  # a split more than there is room for
             assert same_bits(cached.run(decodes, options), apart)
     items = [StepBatch(cached.layout(decodes), room).items.tolist() for room in (9, 10)]
     assert items == [[0, 1, 2, 3, 4], [0, 3, 5, 6, 10]]
+
+
+@every_isa
+def test_a_split_that_a_row_does_not_see_leaves_its_zeros(isa: str):
+    """-0 + 0 = 0: a row before the border of a split, with others of its chunk behind it."""
+    cached = Cached(Build(isa, 1).kernels(), Heads(2, 1, 16), [1030])
+    q, k, v = cached.split(0)
+    q[:], k[:64], k[64:], v[:64], v[64:] = 1.0, 0.0, 50.0, -1.0, -0.0  # -1 · e^-200 = -0
+    cached.store([(0, 0, 1030)])
+    options = AttentionOptions(0.25)
+    out = cached.run([(0, 1010, 1030)], options)
+    assert out[:14].signbit().all()
+    for row in range(20):
+        alone = cached.run([(0, 1010 + row, 1011 + row)], options)
+        assert same_bits(out[row : row + 1], alone), 1010 + row
 
 
 # --- what is not a number ---

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
+import sysconfig
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +128,109 @@ def test_a_recording_that_fails_leaves_the_kernels_as_they_were():
         program(torch.zeros(5, dtype=torch.int64), one_request(5))
 
 
+def test_another_threads_calls_run_while_a_step_is_recorded():
+    """Put down in the recording, so that the caller gets numbers that nobody has computed."""
+    kernels = CpuKernels(torch.float32, 2)
+    table, x = kernels.pack([torch.ones(2, 3)]), torch.ones(2, 3)
+
+    def forward(ids: Tensor, batch: BatchLayout) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(kernels.convert, x, torch.float32).result(), x)
+        return kernels.embedding(ids, table)
+
+    program = kernels.record(forward, 4)
+    assert torch.equal(program(torch.zeros(3, dtype=torch.int64), one_request(3)), torch.ones(3, 3))
+
+
+def test_what_a_recording_cannot_hold_is_noticed():
+    """A view of some rows would be run over all of the step's; a recording within another would end up empty."""
+    kernels = CpuKernels(torch.float32)
+    table = kernels.pack([torch.ones(2, 3)])
+    with pytest.raises(AssertionError, match="3 rows cannot be recorded"):
+        kernels.record(lambda ids, batch: kernels.embedding(ids[:3], table), 4)
+    with pytest.raises(AssertionError, match="within a recording"):
+        kernels.record(lambda ids, batch: kernels.record(lambda *_: ids, 4)(ids, batch), 4)
+
+
+def test_sampling_can_be_recorded():
+    """Chosen ids, seeds and limits that are gone when the recording is run."""
+    kernels = CpuKernels(torch.float32, 2)
+    weight = kernels.pack([torch.randn(50, 8, generator=generator(3))])
+    table = kernels.pack([torch.randn(20, 8, generator=generator(4))])
+
+    def choose(ids: Tensor, batch: BatchLayout) -> Tensor:
+        logits, rows = kernels.linear(kernels.embedding(ids, table), weight), len(ids)
+        kernels.filter_logits(logits, torch.full((rows,), 5), torch.full((rows,), 0.9), torch.full((rows,), 0.01))
+        kernels.add_gumbel_noise(logits, torch.full((rows,), 7), torch.full((rows,), 11))
+        return kernels.argmax(logits)[:, None]
+
+    program, ids = kernels.record(choose, 16), torch.arange(16)
+    gc.collect()
+    assert torch.equal(program(ids, one_request(16)), choose(ids, one_request(16)))
+
+
+def test_wrong_operands_are_noticed():
+    """What C would read beyond its end, or as numbers of another kind."""
+    kernels = CpuKernels(torch.bfloat16)
+    x, weight = torch.ones(2, 8, dtype=torch.bfloat16), kernels.pack([torch.ones(4, 8)])
+    half = torch.ones(8, dtype=torch.bfloat16)
+    heads, pages = Heads(2, 1, 8), torch.zeros(1, 1, 16, 8)
+    plain = AttentionOptions(1.0)
+    for wrong in (
+        lambda: kernels.linear(x[:, :6], weight),
+        lambda: kernels.linear(x, weight, add_to=torch.zeros(2, 3)),
+        lambda: kernels.embedding(torch.zeros(2, dtype=torch.int32), weight),
+        lambda: kernels.rms_norm(x, half, 1e-5, torch.float32),
+        lambda: kernels.rms_norm(x, half.float()[:6], 1e-5, torch.float32),
+        lambda: kernels.store_kv(torch.ones(2, 32, dtype=torch.bfloat16), heads, pages, pages, one_request(2)),
+        lambda: kernels.store_kv(torch.ones(2, 30), heads, pages, pages, one_request(2)),
+        lambda: kernels.attention(
+            torch.ones(2, 16, dtype=torch.bfloat16), heads, pages, pages, one_request(2), plain
+        ),
+        lambda: kernels.attention(torch.ones(3, 16), heads, pages, pages, one_request(2), plain),
+        lambda: kernels.argmax(x),
+        lambda: kernels.add_gumbel_noise(torch.ones(2, 8), torch.ones(1, dtype=torch.int64), torch.ones(2)),
+        lambda: kernels.pack([torch.ones(4, 8)], shards=(4, 6)),
+        lambda: kernels.pack([torch.ones(4, 8)], shards=(4, 4, 8)),
+        lambda: kernels.pack([torch.ones(4, 8)], [torch.ones(3)]),
+        lambda: kernels.pack([torch.ones(4, 8), torch.ones(5, 8)], gated=True),
+        lambda: kernels.experts(
+            x, torch.ones(2, 2), Routing(1, True), [weight] * 2, [kernels.pack([torch.ones(8, 4)]), weight]
+        ),
+    ):
+        with pytest.raises(AssertionError):
+            wrong()
+
+
 # --- the team ---
+
+
+def test_denormals_are_every_threads():
+    """A caller that has them flushed to zero: his share of the rows alone would differ."""
+    x = torch.full((64, 33), 1e-40)
+    kernels = CpuKernels(torch.float32, 2)
+    cap = kernels.softcap(x.clone(), 1.0)
+    assert torch.set_flush_denormal(True)
+    try:
+        flushed = kernels.softcap(x.clone(), 1.0)
+        assert float(x[0, 0] * 1.0) == 0.0, "the caller's own arithmetic is as before"
+    finally:
+        torch.set_flush_denormal(False)
+    assert same_bits(flushed, cap)
+    assert (cap != 0).all()
+
+
+@pytest.mark.skipif(LIBRARY_VARIABLE in os.environ, reason="a sanitizer needs all the addresses there are")
+def test_threads_that_cannot_be_had():
+    """A limit of the system met in the middle of starting."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20), limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="cannot start 500 CPU threads"):
+            CpuKernels(torch.float32, 500)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @every_isa
@@ -287,11 +391,14 @@ def test_without_the_library_the_reference_serves(
     """A machine without a compiler that does not serve at all, or serves slowly and does not say so."""
     monkeypatch.delenv(LIBRARY_VARIABLE, raising=False)
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    (tmp_path / "_library.cpython-39-x86_64-linux-gnu.so").write_bytes(b"another Python's")
     with pytest.raises(FileNotFoundError, match="was a C compiler there"):
         CpuKernels()
     with caplog.at_level(logging.WARNING):
         assert select_kernels("cpu", torch.bfloat16, 2).name == "reference"
-    assert "not exact" in caplog.text
+        (tmp_path / f"_library{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"cut off while it was copied")
+        assert select_kernels("cpu", torch.bfloat16, 2).name == "reference"
+    assert caplog.text.count("not exact") == 2
 
 
 def test_float16_is_the_references(caplog: pytest.LogCaptureFixture):

@@ -1,7 +1,10 @@
 """What a kernel backend offers to the decoder and the sampler: one interface, several backends.
 
-Shapes: T tokens in the step, B requests, H query heads, G KV heads, D head dim, M hidden, F MLP columns,
-V vocabulary, E experts, K experts per token, P blocks in the cache, S tokens per block.
+Shapes: T tokens in the step, B requests, H query heads, G KV heads, D head dim, M hidden, V vocabulary, R rows of
+logits, E experts, P blocks in the cache, S tokens per block; a matrix is [N, K] (outputs, inputs).
+
+Shapes, dtypes and limits named here are the caller's to keep: a backend asserts them, and knows no other errors than
+a device's own (out of memory).
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from torch import Tensor
 
 from holdfast.core.spec import Activation
 
-T = TypeVar("T")
+Derived = TypeVar("Derived")
 W = TypeVar("W")
 
 GROUP = 32
 """Numbers of a quantized row that share a scale."""
+GROUP_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+"""What such a group takes, scale (and minimum) included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +37,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, int]:
-        group_bytes = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}[self.format]
-        return self.blocks.shape[0], self.blocks.shape[1] // group_bytes * GROUP
+        return self.blocks.shape[0], self.blocks.shape[1] // GROUP_BYTES[self.format] * GROUP
 
 
 Matrix = Tensor | Quantized
@@ -56,11 +60,11 @@ class BatchLayout:
     """int32 [B, widest]: block ids in order of position; padded with 0."""
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def derive(self, key: str, make: Callable[[BatchLayout], T]) -> T:
+    def derive(self, key: str, make: Callable[[BatchLayout], Derived]) -> Derived:
         """What a backend works out from this layout once per step: made on the first layer, kept for the rest."""
         if key not in self.derived:
             self.derived[key] = make(self)
-        return cast(T, self.derived[key])
+        return cast(Derived, self.derived[key])
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,7 @@ class Kernels(Protocol[W]):
 
     name: str
     exact: bool
-    """Whether a row's result is the same bits whatever rows share the call (docs/architecture.md, contract 1)."""
+    """Whether a row's result is the same bits whatever rows share the call: contract 1 in docs/architecture.md."""
 
     def pack(
         self,
@@ -128,9 +132,10 @@ class Kernels(Protocol[W]):
     ) -> W:
         """Matrices [N_i, K], stacked to one [N, K] and laid out for `linear`; what the call needs of them is copied.
 
-        `biases` [N_i]: one per part or none. `activation` is applied to the result; with `gated` the parts are
-        (gate, up), and the result is activation(x · gateᵀ) * (x · upᵀ) [T, N_0]. `shards`: ends of the virtual
-        shards of K, ascending to K (contract 1); () for one.
+        The parts are all of one dtype (float32 or the model's) or all quantized alike. `biases` [N_i]: one per part
+        or none. `activation` is applied to the result; with `gated` the parts are (gate, up), and the result is
+        activation(x · gateᵀ) * (x · upᵀ) [T, N_0]. `shards`: ends of the virtual shards of K, ascending to K, none
+        empty (contract 1); () for one.
         """
         ...
 
@@ -143,7 +148,8 @@ class Kernels(Protocol[W]):
     def embedding(
         self, ids: Tensor, table: W, *, scale: float = 1.0, offset: int = 0, add_to: Tensor | None = None
     ) -> Tensor:
-        """Rows ids + offset of a packed table [V, M], for int64 [T], times scale → float32 [T, M]."""
+        """Rows ids + offset of a packed table [V, M], for ids int64 [T] with 0 <= id + offset < V, times scale →
+        float32 [T, M]."""
         ...
 
     def rms_norm(
@@ -172,7 +178,7 @@ class Kernels(Protocol[W]):
     def store_kv(self, qkv: Tensor, heads: Heads, k_pages: Tensor, v_pages: Tensor, batch: BatchLayout) -> Tensor:
         """Split qkv [T, (H + 2G) · D] into heads; norm and rotate q and k; write k and v into the pages
         [P, G, S, D] at the batch's slots (how a (block, head) cell orders its S · D numbers is the backend's own);
-        → q [T, H · D]. Changes qkv and the pages."""
+        → q [T, H · D]. Changes qkv and the pages. D <= 512."""
         ...
 
     def attention(  # noqa: PLR0917 - five tensors and what to do with them
@@ -185,7 +191,7 @@ class Kernels(Protocol[W]):
         options: AttentionOptions,
     ) -> Tensor:
         """Causal attention of q [T, H · D] over each request's pages → [T, H · D]. Query head h reads KV head
-        h // (H / G)."""
+        h // (H / G); H is a multiple of G."""
         ...
 
     def experts(
@@ -198,8 +204,9 @@ class Kernels(Protocol[W]):
         *,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        """Each row through its chosen experts, x → down[e](up[e](x)), times their shares, added in expert-id order in
-        float32 → [T, M] in x's dtype. Ties between experts go to the lowest id."""
+        """Each row of x through the experts that its router_logits [T, E] choose, x → down[e](up[e](x)), times
+        their shares, added in expert-id order in float32 → [T, M] in x's dtype. Ties between experts go to the lowest
+        id."""
         ...
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:

@@ -236,7 +236,7 @@ def _place(x: Tensor, heads: Heads, norm: Tensor | None, positions: Tensor) -> T
 
 
 def _route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] → (shares float32 [T, K], expert ids int64 [T, K] ascending)."""
+    """Router logits [T, E] → (shares float32, expert ids int64 ascending, both [T, experts per token])."""
     probabilities = logits.float().softmax(dim=-1)
     # a stable sort, unlike topk, gives ties to the lowest expert
     ranked = probabilities.sort(dim=-1, descending=True, stable=True).indices

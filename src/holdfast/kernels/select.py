@@ -29,11 +29,12 @@ def select_kernels(
     threads: int = 1,
     *,
     pinned: bool = False,
-    activation_bits: int = 8,
+    activation_bits: int = 16,
 ) -> Kernels[Any]:
     """The backend for a torch device type ("cpu", "cuda") and the model's dtype; the rest is for CPUs: `CpuKernels`.
 
-    Raises `ConfigError` for an instruction set asked for by the environment that this processor lacks.
+    Raises `ConfigError` for an instruction set asked for by the environment that this processor lacks, and for
+    threads that cannot be had.
     """
     if device != "cpu":
         return ReferenceKernels(dtype)
@@ -42,6 +43,6 @@ def select_kernels(
         return ReferenceKernels(dtype)
     try:
         return CpuKernels(dtype, threads, pinned=pinned, activation_bits=activation_bits)
-    except FileNotFoundError as error:
+    except OSError as error:
         log.warning("%s; torch's kernels are used, slower and not exact", error)
         return ReferenceKernels(dtype)

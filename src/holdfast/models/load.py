@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from holdfast.core.spec import DecoderSpec, ModelInfo
 from holdfast.kernels.interface import GROUP, Kernels, Matrix, Quantized
@@ -105,22 +104,6 @@ def _matrices(packing: Packing) -> list[str]:
 def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
     """Bytes the weights take when none is quantized; a tied head counts once."""
     return sum(_numel(parameter) * _itemsize(parameter, dtype) for parameter in parameters(spec).values())
-
-
-def held_bytes(info: ModelInfo, dtype: torch.dtype) -> int:
-    """Bytes the weights of this checkpoint take when what is quantized in a way that kernels take stays so.
-
-    Reads headers only. Raises `ModelError` as `load_decoder` does.
-    """
-    checkpoint, wanted = Checkpoint(info), parameters(info.spec)
-    total = weight_bytes(info.spec, dtype)
-    for packing in packings(info.spec).values():
-        kind = _format(checkpoint, packing)
-        if kind is not None:
-            numbers, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-            count = sum(_numel(wanted[name]) for name in _matrices(packing))
-            total += count // numbers * num_bytes - count * dtype.itemsize
-    return total
 
 
 def _numel(parameter: Parameter) -> int:

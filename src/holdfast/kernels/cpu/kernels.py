@@ -7,26 +7,21 @@ run again and again without Python. Results are the same bits whatever rows shar
 from __future__ import annotations
 
 import ctypes
-import os
-import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from holdfast.core.spec import Activation
 from holdfast.kernels.cpu import structs
+from holdfast.kernels.cpu.executor import Executor
 from holdfast.kernels.cpu.library import Library
-from holdfast.kernels.cpu.memory import Arena, new_tensor
-from holdfast.kernels.cpu.packing import PackedMatrix, pack, weight_array
-from holdfast.kernels.cpu.program import Program, Recording
-from holdfast.kernels.cpu.step import PARTIAL_FLOATS, StepBatch
-from holdfast.kernels.cpu.structs import DTYPES, Pages, Rows
+from holdfast.kernels.cpu.memory import Arena
+from holdfast.kernels.cpu.operands import check_alike, numbers, pages_of, rows_of, shape_of_logits
+from holdfast.kernels.cpu.packing import PackedMatrix, dense, pack, weight_array
+from holdfast.kernels.cpu.structs import DTYPES
 from holdfast.kernels.interface import (
     GROUP,
     AttentionOptions,
@@ -34,19 +29,15 @@ from holdfast.kernels.interface import (
     Forward,
     Heads,
     Matrix,
-    Quantized,
     Routing,
 )
-
-MAX_HEAD_DIM = 512
-MAX_SHARDS = 256
 
 
 class CpuKernels:
     """`dtype`: the model's, float32 or bfloat16; in float32 quantized matrices are held dequantized, since their
     products round the rows, to `activation_bits` (8 or 16). `pinned`: bind each thread to a core, the caller's too.
 
-    Raises what `Library` raises; `OSError` when there are no threads to be had.
+    Raises what `Library` raises; `ConfigError` when there are no threads to be had.
     """
 
     exact = True
@@ -57,7 +48,7 @@ class CpuKernels:
         threads: int = 1,
         *,
         pinned: bool = False,
-        activation_bits: int = 8,
+        activation_bits: int = 16,
         isa: str | None = None,
     ) -> None:
         assert dtype in (torch.float32, torch.bfloat16), dtype
@@ -66,13 +57,8 @@ class CpuKernels:
         self._digits = activation_bits // 8
         self._library = Library(isa)
         self.name = f"cpu-{self._library.isa}"
-        cores = sorted(os.sched_getaffinity(0))  # more threads than that share them
-        cpus = [cores[i % len(cores)] for i in range(threads)] if pinned else None
-        self._team = self._library.start_team(threads, cpus)
-        weakref.finalize(self, self._library.stop_team, self._team)
+        self._executor = Executor(self._library, threads, pinned=pinned)
         self._arena = Arena()
-        self._partial = np.empty(PARTIAL_FLOATS, dtype=np.float32)
-        self._recording: Recording | None = None
 
     # --- matrices ---
 
@@ -85,15 +71,14 @@ class CpuKernels:
         gated: bool = False,
         shards: Sequence[int] = (),
     ) -> PackedMatrix:
-        assert len(shards) <= MAX_SHARDS
         if self.dtype == torch.float32 or any(end % GROUP for end in shards):
-            parts = [_dense(part, self.dtype) for part in parts]
+            parts = [dense(part, self.dtype) for part in parts]
         return pack(self._library, self._arena, parts, biases, activation=activation, gated=gated, shards=shards)
 
     def linear(
         self, x: Tensor, weight: PackedMatrix, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        y = add_to if add_to is not None else self._new(x.shape[0], weight.columns, dtype or x.dtype)
+        y = self._executor.result(x.shape[0], weight.columns, dtype or x.dtype, add_to)
         x = self._as_operand(x, weight)
         self._product(x, y, weight, ctypes.pointer(weight.c), keep=(weight,), add=add_to is not None)
         return y
@@ -101,10 +86,16 @@ class CpuKernels:
     def embedding(
         self, ids: Tensor, table: PackedMatrix, *, scale: float = 1.0, offset: int = 0, add_to: Tensor | None = None
     ) -> Tensor:
-        y = add_to if add_to is not None else self._new(ids.shape[0], table.c.k, torch.float32)
-        add = add_to is not None
-        operation = structs.Embedding(ids.data_ptr(), ctypes.pointer(table.c), _rows(y), offset, add, scale)
-        self._run(operation, ids.shape[0], keep=(table,))
+        y = self._executor.result(ids.shape[0], table.c.k, torch.float32, add_to)
+        operation = structs.Embedding(
+            ids=numbers(ids, torch.int64, ids.shape[0]),
+            table=ctypes.pointer(table.c),
+            y=rows_of(y),
+            offset=offset,
+            add=add_to is not None,
+            scale=scale,
+        )
+        self._executor.run(operation, ids.shape[0], keep=(ids, table))
         return y
 
     def _as_operand(self, x: Tensor, weight: PackedMatrix) -> Tensor:
@@ -113,8 +104,9 @@ class CpuKernels:
         return x if x.dtype == dtype else self.convert(x, dtype)
 
     def _operand_dtype(self, dtype: torch.dtype, weight: PackedMatrix) -> torch.dtype:
-        dense = weight.format in DTYPES
-        return torch.float32 if dense and not (self._library.dots_bf16 and weight.format == "bfloat16") else dtype
+        if weight.format not in DTYPES or (self._library.dots_bf16 and weight.format == "bfloat16"):
+            return dtype
+        return torch.float32
 
     def _product(
         self,
@@ -131,24 +123,39 @@ class CpuKernels:
     ) -> None:
         """y = x · weight. With `offsets`: `groups` weights alike, `per_row` rows of x for every row of the step."""
         rows, k, factors = x.shape[0] // per_row, weight.c.k, None
+        assert x.shape[1] == k, f"rows of {x.shape[1]} numbers, K is {k}"
         if weight.format not in DTYPES:
-            factors = self._new(x.shape[0], k // GROUP * 2, torch.float32, dense=True)
-            codes = self._new(x.shape[0], self._digits * k, torch.int8)
-            offset = 128 if weight.format == "Q8_0" else 0
-            how = (k, per_row, offset, self._digits)
-            self._run(structs.Quantize(_rows(x), _rows(codes), factors.data_ptr(), *how), rows)
+            factors = self._executor.new(x.shape[0], k // GROUP * 2, torch.float32, dense=True)
+            codes = self._executor.new(x.shape[0], self._digits * k, torch.int8)
+            quantize = structs.Quantize(
+                x=rows_of(x),
+                y=rows_of(codes),
+                factors=factors.data_ptr(),
+                k=k,
+                per_row=per_row,
+                offset=128 if weight.format == "Q8_0" else 0,
+                digits=self._digits,
+            )
+            self._executor.run(quantize, rows)
             x = codes
-        at = (_rows(x), _rows(y), weights, _pointer(offsets), groups, _pointer(factors))
-        self._run(structs.Linear(*at, self._digits, add), rows, keep=(weights, *keep))
+        linear = structs.Linear(
+            x=rows_of(x),
+            y=rows_of(y),
+            weights=weights,
+            offsets=None if offsets is None else offsets.data_ptr(),
+            groups=groups,
+            factors=None if factors is None else factors.data_ptr(),
+            digits=self._digits,
+            add=add,
+        )
+        self._executor.run(linear, rows, keep=(weights, *keep))
 
     # --- rows ---
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, *, add_to: Tensor | None = None
     ) -> Tensor:
-        y = self._target(x, dtype, add_to)
-        self._norm(x, y, weight, None, eps=eps, centered=False, add=add_to is not None)
-        return y
+        return self._norm(x, weight, None, eps, dtype, add_to)
 
     def layer_norm(
         self,
@@ -160,40 +167,60 @@ class CpuKernels:
         *,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        y = self._target(x, dtype, add_to)
-        self._norm(x, y, weight, bias, eps=eps, centered=True, add=add_to is not None)
+        return self._norm(x, weight, bias, eps, dtype, add_to, centered=True)
+
+    def _norm(  # noqa: PLR0917 - the two above, in one
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        add_to: Tensor | None,
+        *,
+        centered: bool = False,
+    ) -> Tensor:
+        rows, width = x.shape
+        y = self._executor.result(rows, width, dtype, add_to)
+        operation = structs.Norm(
+            x=rows_of(x),
+            y=rows_of(y),
+            weight=numbers(weight, torch.float32, width),
+            bias=numbers(bias, torch.float32, width),
+            width=width,
+            centered=centered,
+            add=add_to is not None,
+            eps=eps,
+        )
+        self._executor.run(operation, rows, keep=(weight, bias))
         return y
 
-    def _norm(
-        self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, centered: bool, add: bool
-    ) -> None:
-        at = (_rows(x), _rows(y), _pointer(weight), _pointer(bias))
-        self._run(structs.Norm(*at, x.shape[1], centered, add, eps), x.shape[0], keep=(weight, bias))
-
     def convert(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = self._target(x, dtype)
-        self._run(structs.Convert(_rows(x), _rows(y), x.shape[1]), x.shape[0])
+        y = self._executor.result(x.shape[0], x.shape[1], dtype)
+        self._executor.run(structs.Convert(x=rows_of(x), y=rows_of(y), width=x.shape[1]), x.shape[0])
         return y
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
-        self._run(structs.Softcap(_rows(x), x.shape[1], cap), x.shape[0])
+        self._executor.run(structs.Softcap(x=rows_of(x), width=x.shape[1], cap=cap), x.shape[0])
         return x
 
     # --- attention ---
 
     def store_kv(self, qkv: Tensor, heads: Heads, k_pages: Tensor, v_pages: Tensor, batch: BatchLayout) -> Tensor:
-        assert heads.head_dim <= MAX_HEAD_DIM
+        assert qkv.shape[1] == (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, "q, k and v side by side"
+        rotary = 0 if heads.rope is None else 2 * heads.rope.shape[2]
+        assert rotary <= heads.head_dim
         operation = structs.StoreKV(
-            _rows(qkv),
-            _pages(k_pages, v_pages),
-            _pointer(heads.q_norm),
-            _pointer(heads.k_norm),
-            _pointer(heads.rope),
-            heads.num_heads,
-            0 if heads.rope is None else 2 * heads.rope.shape[2],
-            heads.eps,
+            qkv=rows_of(qkv),
+            pages=pages_of(k_pages, v_pages, heads, qkv),
+            q_norm=numbers(heads.q_norm, torch.float32, heads.head_dim),
+            k_norm=numbers(heads.k_norm, torch.float32, heads.head_dim),
+            cos_sin=numbers(heads.rope, torch.float32),
+            heads=heads.num_heads,
+            rotary=rotary,
+            eps=heads.eps,
         )
-        self._run_step([operation], heads, batch, keep=(heads, k_pages, v_pages))
+        self._executor.run_step([operation], qkv.shape[0], heads, batch, keep=(heads, k_pages, v_pages))
         return qkv[:, : heads.num_heads * heads.head_dim]
 
     def attention(  # noqa: PLR0917 - the protocol's
@@ -205,39 +232,25 @@ class CpuKernels:
         batch: BatchLayout,
         options: AttentionOptions,
     ) -> Tensor:
-        out = self._target(q, q.dtype)
+        assert q.shape[1] == heads.num_heads * heads.head_dim
+        assert heads.num_heads % heads.num_kv_heads == 0
+        out = self._executor.result(q.shape[0], q.shape[1], q.dtype)
         operations = [
             kind(
-                _rows(q),
-                _rows(out),
-                _pages(k_pages, v_pages),
-                _pointer(options.alibi_slopes),
-                heads.num_heads,
-                options.window or 0,
-                options.scale,
-                options.softcap or 0.0,
-                self._partial.ctypes.data,
-                PARTIAL_FLOATS,
+                q=rows_of(q),
+                y=rows_of(out),
+                pages=pages_of(k_pages, v_pages, heads, q),
+                alibi=numbers(options.alibi_slopes, torch.float32, heads.num_heads),
+                heads=heads.num_heads,
+                window=options.window or 0,
+                scale=options.scale,
+                softcap=options.softcap or 0.0,
+                partial=self._executor.partial,
             )
             for kind in (structs.Attention, structs.Merge)
         ]
-        # in one run: in between, another thread's attention would overwrite what it left in `_partial`
-        self._run_step(operations, heads, batch, keep=(options, k_pages, v_pages))
+        self._executor.run_step(operations, q.shape[0], heads, batch, keep=(options, k_pages, v_pages))
         return out
-
-    def _run_step(
-        self, operations: Sequence[ctypes.Structure], heads: Heads, batch: BatchLayout, keep: tuple[Any, ...]
-    ) -> None:
-        """Run operations that need to know where the step's rows belong."""
-        max_items = PARTIAL_FLOATS // (heads.num_heads * (heads.head_dim + 2))
-        if self._recording is not None:
-            for operation in operations:
-                self._recording.add(operation, keep)
-            self._recording.max_items = min(self._recording.max_items, max_items)
-            return
-        step = batch.derive(f"cpu step {max_items}", lambda layout: StepBatch(layout, max_items))
-        ops = (structs.Op * len(operations))(*map(structs.op, operations))
-        self._library.run(self._team, ops, step.c)
 
     # --- experts ---
 
@@ -252,91 +265,86 @@ class CpuKernels:
         add_to: Tensor | None = None,
     ) -> Tensor:
         rows, chosen, count = x.shape[0], routing.experts_per_token, len(up)
-        ids, sources, places = (self._new(rows, chosen, torch.int64, dense=True) for _ in range(3))
-        shares = self._new(rows, chosen, torch.float32, dense=True)
-        offsets = self._new(1, count + 1, torch.int64, dense=True)
-        at = [tensor.data_ptr() for tensor in (ids, shares, offsets, sources, places)]
-        route = structs.Route(_rows(router_logits), at[0], at[1], count, chosen, routing.renormalize)
-        self._run(route, rows)
-        self._run(structs.Sort(at[0], *at[2:], count, chosen), rows)
+        assert router_logits.shape == (rows, count), router_logits.shape
+        assert 1 <= chosen <= count == len(down)
+        check_alike(up)
+        check_alike(down)
+        ids, sources, places = (self._executor.new(rows, chosen, torch.int64, dense=True) for _ in range(3))
+        shares = self._executor.new(rows, chosen, torch.float32, dense=True)
+        offsets = self._executor.new(1, count + 1, torch.int64, dense=True)
+        route = structs.Route(
+            logits=rows_of(router_logits),
+            ids=ids.data_ptr(),
+            shares=shares.data_ptr(),
+            experts=count,
+            chosen=chosen,
+            renormalize=routing.renormalize,
+        )
+        self._executor.run(route, rows)
+        sort = structs.Sort(
+            ids=ids.data_ptr(),
+            offsets=offsets.data_ptr(),
+            sources=sources.data_ptr(),
+            places=places.data_ptr(),
+            experts=count,
+            chosen=chosen,
+        )
+        self._executor.run(sort, rows)
         result_dtype = x.dtype
         x = self._as_operand(x, up[0])
-        gathered = self._new(rows * chosen, x.shape[1], x.dtype)
-        self._run(structs.Gather(_rows(x), _rows(gathered), at[3], x.shape[1], chosen), rows)
-        hidden = self._new(rows * chosen, up[0].columns, self._operand_dtype(x.dtype, down[0]))
+        gathered = self._executor.new(rows * chosen, x.shape[1], x.dtype)
+        gather = structs.Gather(
+            x=rows_of(x), y=rows_of(gathered), sources=sources.data_ptr(), width=x.shape[1], chosen=chosen
+        )
+        self._executor.run(gather, rows)
+        hidden = self._executor.new(rows * chosen, up[0].columns, self._operand_dtype(x.dtype, down[0]))
         product = partial(self._product, offsets=offsets, groups=count, per_row=chosen)
         product(gathered, hidden, up[0], weight_array(up), keep=(*up,))
-        out = self._new(rows * chosen, down[0].columns, torch.float32)
+        out = self._executor.new(rows * chosen, down[0].columns, torch.float32)
         product(hidden, out, down[0], weight_array(down), keep=(*down,))
-        y = add_to if add_to is not None else self._new(rows, down[0].columns, result_dtype)
-        add, width = add_to is not None, down[0].columns
-        self._run(structs.Combine(_rows(out), _rows(y), at[4], at[1], width, chosen, add), rows)
+        y = self._executor.result(rows, down[0].columns, result_dtype, add_to)
+        combine = structs.Combine(
+            x=rows_of(out),
+            y=rows_of(y),
+            places=places.data_ptr(),
+            shares=shares.data_ptr(),
+            width=down[0].columns,
+            chosen=chosen,
+            add=add_to is not None,
+        )
+        self._executor.run(combine, rows)
         return y
 
     # --- sampling ---
 
     def argmax(self, logits: Tensor) -> Tensor:
-        chosen = torch.empty(logits.shape[0], dtype=torch.int64)
-        self._run(structs.Argmax(_rows(logits), chosen.data_ptr(), logits.shape[1]), logits.shape[0])
-        return chosen
+        rows, width = shape_of_logits(logits)
+        chosen = self._executor.new(rows, 1, torch.int64, dense=True)
+        self._executor.run(structs.Argmax(logits=rows_of(logits), chosen=chosen.data_ptr(), width=width), rows)
+        return chosen[:, 0]
 
     def add_gumbel_noise(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        width = logits.shape[1]
-        self._run(structs.Noise(_rows(logits), seeds.data_ptr(), positions.data_ptr(), width), logits.shape[0])
+        rows, width = shape_of_logits(logits)
+        operation = structs.Noise(
+            logits=rows_of(logits),
+            seeds=numbers(seeds, torch.int64, rows),
+            positions=numbers(positions, torch.int64, rows),
+            width=width,
+        )
+        self._executor.run(operation, rows, keep=(seeds, positions))
         return logits
 
     def filter_logits(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-        limits = [top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr()]
-        self._run(structs.Filter(_rows(logits), *limits, logits.shape[1]), logits.shape[0])
+        rows, width = shape_of_logits(logits)
+        operation = structs.Filter(
+            logits=rows_of(logits),
+            top_k=numbers(top_k, torch.int64, rows),
+            top_p=numbers(top_p, torch.float32, rows),
+            min_p=numbers(min_p, torch.float32, rows),
+            width=width,
+        )
+        self._executor.run(operation, rows, keep=(top_k, top_p, min_p))
         return logits
 
-    # --- running ---
-
     def record(self, forward: Forward, max_tokens: int) -> Forward:
-        recording = Recording(max_tokens)
-        recording.kept.append(self)  # its team, and the room that attention needs
-        self._recording = recording
-        try:
-            result = forward(recording.token_ids, recording.layout)
-        finally:
-            self._recording = None
-        return Program(recording, result, self._library, self._team)
-
-    def _target(self, like: Tensor, dtype: torch.dtype, add_to: Tensor | None = None) -> Tensor:
-        """`add_to`, or a new tensor of the shape of `like`."""
-        return add_to if add_to is not None else self._new(like.shape[0], like.shape[1], dtype)
-
-    def _new(self, rows: int, width: int, dtype: torch.dtype, *, dense: bool = False) -> Tensor:
-        """[rows, width], uninitialised; `dense`: without room between the rows."""
-        if self._recording is not None:
-            return self._recording.workspace.tensor(rows, width, dtype, dense=dense)
-        return torch.empty(rows, width, dtype=dtype) if dense else new_tensor(rows, width, dtype)
-
-    def _run(self, operation: ctypes.Structure, rows: int, keep: tuple[Any, ...] = ()) -> None:
-        if self._recording is not None:
-            self._recording.add(operation, keep)
-        else:
-            self._library.run(self._team, (structs.Op * 1)(structs.op(operation)), structs.Batch(rows=rows))
-
-
-def _rows(x: Tensor) -> Rows:
-    assert x.dim() == 2, "rows"
-    assert x.stride(1) == 1, "numbers side by side"
-    return Rows(x.data_ptr(), x.stride(0), DTYPES[str(x.dtype).removeprefix("torch.")])
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    assert x is None or x.is_contiguous()
-    return None if x is None else x.data_ptr()
-
-
-def _pages(k_pages: Tensor, v_pages: Tensor) -> Pages:
-    _, kv_heads, block_size, head_dim = k_pages.shape
-    dtype = DTYPES[str(k_pages.dtype).removeprefix("torch.")]
-    return Pages(k_pages.data_ptr(), v_pages.data_ptr(), kv_heads, block_size, head_dim, dtype)
-
-
-def _dense(part: Matrix, dtype: torch.dtype) -> Tensor:
-    if not isinstance(part, Quantized):
-        return part
-    return torch.from_numpy(dequantize(part.blocks.numpy(), GGMLQuantizationType[part.format])).to(dtype)
+        return self._executor.record(forward, max_tokens)

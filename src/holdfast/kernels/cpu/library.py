@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sysconfig
 from collections.abc import Sequence
 from ctypes import POINTER, Array, byref, c_char_p, c_int64, c_void_p
 from pathlib import Path
 
 from holdfast.core.errors import ConfigError
-from holdfast.kernels.cpu.structs import OPERATIONS, Batch, Op, Weight
+from holdfast.kernels.cpu.structs import CONSTANTS, OPERATIONS, Batch, Op, Weight
 
 ISA_VARIABLE = "HOLDFAST_CPU_ISA"
 """Names the build to use instead of the best: avx512bf16, avx512, avx2 or portable. For tests."""
@@ -18,13 +19,13 @@ LIBRARY_VARIABLE = "HOLDFAST_CPU_LIBRARY"
 
 
 class Library:
-    """The shared library and one of its builds. Raises `FileNotFoundError` if it was not compiled when Holdfast was
-    installed, `ConfigError` if `isa` (or $HOLDFAST_CPU_ISA) names no build that runs here."""
+    """The shared library and one of its builds. Raises `OSError` if it was not compiled when Holdfast was installed
+    or cannot be loaded, `ConfigError` if `isa` (or $HOLDFAST_CPU_ISA) names no build that runs here."""
 
     def __init__(self, isa: str | None = None) -> None:
         self._c = ctypes.CDLL(str(_path()))
         self._declare()
-        self._check_structs()
+        self._check_mirrors()
         wanted = isa or os.environ.get(ISA_VARIABLE)
         builds = self._builds()
         if wanted is not None and wanted not in builds:
@@ -41,6 +42,7 @@ class Library:
             "isa_supported": (c_int64, [c_void_p]),
             "isa_dots_bf16": (c_int64, [c_void_p]),
             "struct_bytes": (c_int64, [c_int64]),
+            "constant": (c_int64, [c_int64]),
             "team_start": (c_void_p, [c_int64, c_void_p]),
             "team_stop": (None, [c_void_p]),
             "run": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]),
@@ -51,12 +53,15 @@ class Library:
             function = getattr(self._c, f"holdfast_{name}")
             function.restype, function.argtypes = result, arguments
 
-    def _check_structs(self) -> None:
+    def _check_mirrors(self) -> None:
+        """That C and Python mean the same: a library from another version of Holdfast would compute nonsense."""
         structs: tuple[type[ctypes.Structure], ...] = (Batch, Weight, Op, *OPERATIONS)
         for index, struct in enumerate(structs):
             found = self._c.holdfast_struct_bytes(index)
             assert found == ctypes.sizeof(struct), f"{struct.__name__}: C has {found} bytes"
         assert self._c.holdfast_struct_bytes(len(structs)) == -1
+        assert tuple(self._c.holdfast_constant(i) for i in range(len(CONSTANTS))) == CONSTANTS
+        assert self._c.holdfast_constant(len(CONSTANTS)) == -1
 
     def _builds(self) -> dict[str, int]:
         """Those this processor runs, best first."""
@@ -69,11 +74,12 @@ class Library:
         return builds
 
     def start_team(self, threads: int, cpus: Sequence[int] | None) -> int:
-        """See csrc/team.h. Raises `OSError` when the threads cannot be had."""
+        """See csrc/team.h; `threads` >= 1. Raises `ConfigError` when they cannot be had."""
+        assert threads >= 1, threads
         pinned = (c_int64 * threads)(*cpus) if cpus else None
         team = self._c.holdfast_team_start(threads, pinned)
         if not team:
-            raise OSError(f"cannot start {threads} threads")
+            raise ConfigError(f"cannot start {threads} CPU threads: the system has no more of them, or no memory")
         return int(team)
 
     def stop_team(self, team: int) -> None:
@@ -93,8 +99,7 @@ class Library:
 def _path() -> Path:
     if chosen := os.environ.get(LIBRARY_VARIABLE):
         return Path(chosen)
-    here = Path(__file__).parent
-    found = sorted(here.glob("_library*.so"))
-    if not found:
-        raise FileNotFoundError(f"no compiled kernels in {here}: was a C compiler there when Holdfast was installed?")
-    return found[0]
+    path = Path(__file__).with_name(f"_library{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if not path.exists():
+        raise FileNotFoundError(f"no compiled kernels at {path}: was a C compiler there when Holdfast was installed?")
+    return path

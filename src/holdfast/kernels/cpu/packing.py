@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
 from torch import Tensor
 
 from holdfast.core.spec import Activation
 from holdfast.kernels.cpu.library import Library
 from holdfast.kernels.cpu.memory import Arena
-from holdfast.kernels.cpu.structs import ACTIVATIONS, FORMATS, Weight
-from holdfast.kernels.interface import GROUP, Matrix, Quantized
-
-PANEL = 32
+from holdfast.kernels.cpu.structs import ACTIVATIONS, FORMATS, PANEL, Weight
+from holdfast.kernels.interface import GROUP, GROUP_BYTES, Matrix, Quantized
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +46,12 @@ def pack(
     rows, k = sum(part.shape[0] for part in halves[0]), parts[0].shape[1]
     kind = _format_of(parts[0])
     assert all(_format_of(part) == kind for part in parts), "parts of one matrix are stored alike"
+    assert all(part.shape[1] == k for part in parts), "parts of one matrix have one K"
+    assert not gated or (len(parts) == 2 and parts[0].shape == parts[1].shape), "gate and up"
+    assert not biases or [len(bias) for bias in biases] == [part.shape[0] for part in parts], "a bias for each part"
     ends = np.array(shards or (k,), dtype=np.int64)
+    assert ends[-1] == k, f"shards end at {shards}, K is {k}"
+    assert (np.diff(ends, prepend=0) > 0).all(), f"shards end at {shards}: one is empty"
     panel_bytes = _panel_bytes(kind, np.diff(ends, prepend=0))
     panels = -(-rows // PANEL)
     memory = arena.take(panels * (1 + gated) * panel_bytes)
@@ -68,6 +73,13 @@ def pack(
     return PackedMatrix(weight, rows, kind, memory, bias, ends if shards else None)
 
 
+def dense(part: Matrix, dtype: torch.dtype) -> Tensor:
+    """The matrix in numbers of `dtype`, if it was quantized."""
+    if not isinstance(part, Quantized):
+        return part
+    return torch.from_numpy(dequantize(part.blocks.numpy(), GGMLQuantizationType[part.format])).to(dtype)
+
+
 def weight_array(matrices: Sequence[PackedMatrix]) -> ctypes.Array[Weight]:
     """Side by side, as an operation over experts wants them."""
     return (Weight * len(matrices))(*(matrix.c for matrix in matrices))
@@ -83,8 +95,7 @@ def _panel_bytes(kind: str, shard_sizes: np.ndarray) -> int:
     if kind == "bfloat16":
         return int((-(-shard_sizes // 2)).sum()) * PANEL * 4
     assert not (shard_sizes % GROUP).any(), "a shard of quantized weights ends with a group"
-    group_bytes = {"Q8_0": 1088, "Q4_0": 576, "Q4_1": 640}[kind]
-    return int(shard_sizes.sum()) // GROUP * group_bytes
+    return int(shard_sizes.sum()) // GROUP * PANEL * GROUP_BYTES[kind]
 
 
 def _fill(library: Library, weight: Weight, parts: list[Matrix], half: int) -> None:

@@ -36,13 +36,16 @@ class Recording:
         self.kept: list[Any] = []
         """What the operations point to and the workspace does not hold: weights, pages, tables, the kernels."""
 
-    def add(self, operation: ctypes.Structure, keep: tuple[Any, ...]) -> None:
+    def add(self, operation: ctypes.Structure, rows: int, keep: tuple[Any, ...]) -> None:
+        """Over all rows of the step: how many those are is known when it is run."""
+        assert rows == self.max_tokens, f"an operation on {rows} rows cannot be recorded for steps of any size"
         self.ops.append(op(operation))
         self.kept.append(keep)
 
 
 class Program:
-    """`Forward` without Python's share. The result's memory is the program's: valid until the next call."""
+    """`Forward` without Python's share. The result's memory is the program's, valid until the next call; so are the
+    inputs': one caller at a time."""
 
     def __init__(self, recording: Recording, result: Tensor, library: Library, team: int) -> None:
         self._recording = recording

@@ -8,12 +8,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from holdfast.kernels.cpu.structs import Batch
+from holdfast.kernels.cpu.structs import SPLIT, TILE_TOKENS, Batch
 from holdfast.kernels.interface import BatchLayout
 
-TILE_TOKENS = 16
-SPLIT = 1024
-"""Tokens of an attention item, and keys of a split: as in csrc/attention.inc."""
 PARTIAL_FLOATS = 1 << 21
 """Room for the states of splits: 8 MB."""
 

@@ -1,9 +1,20 @@
-"""The structs of csrc/ops.h, field for field; `library` checks their sizes."""
+"""The structs of csrc/ops.h, field for field, and its constants; `library` checks sizes and values."""
 
 from __future__ import annotations
 
 from ctypes import POINTER, Structure, Union, c_float, c_int64, c_void_p
 from typing import Any
+
+from holdfast.kernels.interface import GROUP
+
+PANEL = 32
+"""Columns of a panel of weights."""
+TILE_TOKENS = 16
+SPLIT = 1024
+"""Tokens of an attention item, and keys of a split."""
+MAX_HEAD_DIM = 512
+CONSTANTS = (PANEL, GROUP, TILE_TOKENS, SPLIT, MAX_HEAD_DIM)
+"""In the order of CONSTANTS in ops.h."""
 
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 FORMATS = {"float32": 0, "bfloat16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}
@@ -135,7 +146,6 @@ class Attention(Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("partial", c_void_p),
-        ("partial_floats", c_int64),
     ]
 
 

@@ -41,6 +41,14 @@ EXPORT void holdfast_pack_groups(const struct weight *w, const uint8_t *rows, in
     pack_groups(w, rows, row_bytes, half);
 }
 
+// The constants that Python repeats, in the order of CONSTANTS; -1 after the last.
+EXPORT int64_t holdfast_constant(int64_t index) {
+#define VALUE(name) name,
+    static const int64_t values[] = {CONSTANTS(VALUE)};
+#undef VALUE
+    return index < (int64_t)(sizeof values / sizeof *values) ? values[index] : -1;
+}
+
 // Bytes of the structs that Python mirrors: batch, weight, op, then of each kind of operation.
 EXPORT int64_t holdfast_struct_bytes(int64_t index) {
 #define BYTES(name) sizeof(((struct op *)0)->name),

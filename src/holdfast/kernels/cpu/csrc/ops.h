@@ -5,6 +5,14 @@
 #pragma once
 #include <stdint.h>
 
+// What Python must know too; it checks them like the structs.
+#define CONSTANTS(X) X(PANEL) X(GROUP) X(TILE_TOKENS) X(SPLIT) X(MAX_HEAD_DIM)
+#define PANEL 32        // columns of a panel of weights
+#define GROUP 32        // numbers of a quantized row that share a scale
+#define TILE_TOKENS 16  // of an item of attention
+#define SPLIT 1024      // keys after which attention puts its state aside
+#define MAX_HEAD_DIM 512
+
 enum dtype { F32, BF16, I8 };
 enum weight_format { W_F32, W_BF16, W_Q8, W_Q4, W_Q4_MIN };  // Q8_0, Q4_0 and Q4_1 of GGUF
 enum activation { ACT_NONE, ACT_SILU, ACT_GELU, ACT_GELU_TANH, ACT_RELU };
@@ -127,7 +135,6 @@ struct attention_op {
     int64_t window;  // 0: none
     float scale, softcap;  // softcap 0: none
     float *partial;        // room for states of splits, see attention.inc
-    int64_t partial_floats;
 };
 
 // Router logits [T, E] → the K best experts of each row, ascending, and their shares.

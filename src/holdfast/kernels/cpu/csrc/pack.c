@@ -3,9 +3,6 @@
 
 #include <string.h>
 
-#define PANEL 32
-#define GROUP 32
-
 static char *panel_of(const struct weight *w, int64_t panel, int64_t half) {
     return (char *)(uintptr_t)w->data + (panel * (1 + w->gated) + half) * w->panel_bytes;
 }

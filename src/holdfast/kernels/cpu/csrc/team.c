@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include "team.h"
 
+#include <fenv.h>
 #include <linux/futex.h>
 #include <limits.h>
 #include <pthread.h>
@@ -131,6 +132,7 @@ static void work(struct team *team, int64_t self, uint64_t stage) {
 static void *member_main(void *argument) {
     struct member *member = argument;
     struct team *team = member->team;
+    fesetenv(FE_DFL_ENV);
     while (!atomic_load(&team->stopping)) {
         uint64_t stage = atomic_load_explicit(&team->stage, memory_order_acquire);
         if (!(stage & IDLE)) work(team, member->index, stage);
@@ -148,6 +150,10 @@ static void pin(pthread_t thread, int64_t cpu) {
 
 void team_run(struct team *team, const struct isa *isa, const struct op *ops, int64_t count, const struct batch *batch) {
     pthread_mutex_lock(&team->running);
+    // the caller may have set denormals to zero, or another rounding: not for his share alone
+    fenv_t callers_environment;
+    fegetenv(&callers_environment);
+    fesetenv(FE_DFL_ENV);
     if (team->callers_cpu >= 0) {
         pin(pthread_self(), team->callers_cpu);
         team->callers_cpu = -1;
@@ -163,6 +169,7 @@ void team_run(struct team *team, const struct isa *isa, const struct op *ops, in
         work(team, 0, stage);
         wait_for_change(team, stage);
     }
+    fesetenv(&callers_environment);
     pthread_mutex_unlock(&team->running);
 }
 
@@ -184,10 +191,12 @@ struct team *team_start(int64_t threads, const int64_t *cpus) {
 }
 
 void team_stop(struct team *team) {
+    pthread_mutex_lock(&team->running);
     atomic_store(&team->stopping, 1);
     atomic_fetch_add(&team->signal, 1);
     syscall(SYS_futex, &team->signal, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
     for (int64_t i = 1; i < team->size; i++) pthread_join(team->members[i].thread, NULL);
+    pthread_mutex_unlock(&team->running);
     pthread_mutex_destroy(&team->running);
     free(team);
 }

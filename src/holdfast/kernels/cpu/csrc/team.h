@@ -8,7 +8,7 @@ struct team;
 // calls team_run first: pinned then and not before, since what loads the weights has inherited its cores. NULL if a
 // thread could not be started.
 struct team *team_start(int64_t threads, const int64_t *cpus);
-void team_stop(struct team *team);
+void team_stop(struct team *team);  // after the run that is on
 
 // Run the operations in order; returns when the last has ended. One caller at a time.
 void team_run(struct team *team, const struct isa *isa, const struct op *ops, int64_t count, const struct batch *batch);

@@ -52,6 +52,19 @@ INLINE vi lane(void) {
     return ids;
 }
 
+// Bit i is set where lane i of the mask is.
+INLINE unsigned lanes_of(vi mask) {
+#if VL == 16
+    return _mm512_movepi32_mask((__m512i)mask);
+#elif VL == 8
+    return (unsigned)_mm256_movemask_ps((__m256)mask);
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < VL; i++) bits |= (unsigned)(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
 // Every lane i gets lane i ^ distance.
 INLINE vf swap_lanes(vf x, const int distance) {
 #if defined(__clang__)
@@ -178,6 +191,38 @@ INLINE int64_t element_bytes(int64_t dtype) { return dtype == F32 ? 4 : dtype ==
 
 INLINE void *row_of(const struct rows *rows, int64_t t) {
     return (char *)rows->data + t * rows->stride * element_bytes(rows->dtype);
+}
+
+// --- the largest of a row ---
+
+// Numbers [at, at + VL) of a row of floats; those at or beyond `end` read as -inf.
+INLINE vf load_padded(const float *row, int64_t at, int64_t end) {
+    if (end - at >= VL) return load(row + at);
+    float lanes[VL];
+    for (int i = 0; i < VL; i++) lanes[i] = -INFINITY;
+    memcpy(lanes, row + at, (size_t)(end - at) * 4);
+    return load(lanes);
+}
+
+// Integers in the order of the floats; one for both zeros, and one, the largest, for every NaN.
+INLINE vi order_key(vf x) {
+    vi bits = (vi)(x + 0.0f);  // -0 becomes 0
+    vi nan = x != x;
+    return (nan & INT32_MAX) | (~nan & (bits ^ (bits >> 31 & INT32_MAX)));
+}
+
+// The first of a row's largest numbers; a NaN counts as the largest.
+INLINE int64_t first_largest(const float *row, int64_t width) {
+    vi best = (vi){} + INT32_MIN, where = {}, ids = lane();
+    for (int64_t i = 0; i < width; i += VL, ids += VL) {
+        vi key = order_key(load_padded(row, i, width)), better = key > best;
+        best = (better & key) | (~better & best);
+        where = (better & ids) | (~better & where);
+    }
+    int first = 0;
+    for (int i = 1; i < VL; i++)
+        if (best[i] > best[first] || (best[i] == best[first] && where[i] < where[first])) first = i;
+    return where[first];
 }
 
 // --- functions ---
