@@ -1,7 +1,13 @@
-"""Before anything imports torch: OpenMP threads of the tests soon sleep when they wait, as the workers' do."""
+"""Before anything imports torch or triton: OpenMP threads of the tests soon sleep when they wait, as the workers' do,
+and without a GPU Triton's kernels run in its interpreter."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,14 +1,14 @@
-"""Requests whose keys and values lie in scattered blocks of the CPU kernels' pages, and attention in float64."""
+"""Requests whose keys and values lie in scattered blocks of a backend's pages, and attention in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.kernels.cpu.kernels import CpuKernels
-from holdfast.kernels.interface import AttentionOptions, BatchLayout, Heads
+from holdfast.kernels.interface import AttentionOptions, BatchLayout, Heads, Kernels
 from support.cpu import generator
 
 Part = tuple[int, int, int]
@@ -16,19 +16,23 @@ Part = tuple[int, int, int]
 
 
 class Cached:
-    """`lens`: tokens of each request, all in the cache, the same for every block size. What is nobody's is NaN."""
+    """`lens`: tokens of each request, all in the cache, the same for every block size; written by
+    `filled_by`, or the kernels themselves. What is nobody's is NaN."""
 
     def __init__(
         self,
-        kernels: CpuKernels,
+        kernels: Kernels[Any],
         heads: Heads,
         lens: Sequence[int],
         *,
         block_size: int = 16,
         dtype: torch.dtype = torch.bfloat16,
         seed: int = 0,
+        device: str = "cpu",
+        filled_by: Kernels[Any] | None = None,
     ) -> None:
         random_ = generator(seed)
+        self.device = device
         self.kernels, self.heads, self.lens, self.block_size = kernels, heads, lens, block_size
         columns = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
         self.qkv = [torch.randn(length, columns, generator=random_).to(dtype) for length in lens]
@@ -36,13 +40,13 @@ class Cached:
         # block 0, which pads the tables, is nobody's
         self.blocks = (torch.randperm(sum(widths), generator=random_) + 1).split(widths)
         shape = (sum(widths) + 1, heads.num_kv_heads, block_size, heads.head_dim)
-        self.k_pages, self.v_pages = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
-        self.store([(request, 0, length) for request, length in enumerate(lens)])
+        self.k_pages, self.v_pages = (torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2))
+        self.store([(request, 0, length) for request, length in enumerate(lens)], by=filled_by)
 
-    def store(self, parts: Sequence[Part]) -> None:
-        """Write keys and values of these tokens into their pages."""
-        rows = torch.cat([self.qkv[request][start:stop] for request, start, stop in parts])
-        self.kernels.store_kv(rows, self.heads, self.k_pages, self.v_pages, self.layout(parts))
+    def store(self, parts: Sequence[Part], by: Kernels[Any] | None = None) -> Tensor:
+        """Write keys and values of these tokens into their pages; what becomes of the queries."""
+        rows = torch.cat([self.qkv[request][start:stop] for request, start, stop in parts]).to(self.device)
+        return (by or self.kernels).store_kv(rows, self.heads, self.k_pages, self.v_pages, self.layout(parts))
 
     def layout(self, parts: Sequence[Part]) -> BatchLayout:
         size = self.block_size
@@ -56,9 +60,9 @@ class Cached:
         return BatchLayout(
             query_lens=tuple(stop - start for _, start, stop in parts),
             context_lens=tuple(stop for _, _, stop in parts),
-            positions=torch.cat(positions),
-            slots=torch.cat(slots),
-            block_tables=tables,
+            positions=torch.cat(positions).to(self.device),
+            slots=torch.cat(slots).to(self.device),
+            block_tables=tables.to(self.device),
         )
 
     def split(self, request: int) -> list[Tensor]:
@@ -69,7 +73,9 @@ class Cached:
 
     def run(self, parts: Sequence[Part], options: AttentionOptions) -> Tensor:
         q = torch.cat([self.split(request)[0][start:stop].flatten(1) for request, start, stop in parts])
-        return self.kernels.attention(q, self.heads, self.k_pages, self.v_pages, self.layout(parts), options)
+        return self.kernels.attention(
+            q.to(self.device), self.heads, self.k_pages, self.v_pages, self.layout(parts), options
+        )
 
     def expected(self, parts: Sequence[Part], options: AttentionOptions) -> Tensor:
         """The definition, in float64, of the numbers as they were rounded to the cache's dtype."""

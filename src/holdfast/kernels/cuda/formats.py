@@ -1,0 +1,75 @@
+"""How a matrix lies in device memory, and how a tile of it becomes numbers.
+
+Dense matrices lie as they are, [N, K]. Of a quantized one, the codes lie apart from the factors of their groups: int8
+[N, K] (Q8_0), or two codes a byte, uint8 [N, K / 2], numbers 2i and 2i + 1 in byte i (Q4_0, Q4_1), and float16
+scales (and minima) [N, K / 32].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from holdfast.kernels.interface import GROUP, Quantized
+
+DENSE, Q8_0, Q4_0, Q4_1 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+FORMATS = {"Q8_0": 1, "Q4_0": 2, "Q4_1": 3}
+
+
+@triton.jit
+def load_weights(codes, scales, minima, rows, inside, first, end, width, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers [R, BLOCK] of the rows int64 [R] at columns `first` (of a whole group, if quantized) and following, as
+    stored if dense, else in float32; 0 where not `inside` [R] and from column `end` on."""
+    at = first + tl.arange(0, BLOCK)
+    mask = inside[:, None] & (at[None, :] < end)
+    if FORMAT == 0:
+        numbers = tl.load(codes + rows[:, None] * width + at[None, :], mask, 0.0)
+    else:
+        groups = rows[:, None] * (width // 32) + at[None, :] // 32
+        scale = tl.load(scales + groups, mask, 0.0).to(tl.float32)
+        if FORMAT == 1:
+            numbers = tl.load(codes + rows[:, None] * width + at[None, :], mask, 0).to(tl.float32) * scale
+        else:
+            pairs = first // 2 + tl.arange(0, BLOCK // 2)
+            some = inside[:, None] & (pairs[None, :] * 2 < end)
+            both = tl.load(codes + rows[:, None] * (width // 2) + pairs[None, :], some, 0).to(tl.int32)
+            code = tl.interleave(both & 15, both >> 4).to(tl.float32)
+            if FORMAT == 2:
+                numbers = (code - 8.0) * scale
+            else:
+                numbers = code * scale + tl.load(minima + groups, mask, 0.0).to(tl.float32)
+    return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A matrix [N, K] on the device in one of the formats."""
+
+    format: int
+    codes: Tensor
+    scales: Tensor | None = None
+    minima: Tensor | None = None
+
+
+def split(part: Quantized) -> Codes:
+    """The codes and factors of GGUF blocks [N, K / 32 · bytes], where these are."""
+    rows, columns = part.shape
+    groups = columns // GROUP
+    blocks = part.blocks.view(rows, groups, -1)
+    scales = _halves(blocks[..., :2])
+    if part.format == "Q8_0":
+        return Codes(FORMATS[part.format], blocks[..., 2:].contiguous().view(torch.int8).view(rows, columns), scales)
+    minima = _halves(blocks[..., 2:4]) if part.format == "Q4_1" else None
+    halves = blocks[..., -GROUP // 2 :]  # byte i holds numbers i and i + 16
+    numbers = torch.cat((halves & 15, halves >> 4), dim=-1)
+    pairs = numbers[..., 0::2] | (numbers[..., 1::2] << 4)
+    return Codes(FORMATS[part.format], pairs.reshape(rows, columns // 2).contiguous(), scales, minima)
+
+
+def _halves(pairs: Tensor) -> Tensor:
+    """uint8 [N, groups, 2] → float16 [N, groups]."""
+    return pairs.contiguous().view(torch.float16).squeeze(-1)

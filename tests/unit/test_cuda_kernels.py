@@ -1,0 +1,307 @@
+"""The Triton kernels: each against the reference or float64 over odd shapes, and bit for bit against itself in other
+company. On the device where there is one (`make test-gpu`), else through Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no CUDA device, and TRITON_INTERPRET is not 1", allow_module_level=True)
+
+from holdfast.kernels.cuda.kernels import CudaKernels
+from holdfast.kernels.interface import AttentionOptions, Heads, Routing
+from holdfast.kernels.reference import ReferenceKernels
+from support.attention import Cached
+from support.cpu import generator, matrix, same_bits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+KERNELS = {dtype: CudaKernels(dtype) for dtype in (torch.float32, torch.bfloat16)}
+DTYPES = list(KERNELS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def here(x: Tensor) -> Tensor:
+    return x.to(DEVICE)
+
+
+def close(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(
+        out.double().cpu() / scale, expected.double().cpu() / scale, atol=TOLERANCE[dtype], rtol=0
+    )
+
+
+# --- linear ---
+
+FORMATS = ["dense", "Q8_0", "Q4_0", "Q4_1"]
+
+
+def random_matrix(kind: str, rows: int, columns: int, dtype: torch.dtype, seed: int = 0):
+    return matrix(str(dtype).removeprefix("torch.") if kind == "dense" else kind, rows, columns, generator(seed))
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 33, 64), (5, 70, 96), (17, 16, 32), (70, 65, 160)])
+def test_linear_is_the_product(count: int, rows: int, columns: int, kind: str, dtype: torch.dtype):
+    """Rows, columns and K that fill no tile, in every format."""
+    weight, exact = random_matrix(kind, rows, columns, dtype)
+    x = torch.randn(count, columns, generator=generator(1)).to(dtype)
+    kernels = KERNELS[dtype]
+    out = kernels.linear(here(x), kernels.pack([on_device(weight)]), dtype=torch.float32)
+    close(out, x.double() @ exact.T, dtype)
+
+
+def on_device(part):
+    if isinstance(part, Tensor):
+        return here(part)
+    return type(part)(part.format, here(part.blocks))
+
+
+@pytest.mark.parametrize(("count", "columns"), [(3, 1), (2, 31), (9, 45)])
+def test_linear_of_an_odd_number_of_columns(count: int, columns: int):
+    weight, exact = random_matrix("dense", 7, columns, torch.bfloat16)
+    x = torch.randn(count, columns, generator=generator(1)).bfloat16()
+    kernels = KERNELS[torch.bfloat16]
+    close(kernels.linear(here(x), kernels.pack([here(weight)])), x.double() @ exact.T, torch.bfloat16)
+
+
+@every_dtype
+@pytest.mark.parametrize("activation", [None, "silu", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_bias_activation_and_gate(gated: bool, activation, dtype: torch.dtype):
+    parts = [random_matrix("dense", 40, 48, dtype, seed)[0] for seed in (0, 1)]
+    biases = [torch.randn(40, generator=generator(seed)).to(dtype) for seed in (2, 3)]
+    x, stream = torch.randn(6, 48, generator=generator(4)).to(dtype), torch.randn(6, 40 * (2 - gated))
+    reference = ReferenceKernels(torch.float32)
+    expected = reference.linear(
+        x.float(),
+        reference.pack(
+            [part.float() for part in parts], [bias.float() for bias in biases], activation=activation, gated=gated
+        ),
+        add_to=stream.clone(),
+    )
+    kernels, mine = KERNELS[dtype], here(stream.clone())
+    packed = kernels.pack(
+        [here(part) for part in parts], [here(bias) for bias in biases], activation=activation, gated=gated
+    )
+    out = kernels.linear(here(x), packed, add_to=mine)
+    assert out is mine
+    close(out, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    "ends", [(10, 40), (32, 64, 96), (5, 6, 7, 8, 100), tuple(range(8, 72, 8)), tuple(range(4, 80, 4))]
+)
+@pytest.mark.parametrize("count", [1, 70])
+def test_shards_meet_in_a_binary_tree(ends: tuple[int, ...], count: int):
+    """Whether by registers or by memory: each shard's own product, added as the tree says, bit for bit."""
+    kernels, width = KERNELS[torch.bfloat16], ends[-1]
+    weight = here(torch.randn(20, width, generator=generator(0)).bfloat16())
+    x = here(torch.randn(count, width, generator=generator(1)).bfloat16())
+    out = kernels.linear(x, kernels.pack([weight], shards=ends), dtype=torch.float32)
+    stack: list[Tensor] = []
+    for shard, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
+        part = kernels.pack([weight[:, start:end].contiguous()])
+        stack.append(kernels.linear(x[:, start:end].contiguous(), part, dtype=torch.float32))
+        last, bits = shard == len(ends) - 1, shard
+        while len(stack) > 1 and (last or bits & 1):
+            right = stack.pop()
+            stack[-1] = stack[-1] + right
+            bits >>= 1
+    assert same_bits(out, stack[0])
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shards", [(), (32, 64, 96)])
+def test_a_row_is_the_same_in_any_company(shards: tuple[int, ...], kind: str, dtype: torch.dtype):
+    kernels = KERNELS[dtype]
+    weight = kernels.pack([on_device(random_matrix(kind, 50, 96, dtype)[0])], shards=shards)
+    x = here(torch.randn(150, 96, generator=generator(1)).to(dtype))
+    together = kernels.linear(x, weight)
+    for some in (slice(0, 1), slice(7, 9), slice(30, 63), slice(1, 70), slice(20, 149)):
+        assert same_bits(kernels.linear(x[some], weight), together[some])
+
+
+# --- rows ---
+
+
+@every_dtype
+@pytest.mark.parametrize("width", [1, 48, 100, 576])
+def test_norms(width: int, dtype: torch.dtype):
+    x, stream = torch.randn(5, width, generator=generator(0)), torch.randn(5, width, generator=generator(1))
+    weight, bias = torch.randn(2, width, generator=generator(2))
+    kernels, reference = KERNELS[dtype], ReferenceKernels(torch.float32)
+    close(kernels.rms_norm(here(x), here(weight), 1e-5, dtype), reference.rms_norm(x, weight, 1e-5, dtype), dtype)
+    for shift in (None, bias):
+        mine = None if shift is None else here(shift)
+        out = kernels.layer_norm(here(x), here(weight), mine, 1e-5, torch.float32, add_to=here(stream.clone()))
+        expected = reference.layer_norm(x, weight, shift, 1e-5, torch.float32, add_to=stream.clone())
+        close(out, expected, torch.float32)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_embedding(kind: str):
+    table, exact = random_matrix(kind, 20, 96, torch.bfloat16)
+    ids, stream = torch.tensor([3, 0, 17]), torch.randn(3, 96, generator=generator(3))
+    kernels = KERNELS[torch.bfloat16]
+    packed = kernels.pack([on_device(table)])
+    close(kernels.embedding(here(ids), packed, scale=1.5), exact[ids] * 1.5, torch.float32)
+    out = kernels.embedding(here(ids), packed, offset=2, add_to=here(stream.clone()))
+    close(out, exact[ids + 2] + stream, torch.float32)
+
+
+def test_convert_and_softcap():
+    x = torch.tensor([[-1e30, -3.0, -0.5, 0.0, 1e-6, 2.0, 400.0]])
+    kernels = KERNELS[torch.bfloat16]
+    halves = kernels.convert(here(x), torch.bfloat16).cpu()
+    # the interpreter cuts off what does not fit instead of rounding
+    torch.testing.assert_close(halves, x.bfloat16(), rtol=0 if DEVICE == "cuda" else 2**-7, atol=0)
+    mine = here(x.clone())
+    assert kernels.softcap(mine, 30.0) is mine
+    torch.testing.assert_close(mine.cpu(), torch.tanh(x / 30.0) * 30.0, atol=1e-5, rtol=1e-4)
+
+
+# --- attention ---
+
+OPTIONS = {
+    "plain": AttentionOptions(scale=0.2),
+    "window": AttentionOptions(scale=0.2, window=21),
+    "soft-cap": AttentionOptions(scale=0.4, softcap=2.0),
+    "alibi": AttentionOptions(scale=0.2, alibi_slopes=torch.linspace(0.01, 0.2, 6)),
+    "everything": AttentionOptions(scale=0.4, softcap=3.0, window=70, alibi_slopes=torch.linspace(0.01, 0.2, 6)),
+}
+PARTS = [(0, 150, 151), (1, 0, 5), (2, 30, 77), (3, 0, 1), (4, 63, 64), (5, 10, 12)]
+LENS = [151, 5, 80, 1, 64, 12]
+
+
+def filled(dtype: torch.dtype, heads: Heads, lens: list[int], block_size: int) -> Cached:
+    """The reference writes the pages: a program per head of a token takes the interpreter long."""
+    writer = ReferenceKernels(dtype)
+    return Cached(KERNELS[dtype], heads, lens, block_size=block_size, dtype=dtype, device=DEVICE, filled_by=writer)
+
+
+def options_here(options: AttentionOptions) -> AttentionOptions:
+    slopes = options.alibi_slopes
+    return AttentionOptions(options.scale, options.softcap, options.window, None if slopes is None else here(slopes))
+
+
+@every_dtype
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize(("kv_heads", "head_dim", "block_size"), [(1, 64, 16), (2, 40, 4), (6, 16, 32)])
+def test_attention_is_its_definition(
+    options: AttentionOptions, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+):
+    """Decodes, prefills from the start and from the middle, over scattered blocks; what is nobody's is NaN."""
+    heads = Heads(6, kv_heads, head_dim)
+    cached = filled(dtype, heads, LENS, block_size)
+    out = cached.run(PARTS, options_here(options))
+    close(out, cached.expected(PARTS, options), dtype)
+
+
+@pytest.mark.parametrize(
+    "options", [OPTIONS["plain"], AttentionOptions(scale=0.2, window=1030)], ids=["plain", "window"]
+)
+def test_a_query_is_the_same_in_any_company(options: AttentionOptions):
+    """Alone as a decode with splits of their own, in a chunk, and in another chunk, around the ends of splits."""
+    cached = filled(torch.bfloat16, Heads(4, 2, 16), [2060, 1030, 70], 16)
+    chunk = cached.run([(0, 2040, 2060)], options)
+    alone = [(0, 2041, 2042), (0, 2048, 2049), (0, 2059, 2060)]
+    for request, start, stop in alone:
+        expected = chunk[start - 2040 : stop - 2040]
+        assert same_bits(cached.run([(request, start, stop)], options), expected)
+    mixed = cached.run([(1, 1015, 1030), *alone, (2, 69, 70)], options)
+    for row, (_, start, _) in enumerate(alone):
+        assert same_bits(mixed[15 + row], chunk[start - 2040])
+    assert same_bits(mixed[:15], cached.run([(1, 1000, 1030)], options)[15:])
+    close(chunk, cached.expected([(0, 2040, 2060)], options), torch.bfloat16)
+
+
+@every_dtype
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("rotary_dim", [0, 24, 40])
+def test_store_kv(rotary_dim: int, normed: bool, dtype: torch.dtype):
+    random_ = generator(0)
+    norms = torch.randn(2, 40, generator=random_) if normed else (None, None)
+    table = torch.randn(50, 2, rotary_dim // 2, generator=random_) if rotary_dim else None
+    results = []
+    for kernels, move in ((ReferenceKernels(dtype), Tensor.cpu), (KERNELS[dtype], here)):
+        parts = [None if x is None else move(x) for x in (table, *norms)]
+        heads = Heads(6, 2, 40, rope=parts[0], q_norm=parts[1], k_norm=parts[2], eps=1e-5)
+        device = str(move(torch.zeros(1)).device)
+        cached = Cached(kernels, heads, [37, 9], dtype=dtype, device=device, filled_by=ReferenceKernels(dtype))
+        q = cached.store([(0, 3, 20), (1, 8, 9)])
+        results.append([q, cached.k_pages.nan_to_num(), cached.v_pages.nan_to_num()])
+    for expected, out in zip(*results, strict=True):
+        close(out, expected, dtype)
+
+
+# --- experts ---
+
+
+@every_dtype
+@pytest.mark.parametrize(("count", "experts", "chosen"), [(1, 4, 2), (13, 3, 3), (40, 8, 2)])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_experts(renormalize: bool, count: int, experts: int, chosen: int, dtype: torch.dtype):
+    """Against the reference, and each row alone against itself among others."""
+    random_ = generator(0)
+    ups = [[torch.randn(48, 32, generator=random_).to(dtype) for _ in range(2)] for _ in range(experts)]
+    downs = [torch.randn(32, 48, generator=random_).to(dtype) for _ in range(experts)]
+    x = torch.randn(count, 32, generator=random_).to(dtype)
+    logits = torch.randn(count, experts, generator=random_)
+    logits[0] = 0.5
+    routing = Routing(chosen, renormalize)
+
+    def run(kernels, some: slice, move) -> Tensor:
+        up = [kernels.pack([move(part) for part in parts], activation="silu", gated=True) for parts in ups]
+        down = [kernels.pack([move(part)], shards=(16, 32, 48)) for part in downs]
+        return kernels.experts(move(x[some]), move(logits[some]), routing, up, down)
+
+    together = run(KERNELS[dtype], slice(None), here)
+    close(together, run(ReferenceKernels(dtype), slice(None), Tensor.cpu), dtype)
+    for row in range(0, count, 7):
+        assert same_bits(run(KERNELS[dtype], slice(row, row + 1), here), together[row : row + 1])
+
+
+# --- sampling ---
+
+
+def test_argmax():
+    logits = torch.randn(6, 3000, generator=generator(0))
+    logits[0, -1], logits[1, 0], logits[2], logits[3, 5], logits[4, 7] = 9.0, 9.0, -torch.inf, torch.nan, torch.inf
+    logits[5, 1024] = logits[5, 5] = 20.0
+    logits[2, 0] = -torch.inf
+    assert KERNELS[torch.bfloat16].argmax(here(logits)).tolist() == [2999, 0, 0, 5, 7, 5]
+
+
+@pytest.mark.parametrize("width", [1, 31, 5000])
+def test_noise_is_that_of_the_reference(width: int):
+    seeds = torch.tensor([0, 1, 2**63 - 1, -1, -(2**62), 0x123456789ABCDEF])
+    positions = torch.tensor([0, 7, 131071, 5, 2, 2**31 - 1])
+    expected = ReferenceKernels().add_gumbel_noise(torch.zeros(6, width), seeds, positions)
+    out = KERNELS[torch.bfloat16].add_gumbel_noise(here(torch.zeros(6, width)), here(seeds), here(positions))
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 5, 300, 5000])
+def test_filters_keep_what_the_reference_keeps(width: int):
+    random_ = generator(width)
+    rows = [(k, p, m) for k in (0, 1, 3, 70, 10**6) for p in (1.0, 0.9, 0.3, 0.0) for m in (0.0, 0.05)]
+    logits = torch.randn(len(rows), width, generator=random_) * 3
+    logits[::3] = logits[::3].round()  # ties
+    limits = [
+        torch.tensor(column, dtype=kind)
+        for column, kind in zip(zip(*rows, strict=True), (torch.int64, torch.float32, torch.float32), strict=True)
+    ]
+    expected = ReferenceKernels().filter_logits(logits.clone(), *limits)
+    out = KERNELS[torch.bfloat16].filter_logits(here(logits.clone()), *map(here, limits)).cpu()
+    different = (out != expected).any(dim=1).nonzero().flatten().tolist()
+    assert [rows[i] for i in different] == []
