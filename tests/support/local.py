@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 from holdfast.cache.blocks import BlockPool
+from holdfast.cluster.engine import settle
+from holdfast.cluster.rank import attempt
 from holdfast.core.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, ServeConfig
 from holdfast.core.request import SamplingParams, TokenLogprobs
-from holdfast.core.wire import Submit
+from holdfast.core.wire import Step, StepError, StepResult, Submit, TokenOutput
 from holdfast.models.inspect import inspect_model
 from holdfast.schedule.scheduler import Scheduler
+from holdfast.worker.runner import Launched
 from holdfast.worker.start import start_runner
 
 SERVED = ModelConfig()
@@ -77,16 +82,19 @@ class LocalEngine:
             prefix_caching=prefix_caching,
         )
 
-    def run(self, requests: Iterable[tuple[list[int], dict[str, object]]]) -> list[Answer]:
-        """(prompt, sampling parameters) each, all at once → what each produced. Accounting is audited per step."""
+    def run(self, requests: Iterable[tuple[list[int], dict[str, object]]], depth: int = 1) -> list[Answer]:
+        """(prompt, sampling parameters) each, all at once → what each produced, with up to `depth` steps in flight.
+        Accounting is audited per step."""
         answers = {}
         for index, (prompt, params) in enumerate(requests):
             asked = {"seed": 0, "max_tokens": 16, "temperature": 0.0} | params
             self.scheduler.add(Submit(f"r{index}", prompt, SamplingParams(**asked)))
             answers[f"r{index}"] = Answer()
+        launched: deque[tuple[Step, Launched | StepError]] = deque()
         while self.scheduler.has_work:
-            step = self.scheduler.schedule()
-            for output in self.scheduler.update(self.runner.run(step)):
+            while len(launched) < depth and (step := self.scheduler.schedule()):
+                launched.append((step, attempt(self.runner, step, "0.0.0", partial(self.runner.launch, step))))
+            for output in self._settle(*launched.popleft()):
                 answer = answers[output.request_id]
                 assert answer.finish is None
                 answer.token_ids += output.token_ids
@@ -96,3 +104,8 @@ class LocalEngine:
                 answer.finish = output.finish
             self.scheduler.check_integrity()
         return list(answers.values())
+
+    def _settle(self, step: Step, state: Launched | StepResult | StepError) -> list[TokenOutput]:
+        if isinstance(state, Launched):
+            state = attempt(self.runner, step, "0.0.0", partial(self.runner.finish, state))
+        return settle(self.scheduler, state)

@@ -47,6 +47,8 @@ SERVE_FLAGS = [
     "--max-num-batched-tokens",
     "--max-queued-seqs",
     "--priority-aging-steps",
+    "--async-scheduling",
+    "--no-async-scheduling",
     "--host",
     "--port",
     "--api-key",

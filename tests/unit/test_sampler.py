@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import NewRequest
 from holdfast.kernels.reference import ReferenceKernels
-from holdfast.worker.sampler import Sampler, token_logprobs
+from holdfast.worker.sampler import Sampler, score
 
 VOCAB = 40
 sampler = Sampler(ReferenceKernels(), eos_token_ids=(7,))
@@ -26,7 +26,7 @@ def request(tokens: list[int] | None = None, num_prompt: int = 2, **params: obje
 
 def draw(logits: torch.Tensor, *requests: NewRequest) -> list[int]:
     rows = logits.expand(len(requests), -1).clone() if logits.dim() == 1 else logits.clone()
-    return [token for token, _ in sampler.sample(rows, list(requests))]
+    return [token for token, _ in sampler.sample(rows, list(requests)).read()]
 
 
 def frequencies(logits: torch.Tensor, count: int = 4000, **params: object) -> torch.Tensor:
@@ -80,8 +80,8 @@ def test_noise_depends_on_position():
 def test_a_row_in_company_is_the_row_alone(params, data_seed):
     logits = torch.randn(len(params), VOCAB, generator=torch.Generator().manual_seed(data_seed)) * 3
     requests = [request([1, 2, 3, 3, 9], **each) for each in params]
-    together = sampler.sample(logits.clone(), requests)
-    alone = [sampler.sample(logits[i : i + 1].clone(), [requests[i]])[0] for i in range(len(params))]
+    together = sampler.sample(logits.clone(), requests).read()
+    alone = [sampler.sample(logits[i : i + 1].clone(), [requests[i]]).read()[0] for i in range(len(params))]
     assert [token for token, _ in together] == [token for token, _ in alone]
     for (_, a), (_, b) in zip(together, alone, strict=True):
         assert (a is None) == (b is None)
@@ -133,9 +133,8 @@ def test_min_tokens_masks_every_end():
 def test_logprobs_are_of_the_raw_logits():
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
     expected = logits[0].log_softmax(-1)
-    [(token, logprobs)] = sampler.sample(
-        logits.clone(), [request(temperature=0.5, logit_bias={11: 100.0}, logprobs=3)]
-    )
+    choice = sampler.sample(logits.clone(), [request(temperature=0.5, logit_bias={11: 100.0}, logprobs=3)])
+    [(token, logprobs)] = choice.read()
     assert token == 11
     assert logprobs is not None
     assert logprobs.logprob == pytest.approx(expected[11].item())
@@ -145,5 +144,5 @@ def test_logprobs_are_of_the_raw_logits():
 
 
 def test_more_alternatives_than_tokens():
-    entry = token_logprobs(torch.tensor([-1.0, -2.0]), 1, 20)
+    [entry] = score(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]), [20]).read()
     assert (entry.rank, [token for token, _ in entry.top]) == (2, [0, 1])

@@ -7,7 +7,10 @@ that request's prefix. A wrong block, a stale page, an unmatched diff fails here
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +21,7 @@ from holdfast.core.config import SchedulerConfig
 from holdfast.core.errors import ConfigError
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import NewRequest, SampledToken, Step, StepResult, Submit, TokenOutput
-from holdfast.schedule.scheduler import Scheduler, fit_model_len
+from holdfast.schedule.scheduler import RECOVERY_STEPS, Scheduler, fit_model_len
 
 EOS = 3
 
@@ -34,6 +37,10 @@ class Device:
     max_tokens: int
     held: dict[str, NewRequest] = field(default_factory=dict)
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
+    memory: int = 1000
+    """Tokens that a step can have before it runs out of it."""
+    bad_steps: frozenset[int] = frozenset()
+    """Steps that fail for another reason."""
 
     def run(self, step: Step) -> StepResult:
         for request_id in step.dropped:
@@ -42,20 +49,29 @@ class Device:
             assert new.request_id not in self.held
             self.held[new.request_id] = new
         for continued in step.continued:
-            state = self.held[continued.request_id]
-            state.token_ids.extend(continued.new_token_ids)
-            state.block_ids.extend(continued.new_block_ids)
+            if state := self.held.get(continued.request_id):
+                first, new = continued.first_new, continued.new_token_ids
+                assert state.token_ids[first : first + len(new)] == new[: len(state.token_ids) - first], "it said so"
+                state.token_ids[first : first + len(new)] = new
+                state.block_ids.extend(continued.new_block_ids)
         named = [(r.request_id, r.num_computed) for r in [*step.new, *step.continued]]
         assert len(set(named)) == len(named) == len(step.num_tokens)
         assert 0 < sum(step.num_tokens) <= self.max_tokens
+        if sum(step.num_tokens) > self.memory or step.step_id in self.bad_steps:
+            for request_id, _ in named:
+                self.held.pop(request_id, None)
+            raise MemoryError if step.step_id not in self.bad_steps else ValueError
         sampled = []
         for (request_id, start), count in zip(named, step.num_tokens, strict=True):
+            if request_id not in self.held:
+                continue
             state = self.held[request_id]
             assert count > 0
             for position in range(start, start + count):
                 self._compute(state, position)
             if start + count == len(state.token_ids):
-                sampled.append(SampledToken(request_id, next_token(state.token_ids)))
+                state.token_ids.append(next_token(state.token_ids))
+                sampled.append(SampledToken(request_id, state.token_ids[-1]))
         return StepResult(step.step_id, sampled, [])
 
     def _compute(self, state: NewRequest, position: int) -> None:
@@ -105,12 +121,25 @@ def alone(request: Submit, max_model_len: int) -> tuple[list[int], str]:
             return output, "length"
 
 
-def drive(scheduler: Scheduler, device: Device, limit: int = 2000) -> dict[str, list[TokenOutput]]:
+def run(scheduler: Scheduler, device: Device, step: Step) -> Callable[[], list[TokenOutput]]:
+    """Run a step now; the scheduler hears of it when what is returned is called."""
+    try:
+        return partial(scheduler.update, device.run(step))
+    except MemoryError:
+        return partial(scheduler.shrink, step.step_id, "no memory")
+    except ValueError:
+        return partial(scheduler.fail, step.step_id, "boom")
+
+
+def drive(scheduler: Scheduler, device: Device, depth: int = 1, limit: int = 2000) -> dict[str, list[TokenOutput]]:
+    """Until everything has ended, with up to `depth` steps in flight."""
     outputs: dict[str, list[TokenOutput]] = {}
+    in_flight: deque[Callable[[], list[TokenOutput]]] = deque()
     while scheduler.has_work:
-        step = scheduler.schedule()
-        assert step is not None
-        for output in scheduler.update(device.run(step)):
+        while len(in_flight) < depth and (step := scheduler.schedule()):
+            in_flight.append(run(scheduler, device, step))
+        assert in_flight, "work that is never scheduled"
+        for output in in_flight.popleft()():
             outputs.setdefault(output.request_id, []).append(output)
         scheduler.check_integrity()
         limit -= 1
@@ -137,8 +166,12 @@ prompts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
     block_size=st.sampled_from([1, 3, 4]),
     budget=st.integers(3, 40),
     caching=st.booleans(),
+    depth=st.integers(1, 3),
+    memory=st.sampled_from([1, 2, 5, 1000]),
 )
-def test_company_chunking_sharing_and_preemption_change_no_token(prompts, num_blocks, block_size, budget, caching):
+def test_company_chunking_sharing_and_preemption_change_no_token(  # noqa: PLR0917 - a dimension each
+    prompts, num_blocks, block_size, budget, caching, depth, memory
+):
     max_model_len = min(40, num_blocks * block_size)
     scheduler = make(
         num_blocks=num_blocks,
@@ -154,7 +187,7 @@ def test_company_chunking_sharing_and_preemption_change_no_token(prompts, num_bl
     ]
     for request in requests:
         scheduler.add(request)
-    outputs = drive(scheduler, Device(block_size, budget))
+    outputs = drive(scheduler, Device(block_size, budget, memory=memory), depth)
     check(requests, outputs, max_model_len)
     assert scheduler.pool.num_available == num_blocks
     assert scheduler.stats().num_used_blocks == 0
@@ -164,12 +197,14 @@ def test_company_chunking_sharing_and_preemption_change_no_token(prompts, num_bl
 @given(
     data=st.data(),
     arrivals=st.lists(st.tuples(prompts, st.integers(0, 15)), min_size=1, max_size=10),
+    depth=st.integers(1, 3),
 )
-def test_arrivals_and_aborts_between_steps(data, arrivals):
+def test_arrivals_and_aborts_between_steps(data, arrivals, depth):
     scheduler, device = make(num_blocks=12), Device(4, 8)
     requests = [(submit(f"r{i}", prompt, max_tokens=9), when) for i, (prompt, when) in enumerate(arrivals)]
     doomed = data.draw(st.sets(st.sampled_from([request.request_id for request, _ in requests])))
     outputs: dict[str, list[TokenOutput]] = {}
+    in_flight: deque[Callable[[], list[TokenOutput]]] = deque()
     for tick in range(400):
         for request, when in requests:
             if when == tick:
@@ -177,7 +212,9 @@ def test_arrivals_and_aborts_between_steps(data, arrivals):
         if tick in (2, 9, 17):
             scheduler.abort([name for name in doomed if data.draw(st.booleans())])
         if step := scheduler.schedule():
-            for output in scheduler.update(device.run(step)):
+            in_flight.append(run(scheduler, device, step))
+        if in_flight and (len(in_flight) == depth or not step):
+            for output in in_flight.popleft()():
                 outputs.setdefault(output.request_id, []).append(output)
         scheduler.check_integrity()
         if tick > 20 and not scheduler.has_work:
@@ -245,12 +282,51 @@ def test_failed_step_ends_its_requests_and_no_others():
         scheduler.add(request)
     step = scheduler.schedule()
     assert [request.request_id for request in step.new] == ["a"]
-    failed = scheduler.fail("step 1 failed on rank 0.0.0: boom")
+    failed = scheduler.fail(1, "step 1 failed on rank 0.0.0: boom")
     assert [(o.request_id, o.start, o.finish, o.error) for o in failed] == [
         ("a", 0, "error", "step 1 failed on rank 0.0.0: boom")
     ]
     scheduler.check_integrity()
     check(requests[1:], drive(scheduler, device), 40)
+
+
+def test_a_step_that_fails_with_another_behind_it():
+    """What the later step says of the failed requests counts no more; who was not in the failed one goes on."""
+    scheduler, device = make(max_num_batched_tokens=8), Device(4, 8, bad_steps=frozenset({3}))
+    requests = [submit("a", [1, 2], ignore_eos=True), submit("b", [2] * 9, ignore_eos=True)]
+    scheduler.add(requests[0])
+    first = run(scheduler, device, scheduler.schedule())
+    second = run(scheduler, device, scheduler.schedule())
+    third = run(scheduler, device, scheduler.schedule())
+    scheduler.add(requests[1])
+    fourth = run(scheduler, device, scheduler.schedule())
+    told = [output for done in (first, second, third, fourth) for output in done()]
+    assert [(o.request_id, o.start, o.finish) for o in told] == [("a", 0, None), ("a", 1, None), ("a", 2, "error")]
+    scheduler.check_integrity()
+    check(requests[1:], drive(scheduler, device, depth=2), 40)
+
+
+def test_a_step_of_one_token_that_does_not_fit_ends_its_request():
+    scheduler, device = make(), Device(4, 8, memory=0)
+    scheduler.add(submit("a", [1, 2, 3]))
+    outputs = drive(scheduler, device)["a"]
+    assert [(output.finish, output.error) for output in outputs] == [("error", "no memory")]
+    assert scheduler.pool.num_available == scheduler.pool.num_blocks
+
+
+def test_steps_grow_again_when_memory_is_back():
+    scheduler, device = make(num_blocks=500, max_model_len=300, max_num_seqs=8), Device(4, 8, memory=2)
+    for i in range(8):
+        scheduler.add(submit(f"r{i}", [i], max_tokens=290, ignore_eos=True))
+    sizes = []
+    for _ in range(2 * RECOVERY_STEPS + 10):
+        step = scheduler.schedule()
+        run(scheduler, device, step)()
+        sizes.append(sum(step.num_tokens))
+        device.memory = 1000 if len(sizes) == 20 else device.memory
+    assert sizes[:5] == [8, 4, 2, 2, 2]
+    assert max(sizes[2:RECOVERY_STEPS]) == 2
+    assert sizes[-1] == 8
 
 
 def test_min_tokens_and_stop_tokens():

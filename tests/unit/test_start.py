@@ -14,6 +14,7 @@ from holdfast.hardware import host
 from holdfast.models.inspect import inspect_model
 from holdfast.models.rope import rope_table
 from holdfast.worker.start import largest_step, longest_request, start_runner
+from support.checkpoints import random_model, save
 from support.local import LocalEngine
 from support.tiny import tiny_model
 
@@ -43,6 +44,14 @@ def test_more_threads_than_the_machine_has_are_refused(tmp_path: Path):
     config = ServeConfig(device=DeviceConfig(device="cpu", cpu_threads=100_000))
     with pytest.raises(ConfigError, match="--cpu-threads 100000: must be at most"):
         start_runner(config, inspect_model(tiny_model(tmp_path)), lambda text, fraction: None)
+
+
+def test_heads_that_the_kernels_cannot_hold_are_refused(tmp_path: Path):
+    """An assertion without words in the middle of the first step."""
+    path = save(random_model(model_type="llama", head_dim=576), tmp_path)
+    config = ServeConfig(device=DeviceConfig(device="cpu"), model=ModelConfig(dtype="bfloat16"))
+    with pytest.raises(ConfigError, match=r"heads of 576 numbers: cpu-.* kernels take 512"):
+        start_runner(config, inspect_model(path), lambda text, fraction: None)
 
 
 @pytest.mark.parametrize(("wanted", "longest"), [(None, 1024), (50, 50), (5000, 1024)])

@@ -91,7 +91,7 @@ def _parameters(tree: type[Any]) -> list[inspect.Parameter]:
 def _flag(field: dataclasses.Field[Any], hint: Any, panel: str) -> tuple[Any, Any]:
     """The annotation and the default that typer shall see for one field."""
     dashed = "--" + field.name.replace("_", "-")
-    declaration = f"{dashed}/--no-{dashed[2:]}" if hint is bool else dashed
+    declaration = f"{dashed}/--no-{dashed[2:]}" if hint in (bool, bool | None) else dashed
     extra: dict[str, Any] = {"help": field.metadata["help"], "rich_help_panel": panel}
     default: Any = field.default
     if field.metadata.get("bytes"):

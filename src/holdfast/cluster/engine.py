@@ -42,15 +42,18 @@ class Engine:
 
     def run(self) -> None:
         """Serve until told to stop."""
-        ready = self._from_worker()
-        if ready is None:
+        if self._wait_for(self.results):
             return
+        ready = self._decode_result(self.results.recv())
         assert isinstance(ready, wire.WorkerReady)
         self.scheduler = self._make_scheduler(ready.num_blocks)
-        while self._take_requests():
-            step = self.scheduler.schedule()
-            assert step or not self.scheduler.has_work, "work that is never scheduled"
-            outputs = self._execute(step) if step else []
+        depth = 2 if ready.runs_ahead else 1
+        while not self._wait_for(*self._awaited(depth)):
+            self._take_requests()
+            outputs = self._take_result()
+            while self.scheduler.num_in_flight < depth and (step := self.scheduler.schedule()):
+                self.worker.send(wire.encode(step))
+            assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work that is never scheduled"
             self.gateway.send(wire.encode(wire.Outputs(self.replica, outputs, self.scheduler.stats())))
             if not self.scheduler.has_work and log.isEnabledFor(logging.DEBUG):
                 self.scheduler.check_integrity()  # every reference to every block, whenever we fall idle
@@ -78,43 +81,44 @@ class Engine:
         self.control.send(wire.encode(wire.Ready()))
         return scheduler
 
-    def _take_requests(self) -> bool:
-        """Take in what the gateway has sent, waiting for something if there is no work. False: stop."""
-        if self.control in self._poll(self.requests, block=not self.scheduler.has_work):
-            return False
-        while True:
-            try:
-                message = self._decode_request(self.requests.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                return True
+    def _awaited(self, depth: int) -> list[zmq.Socket[bytes]]:
+        """Whose message lets the loop go on. A request can wait for a result when steps enough are in flight."""
+        if not self.scheduler.num_in_flight:
+            return [self.requests]
+        return [self.results] if self.scheduler.num_in_flight == depth else [self.results, self.requests]
+
+    def _take_requests(self) -> None:
+        """Take in what the gateway has sent."""
+        while self.requests.poll(0):
+            message = self._decode_request(self.requests.recv())
             if isinstance(message, wire.Submit):
                 self.scheduler.add(message)
             else:
                 self.scheduler.abort(message.request_ids)
 
-    def _execute(self, step: wire.Step) -> list[wire.TokenOutput]:
-        """Run a step on the worker; what it gave each request."""
-        self.worker.send(wire.encode(step))
-        result = self._from_worker()
-        if isinstance(result, wire.StepResult):
-            return self.scheduler.update(result)
-        if isinstance(result, wire.StepError):
-            return self.scheduler.fail(f"step {result.step_id} failed on rank {result.rank}: {result.error}")
-        return []  # told to stop: the control line is still readable, the loop ends next
+    def _take_result(self) -> list[wire.TokenOutput]:
+        """What the oldest step in flight gave each request, if it is done."""
+        if not self.results.poll(0):
+            return []
+        return settle(self.scheduler, self._decode_result(self.results.recv()))
 
-    def _from_worker(self) -> wire.ToEngineFromWorker | None:
-        """The worker's next message; None when told to stop instead."""
-        if self.control in self._poll(self.results, block=True):
-            return None
-        message: wire.ToEngineFromWorker = self._decode_result(self.results.recv())
-        return message
-
-    def _poll(self, socket: zmq.Socket[bytes], block: bool) -> set[zmq.Socket[bytes]]:
-        """Which of `socket` and the supervisor's line has a message."""
+    def _wait_for(self, *sockets: zmq.Socket[bytes]) -> bool:
+        """Until one of them has a message; True when told to stop instead."""
         poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
-        poller.register(self.control, zmq.POLLIN)
-        return {which for which, _ in poller.poll(None if block else 0)}
+        for socket in (self.control, *sockets):
+            poller.register(socket, zmq.POLLIN)
+        return self.control in dict(poller.poll())
+
+
+def settle(scheduler: Scheduler, result: wire.StepResult | wire.StepError) -> list[wire.TokenOutput]:
+    """What the oldest step in flight gave each request."""
+    if isinstance(result, wire.StepResult):
+        return scheduler.update(result)
+    error = f"step {result.step_id} failed on rank {result.rank}: {result.error}"
+    if result.out_of_memory:
+        log.warning("%s; it is tried again in smaller steps", error)
+        return scheduler.shrink(result.step_id, error)
+    return scheduler.fail(result.step_id, error)
 
 
 def run(boot: wire.Boot, control: Control) -> None:

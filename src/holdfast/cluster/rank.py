@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
+import torch
 import zmq
 
 from holdfast.cluster.child import Control, run_child
 from holdfast.core import wire
-from holdfast.worker.runner import Runner
+from holdfast.worker.runner import Launched, Runner
 from holdfast.worker.start import start_runner
 
 log = logging.getLogger(__name__)
@@ -29,27 +34,44 @@ def run(boot: wire.Boot, control: Control) -> None:
     results = control.context.socket(zmq.PUSH)
     results.connect(boot.endpoints.results(replica))
     runner = start_runner(boot.config, boot.model, progress)
-    results.send(wire.encode(wire.WorkerReady(rank, runner.pages.num_blocks)))
+    ahead = boot.config.scheduler.runs_ahead(runner.device.type)
+    results.send(wire.encode(wire.WorkerReady(rank, runner.pages.num_blocks, runs_ahead=ahead)))
     control.send(wire.encode(wire.Ready()))
 
     decode = wire.decoder(wire.ToWorker).decode
+    launched: deque[tuple[wire.Step, Launched | wire.StepResult | wire.StepError]] = deque()
     poller = zmq.Poller()
     poller.register(steps, zmq.POLLIN)
     poller.register(control, zmq.POLLIN)
     while True:
-        readable = dict(poller.poll())
+        readable = dict(poller.poll(0 if launched else None))
         if control in readable:
             return  # the only word a worker is sent is Stop
-        results.send(wire.encode(_run_step(runner, decode(steps.recv()), rank)))
+        if steps in readable and len(launched) < (2 if runner.runs_ahead else 1):
+            step = decode(steps.recv())
+            launched.append((step, attempt(runner, step, rank, partial(runner.launch, step))))
+            continue
+        step, state = launched.popleft()
+        if isinstance(state, Launched):
+            state = attempt(runner, step, rank, partial(runner.finish, state))
+        results.send(wire.encode(state))
 
 
-def _run_step(runner: Runner, step: wire.Step, rank: str) -> wire.StepResult | wire.StepError:
+T = TypeVar("T")
+
+
+def attempt(runner: Runner, step: wire.Step, rank: str, do: Callable[[], T]) -> T | wire.StepError:
+    """What `do` returns; or, if it raises, why the step's requests cannot go on."""
     try:
-        return runner.run(step)
+        return do()
     except Exception as error:  # noqa: BLE001 - whatever a device raises becomes a definite error of these requests
         log.error("step %d failed\n%s", step.step_id, traceback.format_exc())  # noqa: TRY400
         runner.forget(step)
-        return wire.StepError(step.step_id, rank, f"{type(error).__name__}: {error}")
+        no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if no_memory and runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+        text = f"{type(error).__name__}: {error}"
+        return wire.StepError(step.step_id, rank, text, out_of_memory=no_memory)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,15 @@ class SchedulerConfig:
     priority_aging_steps: int = option(
         256, "Steps of waiting that make up for one level of priority, so that nothing starves."
     )
+    async_scheduling: bool | None = option(
+        None,
+        "Prepare the next step while the device runs this one; a request that ends unforeseen has then been "
+        "computed once too often. By default on GPUs only.",
+    )
+
+    def runs_ahead(self, device_type: str) -> bool:
+        """Whether two steps may be in flight on a device of this type."""
+        return device_type == "cuda" if self.async_scheduling is None else self.async_scheduling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,8 +179,13 @@ class ServeConfig:
         self.model.sampling_overrides()
         if not all(key.isascii() and key.isprintable() and key.strip() == key != "" for key in self.server.api_key):
             raise ConfigError("--api-key: must be printable ASCII, not empty, without spaces around it")
-        if self.server.port > 65535:
-            raise ConfigError(f"--port {self.server.port}: must be at most 65535")
+        for flag, value, most in (
+            ("--port", self.server.port, 65535),
+            ("--block-size", self.cache.block_size, 4096),
+            ("--max-num-batched-tokens", self.scheduler.max_num_batched_tokens, 1 << 20),
+        ):
+            if value > most:
+                raise ConfigError(f"{flag} {value}: must be at most {most}")
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"--gpu-memory-utilization {self.cache.gpu_memory_utilization}: must be above 0 and at most 1"

@@ -123,8 +123,11 @@ class ContinuedRequest(_Message, frozen=True):
     """A request the worker holds: what changed since the last step that named it."""
 
     request_id: str
+    first_new: int
+    """The index of `new_token_ids[0]`: the worker may know some or all of them, since it sampled them."""
     new_token_ids: list[int]
-    """Tokens accepted since then (normally the one the worker sampled itself)."""
+    """Tokens accepted since then. There may be more that only the worker knows: sampled in a step whose result is
+    still on its way."""
     new_block_ids: list[int]
     num_computed: int
 
@@ -132,7 +135,8 @@ class ContinuedRequest(_Message, frozen=True):
 class Step(_Message, frozen=True):
     """One forward pass, as a diff. `num_tokens[i]` tokens are computed for the i-th of `new` + `continued`.
 
-    A request is sampled when the step computes its last token.
+    A request is sampled when the step computes its last token, and the worker appends what it sampled. One that it
+    does not hold (a step that named it has failed) is passed over.
     """
 
     step_id: int
@@ -154,6 +158,8 @@ class WorkerReady(_Message, frozen=True):
 
     rank: str
     num_blocks: int
+    runs_ahead: bool = False
+    """A second step may be sent while one is running: the device is not kept waiting for the engine."""
 
 
 class SampledToken(_Message, frozen=True):
@@ -185,6 +191,8 @@ class StepError(_Message, frozen=True):
     step_id: int
     rank: str
     error: str
+    out_of_memory: bool = False
+    """The device had no room for the step: a smaller one may succeed."""
 
 
 ToEngineFromWorker = WorkerReady | StepResult | StepError

@@ -120,6 +120,7 @@ class Kernels(Protocol[W]):
     name: str
     exact: bool
     """Whether a row's result is the same bits whatever rows share the call: contract 1 in docs/architecture.md."""
+    max_head_dim: int
 
     def pack(
         self,
@@ -178,7 +179,7 @@ class Kernels(Protocol[W]):
     def store_kv(self, qkv: Tensor, heads: Heads, k_pages: Tensor, v_pages: Tensor, batch: BatchLayout) -> Tensor:
         """Split qkv [T, (H + 2G) · D] into heads; norm and rotate q and k; write k and v into the pages
         [P, G, S, D] at the batch's slots (how a (block, head) cell orders its S · D numbers is the backend's own);
-        → q [T, H · D]. Changes qkv and the pages. D <= 512."""
+        → q [T, H · D]. Changes qkv and the pages. D is at most `max_head_dim`."""
         ...
 
     def attention(  # noqa: PLR0917 - five tensors and what to do with them

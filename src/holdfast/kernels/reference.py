@@ -72,6 +72,7 @@ class ReferenceKernels:
 
     name = "reference"
     exact = False
+    max_head_dim = 1 << 20
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype

@@ -10,6 +10,8 @@ starves. Preemption takes the largest rank, so the smallest always makes progres
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from holdfast.cache.blocks import BlockPool
@@ -49,8 +51,34 @@ def fit_model_len(wanted: int | None, max_positions: int, num_blocks: int, block
     return wanted
 
 
+RECOVERY_STEPS = 100
+"""Steps after which those that had to be made smaller may be twice as large."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a step in flight does for a sequence, in one of its lives."""
+
+    sequence: Sequence
+    life: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    step_id: int
+    parts: list[_Part]
+
+
 class Scheduler:
-    """The queue and the cache of one replica. One step is in flight at a time: schedule, then update or fail."""
+    """The queue and the cache of one replica.
+
+    Steps come out of `schedule` and are done, in that order, with `update`, `shrink` or `fail`. Several may be in
+    flight: a later one computes tokens that the earlier ones are still to sample, for requests that will need them
+    whatever those are. If one of them then ends its request, what the later step computed for it is void. Workers run
+    steps in order, so blocks can be given to another request while a step that writes to them is in flight.
+    """
 
     def __init__(
         self,
@@ -72,8 +100,12 @@ class Scheduler:
         """Heap of (rank, order of submission, sequence)."""
         self._sequences: dict[str, tuple[int, Sequence]] = {}
         """Every live request: request id → (order of submission, sequence)."""
-        self._in_flight: dict[Sequence, int] = {}
-        """Tokens each sequence computes in the step that is out."""
+        self._forming: dict[Sequence, int] = {}
+        """Tokens each sequence computes in the step that is being made."""
+        self._in_flight: deque[_InFlight] = deque()
+        self._budget = config.max_num_batched_tokens
+        """Tokens of a step: fewer after one that was too large for the device's memory."""
+        self._good_steps = 0
         self._dropped: list[str] = []
         """Requests the worker still holds but must forget."""
         self._steps = self._submitted = self._preemptions = 0
@@ -92,28 +124,32 @@ class Scheduler:
         heappush(self._waiting, (rank, self._submitted, sequence))
 
     def abort(self, request_ids: list[str]) -> None:
-        """Forget requests and release their blocks. Unknown ids are ignored. Not while a step is in flight."""
-        assert not self._in_flight
+        """Forget requests and release their blocks. Unknown ids are ignored."""
         for request_id in request_ids:
             if request_id in self._sequences:
                 self._remove(self._sequences[request_id][1])
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences or self._in_flight)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps."""
+        return len(self._in_flight)
 
     # --- one step ---
 
     def schedule(self) -> Step | None:
-        """The next step, or None when there is nothing to compute. Running requests go before waiting ones;
-        among them those that need one token before those in mid-prompt, so a long prompt stalls nobody."""
-        assert not self._in_flight
+        """The next step, or None when there is nothing to compute (until a step in flight is done). Running requests
+        go before waiting ones; among them those that need one token before those in mid-prompt, so a long prompt
+        stalls nobody."""
         preemptions = self._preemptions
-        budget = self.config.max_num_batched_tokens
+        budget = self._budget
         for sequence in sorted(self.running, key=lambda s: (s.num_missing > 1, s.rank)):
-            count = min(sequence.num_missing, budget)
-            if count and sequence.resident and (freed := self._make_room(sequence, count)) is not None:
-                self._in_flight[sequence] = count
+            count = 0 if self._ends_by_itself(sequence) else min(sequence.num_missing, budget)
+            if count and sequence.block_ids and (freed := self._make_room(sequence, count)) is not None:
+                self._forming[sequence] = count
                 budget += freed - count
         while self._waiting and budget and self._preemptions == preemptions:
             count = self._admit(self._waiting[0][2], budget)
@@ -121,7 +157,15 @@ class Scheduler:
                 break
             heappop(self._waiting)
             budget -= count
-        return self._step() if self._in_flight else None
+        return self._step() if self._forming else None
+
+    def _ends_by_itself(self, sequence: Sequence) -> bool:
+        """Whether the tokens that are pending are its last, whatever they are."""
+        pending = sequence.num_pending
+        return pending > 0 and (
+            sequence.num_output_tokens + pending >= sequence.params.max_tokens
+            or sequence.num_tokens + pending >= self.max_model_len
+        )
 
     def _make_room(self, sequence: Sequence, count: int) -> int | None:
         """Give `sequence` the blocks for `count` more tokens, preempting the largest ranks if need be.
@@ -129,10 +173,10 @@ class Scheduler:
         Returns the step tokens that preempted requests gave back, or None if `sequence` had to go itself.
         """
         freed = 0
-        wanted = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
+        wanted = self.pool.blocks_for(sequence.num_scheduled + count) - len(sequence.block_ids)
         while wanted > self.pool.num_available:
             victim = max(self.running, key=lambda s: (s.rank, self._sequences[s.request_id][0]))
-            freed += self._in_flight.pop(victim, 0)
+            freed += self._forming.pop(victim, 0)
             self._preempt(victim)
             if victim is sequence:
                 return None
@@ -163,14 +207,14 @@ class Scheduler:
         self.pool.take(cached)
         new = self.pool.allocate(self.pool.blocks_for(num_cached + count) - len(cached))
         sequence.block_ids = cached + new
-        sequence.num_computed = num_cached
+        sequence.num_computed = sequence.num_scheduled = num_cached
         if sequence.num_output_tokens == 0:
             sequence.num_cached_tokens = num_cached
         if self.prefix_caching:
             self._prefix_queries += sequence.num_tokens
             self._prefix_hits += num_cached
         self.running.append(sequence)
-        self._in_flight[sequence] = count
+        self._forming[sequence] = count
         return count
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
@@ -182,14 +226,18 @@ class Scheduler:
 
     def _step(self) -> Step:
         self._steps += 1
+        forming, self._forming = self._forming, {}
         new: list[tuple[NewRequest, int]] = []
         continued: list[tuple[ContinuedRequest, int]] = []
-        for sequence, count in self._in_flight.items():
-            news = sequence.tell()
+        parts = []
+        for sequence, count in forming.items():
+            parts.append(_Part(sequence, sequence.life, count, samples=count == sequence.num_missing))
+            news = sequence.take(count)
             if isinstance(news, NewRequest):
                 new.append((news, count))
             else:
                 continued.append((news, count))
+        self._in_flight.append(_InFlight(self._steps, parts))
         dropped, self._dropped = self._dropped, []
         return Step(
             self._steps,
@@ -202,31 +250,56 @@ class Scheduler:
     # --- its result ---
 
     def update(self, result: StepResult) -> list[TokenOutput]:
-        """Account for the step that was in flight; what it added to each request that got a token."""
-        assert result.step_id == self._steps, "a result of another step"
+        """The oldest step in flight is done; what it added to each request that got a token."""
+        parts = self._oldest(result.step_id)
         sampled = {token.request_id: token for token in result.sampled}
-        for chunk in result.prompt_logprobs:
-            self._sequences[chunk.request_id][1].prompt_logprobs += chunk.entries
-        in_flight, self._in_flight = self._in_flight, {}
+        prompt_logprobs = {chunk.request_id: chunk.entries for chunk in result.prompt_logprobs}
         outputs = []
-        for sequence, count in in_flight.items():
-            self._advance(sequence, count)
-            token = sampled.get(sequence.request_id)
-            assert (token is None) == (sequence.num_missing > 0), "sampled exactly when all tokens are computed"
+        for part in parts:
+            sequence, token = part.sequence, sampled.get(part.sequence.request_id)
+            assert (token is not None) == part.samples, "sampled exactly when all tokens are computed"
+            sequence.prompt_logprobs += prompt_logprobs.get(sequence.request_id, [])
+            self._advance(sequence, part.count)
             if token is not None:
+                sequence.num_pending -= 1
                 outputs.append(self._append(sequence, token.token_id, token.logprobs))
+        self._good_steps += 1
+        if self._good_steps % RECOVERY_STEPS == 0:
+            self._budget = min(2 * self._budget, self.config.max_num_batched_tokens)
         return outputs
 
-    def fail(self, error: str) -> list[TokenOutput]:
-        """The step in flight raised: its requests end with this error, the others go on."""
-        in_flight, self._in_flight = self._in_flight, {}
+    def shrink(self, step_id: int, error: str) -> list[TokenOutput]:
+        """The oldest step in flight did not fit the device's memory: it is tried again in smaller steps, half as
+        large for a while. The request of a step that could be no smaller ends with `error`."""
+        tokens = sum(part.count for part in self._in_flight[0].parts)
+        parts = self._oldest(step_id)
+        if tokens <= 1:
+            return self._fail(parts, error)
+        self._budget, self._good_steps = max(1, min(self._budget, tokens) // 2), 0
+        for part in parts:
+            part.sequence.rewind()
+        return []
+
+    def fail(self, step_id: int, error: str) -> list[TokenOutput]:
+        """The oldest step in flight raised: its requests end with this error, the others go on."""
+        return self._fail(self._oldest(step_id), error)
+
+    def _fail(self, parts: list[_Part], error: str) -> list[TokenOutput]:
         outputs = []
-        for sequence in in_flight:
+        for part in parts:
             outputs.append(
-                TokenOutput(sequence.request_id, sequence.num_output_tokens, [], finish="error", error=error)
+                TokenOutput(
+                    part.sequence.request_id, part.sequence.num_output_tokens, [], finish="error", error=error
+                )
             )
-            self._remove(sequence)
+            self._remove(part.sequence)
         return outputs
+
+    def _oldest(self, step_id: int) -> list[_Part]:
+        """What the oldest step in flight has computed that still counts."""
+        step = self._in_flight.popleft()
+        assert step.step_id == step_id, f"a result of step {step_id}, the oldest in flight is {step.step_id}"
+        return [part for part in step.parts if part.life == part.sequence.life]
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         """`count` tokens more are in the cache; blocks that they completed may be shared."""
@@ -298,9 +371,14 @@ class Scheduler:
         assert len(self.running) <= self.config.max_num_seqs
         for sequence in waiting:
             assert not sequence.block_ids
-            assert not sequence.num_computed
+            assert not sequence.num_scheduled
+            assert not sequence.num_pending
             assert not sequence.resident
         for sequence in self.running:
-            assert sequence.num_computed <= sequence.num_tokens <= self.max_model_len
-            assert len(sequence.block_ids) >= self.pool.blocks_for(sequence.num_computed)
+            assert sequence.num_computed <= sequence.num_scheduled <= sequence.num_tokens + sequence.num_pending
+            assert sequence.num_tokens + sequence.num_pending <= self.max_model_len
+            assert len(sequence.block_ids) >= self.pool.blocks_for(sequence.num_scheduled)
+        for step in self._in_flight:
+            for part in step.parts:
+                assert part.life < part.sequence.life or part.sequence in self.running
         self.pool.check_integrity(sequence.block_ids for sequence in self.running)

@@ -8,10 +8,12 @@ from holdfast.core.wire import ContinuedRequest, NewRequest, Submit
 
 
 class Sequence:
-    """`token_ids` is prompt then output; the first `num_computed` have their keys and values in `block_ids`.
+    """`token_ids` is prompt then output; the first `num_computed` have their keys and values in `block_ids`, the
+    first `num_scheduled` will have once the steps in flight are done.
 
     There is no prefill and no decode: a step computes some of the `num_missing` tokens, and when it computes the
-    last one a new token is sampled.
+    last one a new token is sampled. Until the step is done that token is pending: it counts, and a further step may
+    compute it, but only the worker knows it.
     """
 
     def __init__(self, submit: Submit, rank: int, block_size: int) -> None:
@@ -21,7 +23,9 @@ class Sequence:
         self.num_prompt_tokens = len(submit.prompt_token_ids)
         self.rank = rank
         """Smaller runs first and is preempted last; fixed for life."""
-        self.num_computed = 0
+        self.num_computed = self.num_scheduled = self.num_pending = 0
+        self.life = 0
+        """Counts up whenever work in flight is given up: what steps of an earlier life return is void."""
         self.num_cached_tokens = 0
         self.block_ids: list[int] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
@@ -38,7 +42,7 @@ class Sequence:
 
     @property
     def num_missing(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        return len(self.token_ids) + self.num_pending - self.num_scheduled
 
     @property
     def num_output_tokens(self) -> int:
@@ -58,28 +62,30 @@ class Sequence:
             self._hashes.append(chain(parent, self.token_ids[start : start + size]))
         return self._hashes[:num_blocks]
 
-    def tell(self) -> NewRequest | ContinuedRequest:
-        """What the worker must learn before it can compute the next tokens; remembered as told."""
+    def take(self, count: int) -> NewRequest | ContinuedRequest:
+        """Put the next `count` tokens into a step; returns what the worker must learn to compute them."""
+        assert 0 < count <= self.num_missing
+        start, self.num_scheduled = self.num_scheduled, self.num_scheduled + count
+        self.num_pending += not self.num_missing
         told, blocks_told = self._tokens_told, self._blocks_told
         self._tokens_told, self._blocks_told = len(self.token_ids), len(self.block_ids)
         if self.resident:
-            return ContinuedRequest(
-                self.request_id, self.token_ids[told:], self.block_ids[blocks_told:], self.num_computed
-            )
+            return ContinuedRequest(self.request_id, told, self.token_ids[told:], self.block_ids[blocks_told:], start)
         self.resident = True
         return NewRequest(
-            self.request_id,
-            self.token_ids[:],
-            self.num_prompt_tokens,
-            self.params,
-            self.block_ids[:],
-            self.num_computed,
+            self.request_id, self.token_ids[:], self.num_prompt_tokens, self.params, self.block_ids[:], start
         )
+
+    def rewind(self) -> None:
+        """Nothing of what is in flight will come; the worker has forgotten this request."""
+        self.num_scheduled, self.num_pending = self.num_computed, 0
+        self.life += 1
+        self.resident = False
 
     def reset(self) -> list[int]:
         """Forget all computed state (preemption). Returns the blocks: the caller releases them."""
         blocks, self.block_ids = self.block_ids, []
         self.num_computed = 0
-        self.resident = False
+        self.rewind()
         self.prompt_logprobs = []
         return blocks

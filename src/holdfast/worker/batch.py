@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from holdfast.core.wire import NewRequest, Step
 from holdfast.kernels.interface import BatchLayout
+from holdfast.worker.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,11 @@ class Work:
     @property
     def samples(self) -> bool:
         return self.stop == len(self.request.token_ids)
+
+    @property
+    def reaches_unknown(self) -> bool:
+        """Whether its last token is one that only the device knows."""
+        return self.request.token_ids[self.stop - 1] == UNKNOWN
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -41,18 +48,21 @@ class Requests:
         """Take in a step; returns what it computes, in the step's order."""
         for request_id in step.dropped:
             self._held.pop(request_id, None)
-        starts = []
+        starts: list[tuple[NewRequest | None, int]] = []
         for new in step.new:
             self._held[new.request_id] = new
             starts.append((new, new.num_computed))
         for continued in step.continued:
-            request = self._held[continued.request_id]
-            request.token_ids.extend(continued.new_token_ids)
-            request.block_ids.extend(continued.new_block_ids)
+            request = self._held.get(continued.request_id)
+            if request is not None:
+                first, tokens = continued.first_new, continued.new_token_ids
+                request.token_ids[first : first + len(tokens)] = tokens
+                request.block_ids.extend(continued.new_block_ids)
             starts.append((request, continued.num_computed))
         return [
             Work(request, start, start + count)
             for (request, start), count in zip(starts, step.num_tokens, strict=True)
+            if request is not None
         ]
 
     def forget(self, step: Step) -> None:
@@ -61,8 +71,22 @@ class Requests:
             self._held.pop(request_id, None)
 
 
-def layout(work: list[Work], block_size: int, device: torch.device) -> tuple[Tensor, BatchLayout]:
-    """Token ids int64 [T] and the layout of a step."""
+UNKNOWN = -1
+"""Stands for a token that has been sampled, while only the device knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens int64 [R] on the device, and the row of each request's."""
+
+    token_ids: Tensor
+    rows: dict[str, int]
+
+
+def layout(
+    work: list[Work], block_size: int, device: torch.device, drawn: Drawn | None = None
+) -> tuple[Tensor, BatchLayout]:
+    """Token ids int64 [T] and the layout of a step; unknown tokens are taken from `drawn`."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -75,12 +99,19 @@ def layout(work: list[Work], block_size: int, device: torch.device) -> tuple[Ten
         token_ids += part.request.token_ids[part.start : part.stop]
         positions += stretch
         slots += [blocks[position // block_size] * block_size + position % block_size for position in stretch]
-    rows = torch.from_numpy(np.array((token_ids, positions, slots), dtype=np.int64)).to(device)
+    rows = upload(np.array((token_ids, positions, slots), dtype=np.int64), device)
+    if UNKNOWN in token_ids:
+        assert drawn is not None, "a token that nobody knows"
+        # the last token of a request, and so of its part of the step
+        ends = [end for end in accumulate(part.stop - part.start for part in work) if token_ids[end - 1] == UNKNOWN]
+        sources = [drawn.rows[part.request.request_id] for part in work if part.reaches_unknown]
+        at = upload(np.array((ends, sources), dtype=np.int64), device)
+        rows[0, at[0] - 1] = drawn.token_ids[at[1]]
     batch = BatchLayout(
         query_lens=tuple(part.stop - part.start for part in work),
         context_lens=tuple(part.stop for part in work),
         positions=rows[1],
         slots=rows[2],
-        block_tables=torch.from_numpy(tables).to(device),
+        block_tables=upload(tables, device),
     )
     return rows[0], batch

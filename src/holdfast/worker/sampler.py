@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.core.request import TokenLogprobs
 from holdfast.core.wire import NewRequest
 from holdfast.kernels.interface import Kernels
+from holdfast.worker.transfer import Download, upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +22,8 @@ class Sampler:
     kernels: Kernels[Any]
     eos_token_ids: tuple[int, ...]
 
-    def sample(self, logits: Tensor, requests: list[NewRequest]) -> list[tuple[int, TokenLogprobs | None]]:
-        """logits float32 [R, V] (changed in place), the request of each row → (token id, logprobs if asked)."""
+    def sample(self, logits: Tensor, requests: list[NewRequest]) -> Choice:
+        """logits float32 [R, V] (changed in place), the request of each row → its token, and logprobs if asked."""
         raw = _raw_logprobs(logits, requests)
         for row, request in zip(logits, requests, strict=True):
             self._adjust(row, request)
@@ -31,10 +33,11 @@ class Sampler:
         elif drawn:
             logits[drawn] = self._perturb(logits[drawn], [requests[index] for index in drawn])
         chosen = self.kernels.argmax(logits)
-        return [
-            (token, token_logprobs(raw[index], token, request.params.logprobs or 0) if index in raw else None)
-            for index, (token, request) in enumerate(zip(chosen.tolist(), requests, strict=True))
-        ]
+        if raw is None:
+            return Choice(chosen)
+        wanted = [index for index, request in enumerate(requests) if request.params.logprobs is not None]
+        scores = score(raw, chosen[wanted], [requests[index].params.logprobs or 0 for index in wanted])
+        return Choice(chosen, wanted, scores)
 
     def _adjust(self, row: Tensor, request: NewRequest) -> None:
         """min_tokens mask, logit_bias and penalties on one row [V], in place."""
@@ -62,31 +65,64 @@ class Sampler:
         """Temperature, filters and noise on rows [R, V], in place: the argmax is then the sample (Gumbel-max)."""
         params = [request.params for request in requests]
 
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits.device)
+        def column(values: list[float] | list[int], dtype: type) -> Tensor:
+            return upload(np.array(values, dtype=dtype), logits.device)
 
-        logits /= column([p.temperature for p in params], torch.float32)[:, None]
+        logits /= column([p.temperature for p in params], np.float32)[:, None]
         if any(p.top_k or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
             self.kernels.filter_logits(
                 logits,
-                column([p.top_k for p in params], torch.int64),
-                column([p.top_p for p in params], torch.float32),
-                column([p.min_p for p in params], torch.float32),
+                column([p.top_k for p in params], np.int64),
+                column([p.top_p for p in params], np.float32),
+                column([p.min_p for p in params], np.float32),
             )
-        seeds = column([p.seed for p in params], torch.int64)
-        positions = column([len(request.token_ids) for request in requests], torch.int64)
+        seeds = column([p.seed for p in params], np.int64)
+        positions = column([len(request.token_ids) for request in requests], np.int64)
         return self.kernels.add_gumbel_noise(logits, seeds, positions)
 
 
-def _raw_logprobs(logits: Tensor, requests: list[NewRequest]) -> dict[int, Tensor]:
-    """Log-softmax [V] of the rows whose request asks for logprobs, by row."""
+def _raw_logprobs(logits: Tensor, requests: list[NewRequest]) -> Tensor | None:
+    """Log-softmax [·, V] of the rows whose request asks for logprobs."""
     wanted = [index for index, request in enumerate(requests) if request.params.logprobs is not None]
-    return dict(zip(wanted, logits[wanted].log_softmax(-1), strict=True)) if wanted else {}
+    return logits[wanted].log_softmax(-1) if wanted else None
 
 
-def token_logprobs(logprobs: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """Logprobs [V] of one position → those of `token_id` and of the `num_top` most likely tokens."""
-    value = logprobs[token_id]
-    rank = int((logprobs > value).sum()) + 1
-    values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]))
-    return TokenLogprobs(token_id, value.item(), rank, list(zip(ids.tolist(), values.tolist(), strict=True)))
+class Choice:
+    """The tokens chosen for the rows of a step, and the logprobs of the `scored` ones among them."""
+
+    def __init__(self, chosen: Tensor, scored: list[int] | None = None, scores: Scores | None = None) -> None:
+        self.on_device = chosen
+        self._tokens, self._scored, self._scores = Download(chosen), scored or [], scores
+
+    def token_ids(self) -> list[int]:
+        """Waits for the device."""
+        token_ids: list[int] = self._tokens.wait().tolist()
+        return token_ids
+
+    def read(self) -> list[tuple[int, TokenLogprobs | None]]:
+        """The same with logprobs."""
+        entries = dict(zip(self._scored, self._scores.read(), strict=True)) if self._scores else {}
+        return [(token, entries.get(row)) for row, token in enumerate(self.token_ids())]
+
+
+class Scores:
+    """Logprobs of tokens, and of the likeliest ones in their place, as many as `num_top` says for each row."""
+
+    def __init__(self, columns: list[Tensor], num_top: list[int]) -> None:
+        self._columns, self._num_top = [Download(column) for column in columns], num_top
+
+    def read(self) -> list[TokenLogprobs]:
+        """Waits for the device."""
+        columns = [column.wait().tolist() for column in self._columns]
+        return [
+            TokenLogprobs(token, value, rank, list(zip(ids[:count], values[:count], strict=True)))
+            for token, value, rank, ids, values, count in zip(*columns, self._num_top, strict=True)
+        ]
+
+
+def score(logprobs: Tensor, token_ids: Tensor, num_top: list[int]) -> Scores:
+    """logprobs [R, V], int64 [R], how many of the likeliest tokens each row wants."""
+    values = logprobs.gather(1, token_ids[:, None])
+    ranks = (logprobs > values).sum(1) + 1
+    top, ids = logprobs.topk(min(max(num_top), logprobs.shape[1]), dim=1)
+    return Scores([token_ids, values[:, 0], ranks, ids, top], num_top)

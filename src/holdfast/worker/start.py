@@ -36,6 +36,10 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
         torch.set_num_threads(threads)
     bits = {"int8": 8, "int16": 16}[config.model.quantized_activations]
     kernels = select_kernels(device.type, dtype, threads, pinned=pinned, activation_bits=bits)
+    if model.spec.head_dim > kernels.max_head_dim:
+        raise ConfigError(
+            f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
+        )
     decoder = load_decoder(
         model,
         kernels,
@@ -50,6 +54,7 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
         Sampler(kernels, model.eos_token_ids),
         device,
         config.scheduler.max_num_batched_tokens,
+        runs_ahead=device.type == "cuda" and config.scheduler.runs_ahead(device.type),
     )
     num_blocks = _num_blocks(config, model, dtype, device, runner)
     runner.use_pages(_pages(config, model, dtype, device, num_blocks))

@@ -21,7 +21,7 @@ from holdfast.kernels.cpu.library import Library
 from holdfast.kernels.cpu.memory import Arena
 from holdfast.kernels.cpu.operands import check_alike, numbers, pages_of, rows_of, shape_of_logits
 from holdfast.kernels.cpu.packing import PackedMatrix, dense, pack, weight_array
-from holdfast.kernels.cpu.structs import DTYPES
+from holdfast.kernels.cpu.structs import DTYPES, MAX_HEAD_DIM
 from holdfast.kernels.interface import (
     GROUP,
     AttentionOptions,
@@ -41,6 +41,7 @@ class CpuKernels:
     """
 
     exact = True
+    max_head_dim = MAX_HEAD_DIM
 
     def __init__(
         self,

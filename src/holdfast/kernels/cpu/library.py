@@ -23,10 +23,14 @@ class Library:
     or cannot be loaded, `ConfigError` if `isa` (or $HOLDFAST_CPU_ISA) names no build that runs here."""
 
     def __init__(self, isa: str | None = None) -> None:
-        self._c = ctypes.CDLL(str(_path()))
-        self._declare()
+        path = _path()
+        self._c = ctypes.CDLL(str(path))
+        try:
+            self._declare()
+        except AttributeError as error:
+            raise OSError(f"{path} is not Holdfast's library of kernels: {error}") from error
         self._check_mirrors()
-        wanted = isa or os.environ.get(ISA_VARIABLE)
+        wanted = isa or os.environ.get(ISA_VARIABLE) or None
         builds = self._builds()
         if wanted is not None and wanted not in builds:
             raise ConfigError(f"{ISA_VARIABLE}={wanted}: must be one of {', '.join(builds)} on this processor")

@@ -23,6 +23,7 @@
 
 #define IDLE (1ull << 63)  // in `stage`: no run is on
 #define MAX_UNITS ((1 << 20) - 1)
+#define STACK_BYTES (8 << 20)  // whatever `ulimit -s` says: tiles and their sums lie on the stack
 #define SPINS 1000  // looks at `stage` before a thread lays itself to sleep: some 20 µs
 
 struct member {
@@ -47,6 +48,7 @@ struct team {
     int64_t size;
     int64_t callers_cpu;  // which the next caller is to be pinned to; -1: none
     atomic_bool stopping;
+    pid_t process;  // a child made by fork has the memory of the team, but none of its threads
     pthread_mutex_t running;
     struct member members[];
 };
@@ -177,20 +179,24 @@ struct team *team_start(int64_t threads, const int64_t *cpus) {
     size_t bytes = sizeof(struct team) + (size_t)threads * sizeof(struct member);
     struct team *team = aligned_alloc(64, (bytes + 63) / 64 * 64);
     if (!team) return NULL;
-    *team = (struct team){.stage = IDLE, .size = 1, .callers_cpu = cpus ? cpus[0] : -1};
+    *team = (struct team){.stage = IDLE, .size = 1, .callers_cpu = cpus ? cpus[0] : -1, .process = getpid()};
     pthread_mutex_init(&team->running, NULL);
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
     for (int64_t i = 0; i < threads; i++) team->members[i] = (struct member){.team = team, .index = i};
     for (int64_t i = 1; i < threads; i++, team->size++) {
-        if (pthread_create(&team->members[i].thread, NULL, member_main, &team->members[i])) {
-            team_stop(team);
-            return NULL;
-        }
+        if (pthread_create(&team->members[i].thread, &attributes, member_main, &team->members[i])) break;
         if (cpus) pin(team->members[i].thread, cpus[i]);
     }
-    return team;
+    pthread_attr_destroy(&attributes);
+    if (team->size == threads) return team;
+    team_stop(team);
+    return NULL;
 }
 
 void team_stop(struct team *team) {
+    if (team->process != getpid()) return;
     pthread_mutex_lock(&team->running);
     atomic_store(&team->stopping, 1);
     atomic_fetch_add(&team->signal, 1);
