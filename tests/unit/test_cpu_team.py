@@ -424,7 +424,6 @@ def test_float16_is_the_references(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         assert select_kernels("cpu", torch.float16, 2).name == "reference"
     assert "torch.float16 runs on torch's" in caplog.text
-    assert select_kernels("cuda", torch.bfloat16).name == "reference"
 
 
 def test_structs_that_differ_from_the_librarys_are_noticed(monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
+from holdfast.kernels.cuda.close import CloseCudaKernels
+from holdfast.kernels.cuda.graphs import DecodeInputs, step_tensors
 from holdfast.kernels.cuda.kernels import CudaKernels
 from holdfast.kernels.interface import AttentionOptions, Heads, Routing
 from holdfast.kernels.reference import ReferenceKernels
@@ -223,6 +225,52 @@ def test_a_query_is_the_same_in_any_company(options: AttentionOptions):
         assert same_bits(mixed[15 + row], chunk[start - 2040])
     assert same_bits(mixed[:15], cached.run([(1, 1000, 1030)], options)[15:])
     close(chunk, cached.expected([(0, 2040, 2060)], options), torch.bfloat16)
+
+
+def test_rows_that_fill_up_a_batch_touch_nothing():
+    """As a graph of decodes for five requests is run for three: with no slot and no context, in splits of others."""
+    heads, options = Heads(4, 2, 16), OPTIONS["plain"]
+    kernels, cached = KERNELS[torch.bfloat16], filled(torch.bfloat16, heads, [2060, 30, 1024], 16)
+    parts = [(0, 2059, 2060), (1, 29, 30), (2, 1023, 1024)]
+    layout, qkv = cached.layout(parts), here(torch.cat([cached.qkv[r][start:stop] for r, start, stop in parts]))
+    rows = torch.cat([qkv, torch.full_like(qkv[:2], torch.nan)])
+    pages, expected = (cached.k_pages, cached.v_pages), cached.run(parts, options)
+    before = [page.clone() for page in pages]
+    inputs = DecodeInputs(5, 200, num_splits=4, device=torch.device(DEVICE))
+    inputs.fill(torch.arange(1, 4, device=DEVICE), layout, layout.derive("cuda", step_tensors).lens)
+    assert inputs.token_ids.tolist() == [1, 2, 3, 0, 0]
+    kernels.store_kv(rows.clone(), heads, *pages, inputs.layout)
+    for page, old in zip(pages, before, strict=True):
+        assert same_bits(page, old)
+    out = kernels.attention(rows[:, : 4 * 16].contiguous(), heads, *pages, inputs.layout, options)
+    assert same_bits(out[:3], expected)
+    assert not out[3:].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_router_gone_wrong_still_names_experts():
+    """A NaN that makes an id of whatever was in memory: the address of no expert."""
+    kernels = KERNELS[torch.float32]
+    up, down = kernels.pack([here(torch.ones(16, 32))]), kernels.pack([here(torch.ones(32, 16))])
+    logits = torch.tensor([[1.0, 2.0, 3.0], [torch.nan, 1.0, 2.0], [torch.inf, torch.inf, 0.0]])
+    out = kernels.experts(here(torch.ones(3, 32)), here(logits), Routing(2, True), [up] * 3, [down] * 3)
+    assert torch.equal(out.isnan().any(dim=1).cpu(), torch.tensor([False, True, True]))
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", FORMATS)
+def test_close_kernels_are_close(kind: str, dtype: torch.dtype):
+    """cuBLAS's products with all that follows them."""
+    kernels, exact = CloseCudaKernels(dtype), KERNELS[dtype]
+    parts = [on_device(random_matrix(kind, 64, 96, dtype, seed)[0]) for seed in (0, 1)]
+    biases = [here(torch.randn(64, generator=generator(seed)).to(dtype)) for seed in (2, 3)]
+    x, stream = here(torch.randn(5, 96, generator=generator(4)).to(dtype)), here(torch.randn(5, 64))
+    for number, activation in ((2, "silu"), (1, "gelu"), (1, None)):
+        how = {"activation": activation, "gated": number == 2}
+        mine, theirs = (k.pack(parts[:number], biases[:number], **how) for k in (kernels, exact))
+        close(kernels.linear(x, mine), exact.linear(x, theirs).cpu(), torch.bfloat16)
+        out = kernels.linear(x, mine, add_to=stream.clone())
+        close(out, exact.linear(x, theirs, add_to=stream.clone()).cpu(), torch.bfloat16)
 
 
 @every_dtype

@@ -84,6 +84,15 @@ class DeviceConfig:
     pipeline_parallel_size: int = option(1, "Groups of layers on devices of their own. Only 1 works yet.")
     data_parallel_size: int = option(1, "Copies of the model. Only 1 works yet.")
 
+    exactness: Literal["plan", "batch", "off"] = option(
+        "plan",
+        "What changes no token, on a GPU. plan: neither company in a batch nor how the model is cut over devices; "
+        "batch: company alone; off: either may, by the last bits, and products are cuBLAS's. On CPU always plan.",
+    )
+    enforce_eager: bool = option(
+        False, "Launch a GPU's kernels one by one instead of replaying steps of decodes as CUDA graphs."
+    )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -107,6 +107,18 @@ class Routing:
 
 Forward = Callable[[Tensor, BatchLayout], Tensor]
 """(token ids int64 [T], layout) → hidden states [T, M]."""
+
+
+@runtime_checkable
+class Capturing(Protocol):
+    """A `Forward` that can be made ready for steps in which every request computes one token."""
+
+    def __call__(self, token_ids: Tensor, batch: BatchLayout) -> Tensor: ...
+
+    def capture(self, max_requests: int, max_context: int, block_size: int, progress: Callable[[float], None]) -> int:
+        """Of up to `max_requests`, each of up to `max_context` tokens; returns for how many kinds of steps.
+        `progress` gets the fraction done."""
+        ...
 
 
 class Kernels(Protocol[W]):

@@ -103,9 +103,9 @@ class ReferenceKernels:
         out = F.linear(x.to(common), weight.rows.to(common), bias)
         if weight.gated:
             gate, up = out.chunk(2, dim=-1)
-            out = _activate(gate, weight.activation) * up
+            out = activate(gate, weight.activation) * up
         else:
-            out = _activate(out, weight.activation)
+            out = activate(out, weight.activation)
         return _deliver(out, dtype or x.dtype, add_to)
 
     def embedding(
@@ -214,7 +214,7 @@ def _deliver(result: Tensor, dtype: torch.dtype, add_to: Tensor | None) -> Tenso
     return result.to(dtype) if add_to is None else add_to.add_(result)
 
 
-def _activate(x: Tensor, kind: Activation | None) -> Tensor:
+def activate(x: Tensor, kind: Activation | None) -> Tensor:
     if kind is None:
         return x
     if kind == "silu":

@@ -3,16 +3,19 @@
 | backend | devices | dtypes | quantized matrices | promises |
 |---|---|---|---|---|
 | `cpu-avx512bf16`, `cpu-avx512`, `cpu-avx2`, `cpu-portable` | CPUs | float32, bfloat16 | held as they are | exact |
+| `cuda` | NVIDIA GPUs, compute capability 8.0 and later | all | held as they are | exact |
+| `cuda-close` | the same, with `--exactness off` | all | held as they are | close |
 | `reference` | all that torch runs on | all | dequantized | close |
 
-exact: a request's bits depend on nothing but the request. That holds within one backend: another instruction set
-sums in another order. Held as they are: Q8_0, Q4_0 and Q4_1, in a bfloat16 model.
+exact: a request's bits depend on nothing but the request. That holds within one backend: another instruction set or
+GPU sums in another order. Held as they are: Q8_0, Q4_0 and Q4_1, in a model that is not float32.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +25,9 @@ from holdfast.kernels.reference import ReferenceKernels
 
 log = logging.getLogger(__name__)
 
+Exactness = Literal["plan", "batch", "off"]
+"""`--exactness`."""
+
 
 def select_kernels(
     device: str,
@@ -30,14 +36,16 @@ def select_kernels(
     *,
     pinned: bool = False,
     activation_bits: int = 16,
+    exactness: Exactness = "plan",
 ) -> Kernels[Any]:
-    """The backend for a torch device type ("cpu", "cuda") and the model's dtype; the rest is for CPUs: `CpuKernels`.
+    """The backend for a torch device type ("cpu", "cuda") and the model's dtype. `exactness` is for GPUs, the rest
+    for CPUs: `CpuKernels`.
 
     Raises `ConfigError` for an instruction set asked for by the environment that this processor lacks, and for
     threads that cannot be had.
     """
     if device != "cpu":
-        return ReferenceKernels(dtype)
+        return _for_gpu(dtype, exactness)
     if dtype not in (torch.float32, torch.bfloat16):
         log.warning("the CPU kernels take float32 and bfloat16: %s runs on torch's, slower and not exact", dtype)
         return ReferenceKernels(dtype)
@@ -46,3 +54,18 @@ def select_kernels(
     except OSError as error:
         log.warning("%s; torch's kernels are used, slower and not exact", error)
         return ReferenceKernels(dtype)
+
+
+def _for_gpu(dtype: torch.dtype, exactness: Exactness) -> Kernels[Any]:
+    capability = torch.cuda.get_device_capability()
+    if find_spec("triton") is None or capability < (8, 0):
+        why = "triton is not installed" if capability >= (8, 0) else f"the GPU's compute capability is {capability}"
+        log.warning(
+            "our kernels for GPUs need triton and compute capability 8.0, and %s; torch's are used, slower", why
+        )
+        return ReferenceKernels(dtype)
+    # triton is imported with the first of these: a machine without GPUs need not have it
+    from holdfast.kernels.cuda.close import CloseCudaKernels  # noqa: PLC0415
+    from holdfast.kernels.cuda.kernels import CudaKernels  # noqa: PLC0415
+
+    return CloseCudaKernels(dtype) if exactness == "off" else CudaKernels(dtype, sharded=exactness == "plan")

@@ -14,6 +14,7 @@ from holdfast.core.request import SamplingParams
 from holdfast.core.spec import ModelInfo
 from holdfast.core.wire import NewRequest, Step
 from holdfast.hardware.host import available_memory, usable_cores
+from holdfast.kernels.interface import Capturing
 from holdfast.kernels.select import select_kernels
 from holdfast.models.load import load_decoder
 from holdfast.worker.batch import Requests
@@ -35,7 +36,8 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
     if device.type == "cpu":
         torch.set_num_threads(threads)
     bits = {"int8": 8, "int16": 16}[config.model.quantized_activations]
-    kernels = select_kernels(device.type, dtype, threads, pinned=pinned, activation_bits=bits)
+    exactness = config.device.exactness
+    kernels = select_kernels(device.type, dtype, threads, pinned=pinned, activation_bits=bits, exactness=exactness)
     if model.spec.head_dim > kernels.max_head_dim:
         raise ConfigError(
             f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
@@ -58,6 +60,13 @@ def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str,
     )
     num_blocks = _num_blocks(config, model, dtype, device, runner)
     runner.use_pages(_pages(config, model, dtype, device, num_blocks))
+    if isinstance(runner.forward, Capturing) and not config.device.enforce_eager:
+        requests, length, size = (
+            config.scheduler.max_num_seqs,
+            longest_request(config, model),
+            config.cache.block_size,
+        )
+        runner.forward.capture(requests, length, size, lambda done: progress("capturing graphs", done))
     tokens = num_blocks * config.cache.block_size
     place = kernels.name if device.type == "cpu" else device.type
     progress(f"{place}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)

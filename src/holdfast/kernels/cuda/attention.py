@@ -117,7 +117,8 @@ def attend(
 
     Prefill: `tiles` int32 [tiles, 2] names (request, first token of it); grid (tiles, G · head chunks). Decode: grid
     (B, G · head chunks, num_splits); requests of more than one token are left out, and one with several splits leaves
-    their states in `partial` float32 [B, H, num_splits, D + 2] for `merge`.
+    their states in `partial` float32 [B, H, num_splits, D + 2] for `merge`. One without context, which only fills up
+    a batch, gets zeros.
     """
     CHUNKS: tl.constexpr = (H // G + HEADS - 1) // HEADS
     kv_head, chunk = tl.program_id(1) // CHUNKS, tl.program_id(1) % CHUNKS
@@ -127,7 +128,7 @@ def attend(
         request, skipped, split = tl.load(tiles + tl.program_id(0) * 2), tl.load(tiles + tl.program_id(0) * 2 + 1), 0
     first_row = tl.load(starts + request)
     length, context = tl.load(starts + request + 1) - first_row, tl.load(lens + request)
-    if DECODE and (length != 1 or split * SPLIT_KEYS >= context):
+    if DECODE and (length != 1 or (split > 0 and split * SPLIT_KEYS >= context)):
         return
     r = tl.arange(0, TOKENS * HEADS)
     token, group_head = skipped + r // HEADS, chunk * HEADS + r % HEADS
@@ -168,8 +169,8 @@ def attend(
             )  # fmt: skip
             most, total, values = join(most, total, values, later_most, later_total, later_values)
     at_out = (first_row + token).to(tl.int64)[None, :] * out_stride + head[None, :] * D + dims[:, None]
-    # a row that pads the tile has seen nothing
-    values = values / tl.where(inside, total, 1.0)[None, :]
+    # a row that fills up the tile or the batch has seen nothing
+    values = values / tl.where(inside & (context > 0), total, 1.0)[None, :]
     tl.store(out + at_out, values.to(out.dtype.element_ty), mask)
 
 

@@ -7,8 +7,7 @@ size that a launch needs is known on the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from holdfast.core.spec import Activation
 from holdfast.kernels.cuda import attention, linear, rows, sample
 from holdfast.kernels.cuda.formats import FORMATS, Codes, split
+from holdfast.kernels.cuda.graphs import GraphProgram, prefill_tiles, step_tensors
 from holdfast.kernels.cuda.linear import ACTIVATIONS, FEW_ROWS, FUSED_SHARDS, MAX_SHARDS, DeviceMatrix
 from holdfast.kernels.interface import AttentionOptions, BatchLayout, Forward, Heads, Matrix, Quantized, Routing
 
@@ -35,29 +35,19 @@ ROUNDED = {"enable_fp_fusion": False}
 """Compiled so that a product and a sum are rounded one by one, as written: alike in every kernel that does them."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepTensors:
-    """What the attention kernels need to know of a step, on the device."""
-
-    starts: Tensor
-    """int32 [B + 1]: where a request's tokens begin."""
-    lens: Tensor
-    """int32 [B]: context lengths."""
-    tiles: Tensor
-    """int32 [tiles, 2]: (request, first token of it) of every prefill tile."""
-    num_splits: int
-    """Of the longest decode; 0 without any."""
-
-
 class CudaKernels:
-    """`dtype`: the model's; quantized matrices are held as they are, but in a float32 model dequantized."""
+    """`dtype`: the model's; quantized matrices are held as they are, but in a float32 model dequantized. `sharded`:
+    sum row-parallel matrices by their virtual shards, so that every plan gives the same bits."""
 
     name = "cuda"
     exact = True
     max_head_dim = 256
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, *, sharded: bool = True) -> None:
         self.dtype = dtype
+        self._sharded = sharded
+        self._tables: dict[tuple[DeviceMatrix, ...], Tensor] = {}
+        """Where the experts of a layer are. Held with them, so that no address is of what is gone."""
 
     # --- matrices ---
 
@@ -70,6 +60,7 @@ class CudaKernels:
         gated: bool = False,
         shards: Sequence[int] = (),
     ) -> DeviceMatrix:
+        shards = shards if self._sharded else ()
         assert len(shards) <= MAX_SHARDS
         assert not (gated and shards), "gate and up are cut by columns"
         if self.dtype == torch.float32 or any(end % 32 for end in shards):
@@ -200,7 +191,7 @@ class CudaKernels:
         out = self._new(q, q.shape[0], H * D, q.dtype)
         group = min(triton.next_power_of_2(H // G), QUERY_ROWS)
         tokens = QUERY_ROWS // group
-        step = batch.derive(f"cuda {tokens}", lambda layout: step_tensors(layout, tokens))
+        step = batch.derive("cuda", step_tensors)
         shape = {
             "H": H, "G": G, "S": k_pages.shape[2], "D": D, "WINDOW": options.window or 0,
             "CAPPED": options.softcap is not None, "SLOPED": options.alibi_slopes is not None,
@@ -210,14 +201,16 @@ class CudaKernels:
         slopes = q if options.alibi_slopes is None else options.alibi_slopes
         splits = max(step.num_splits, 1)
         num_requests = step.lens.shape[0]
-        partial = q.new_empty(num_requests * H * splits * (D + 2) if splits > 1 else 1, dtype=torch.float32)
+        tiles = batch.derive(f"cuda tiles of {tokens}", partial(prefill_tiles, tokens)) if step.prefills else None
+        states = q.new_empty(num_requests * H * splits * (D + 2) if splits > 1 else 1, dtype=torch.float32)
         at = (
             q, out, k_pages, v_pages, batch.block_tables, batch.block_tables.shape[1], step.starts, step.lens,
-            step.tiles, partial, slopes, q.stride(0), out.stride(0), options.scale, options.softcap or 1.0, splits,
+            step.lens if tiles is None else tiles, states, slopes, q.stride(0), out.stride(0), options.scale,
+            options.softcap or 1.0, splits,
         )  # fmt: skip
-        if step.tiles.shape[0]:
+        if tiles is not None:
             chunks = triton.cdiv(H // G, group)
-            attention.attend[(step.tiles.shape[0], G * chunks)](
+            attention.attend[(tiles.shape[0], G * chunks)](
                 *at, **shape, DECODE=False, TOKENS=tokens, HEADS=group, **ROUNDED
             )
         if step.num_splits:
@@ -226,7 +219,7 @@ class CudaKernels:
             attention.attend[grid](*at, **shape, DECODE=True, TOKENS=1, HEADS=few, **ROUNDED)
         if splits > 1:
             attention.merge[(num_requests, H)](
-                out, step.starts, step.lens, partial, out.stride(0), splits, H=H, D=D, WINDOW=shape["WINDOW"],
+                out, step.starts, step.lens, states, out.stride(0), splits, H=H, D=D, WINDOW=shape["WINDOW"],
                 BLOCK_D=shape["BLOCK_D"], TILE=shape["TILE"], SPLIT_KEYS=shape["SPLIT_KEYS"], **ROUNDED,
             )  # fmt: skip
         return out
@@ -286,8 +279,12 @@ class CudaKernels:
         )  # fmt: skip
 
     def _table(self, experts: Sequence[DeviceMatrix]) -> Tensor:
-        addresses = [expert.addresses for expert in experts]
-        return torch.tensor(addresses, dtype=torch.int64, device=experts[0].codes.codes.device)
+        """Made once: within a CUDA graph nothing can come from the host."""
+        key = tuple(experts)
+        if key not in self._tables:
+            addresses = [expert.addresses for expert in experts]
+            self._tables[key] = torch.tensor(addresses, dtype=torch.int64, device=experts[0].codes.codes.device)
+        return self._tables[key]
 
     # --- sampling ---
 
@@ -312,31 +309,12 @@ class CudaKernels:
 
     # --- running ---
 
-    def record(self, forward: Forward, max_tokens: int) -> Forward:
-        return forward
+    def record(self, forward: Forward, max_tokens: int) -> GraphProgram:
+        return GraphProgram(forward, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     @staticmethod
     def _new(like: Tensor, count: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, width, dtype=dtype, device=like.device)
-
-
-def step_tensors(layout: BatchLayout, tokens: int) -> StepTensors:
-    """`tokens`: of a prefill tile."""
-    starts = [0, *accumulate(layout.query_lens)]
-    tiles = [
-        (request, first)
-        for request, length in enumerate(layout.query_lens)
-        if length > 1
-        for first in range(0, length, tokens)
-    ]
-    decodes = [context for length, context in zip(layout.query_lens, layout.context_lens, strict=True) if length == 1]
-    device = layout.positions.device
-    return StepTensors(
-        torch.tensor(starts, dtype=torch.int32, device=device),
-        torch.tensor(layout.context_lens, dtype=torch.int32, device=device),
-        torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 2),
-        triton.cdiv(max(decodes), attention.SPLIT) if decodes else 0,
-    )
 
 
 def _codes(part: Matrix) -> Codes:

@@ -98,7 +98,8 @@ def route_row(
     scores = tl.load(logits + row * stride + at, at < count, -float("inf")).to(tl.float32)
     weights = tl.exp(scores - tl.max(scores))
     weights = weights / tl.sum(weights)
-    left = tl.where(at < count, weights, -1.0)
+    # a NaN counts as the largest: there are always as many ids as are waited for
+    left = tl.where(at < count, tl.where(weights != weights, 2.0, weights), -1.0)  # noqa: PLR0124
     for _ in tl.static_range(CHOSEN):
         best = tl.min(tl.where(left == tl.max(left), at, BLOCK))
         left = tl.where(at == best, -2.0, left)
