@@ -64,7 +64,7 @@ class Launches:
 
     def make(self) -> None:
         self.rows()
-        formats = ["dense", "Q4_1"] if self.few else ["dense", "Q8_0", "Q4_0", "Q4_1"]
+        formats = ["dense", "Q4_1", "FP8"] if self.few else ["dense", "Q8_0", "Q4_0", "Q4_1", "FP8"]
         for kind in formats[:1] if self.dtype == torch.float32 else formats:
             self.linear(kind)
             self.experts(kind)

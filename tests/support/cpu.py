@@ -50,6 +50,11 @@ def matrix(kind: str, rows: int, columns: int, random_: torch.Generator) -> tupl
     if kind in ("float32", "bfloat16"):
         numbers = numbers.to(getattr(torch, kind))
         return numbers, numbers.double()
+    if kind == "FP8":
+        scales = (torch.rand(rows, -(-columns // 128), generator=random_) + 0.1) / 50
+        part = Quantized(kind, (numbers * 50).to(torch.float8_e4m3fn).view(torch.uint8), scales)
+        codes = part.blocks.view(torch.float8_e4m3fn).double()
+        return part, codes * scales.double().repeat_interleave(128, dim=1)[:, :columns]
     quantization = gguf.GGMLQuantizationType[kind]
     blocks = gguf.quants.quantize(numbers.numpy(), quantization)
     exact = torch.from_numpy(gguf.quants.dequantize(blocks, quantization)).double()

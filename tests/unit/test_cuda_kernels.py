@@ -42,7 +42,7 @@ def close(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 # --- linear ---
 
-FORMATS = ["dense", "Q8_0", "Q4_0", "Q4_1"]
+FORMATS = ["dense", "Q8_0", "Q4_0", "Q4_1", "FP8"]
 
 
 def random_matrix(kind: str, rows: int, columns: int, dtype: torch.dtype, seed: int = 0):
@@ -64,7 +64,7 @@ def test_linear_is_the_product(count: int, rows: int, columns: int, kind: str, d
 def on_device(part):
     if isinstance(part, Tensor):
         return here(part)
-    return type(part)(part.format, here(part.blocks))
+    return type(part)(part.format, here(part.blocks), None if part.scales is None else here(part.scales))
 
 
 @pytest.mark.parametrize(("count", "columns"), [(3, 1), (2, 31), (9, 45)])

@@ -21,11 +21,10 @@ from holdfast.kernels.reference import ReferenceKernels, StackedMatrix
 from holdfast.models import checkpoint as checkpoint_module
 from holdfast.models.checkpoint import Checkpoint
 from holdfast.models.inspect import inspect_model, source_finder
-from holdfast.models.layers import Weights
-from holdfast.models.load import load_weights
 from holdfast.models.parameters import Packing, packings
 from support.checkpoints import random_model, save, stored_weights
 from support.gguf_twin import write_twin
+from support.loading import Recorder, load
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 QUANTIZED: dict[str, dict[str, Any]] = {
@@ -40,25 +39,6 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     },
     "learned positions": {"model_type": "gpt2", "hidden_size": 64, "num_attention_heads": 2},
 }
-
-
-class Recorder(ReferenceKernels):
-    """Remembers what every packed matrix was made of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[int, tuple[list[Matrix], list[torch.Tensor], dict[str, Any]]] = {}
-
-    def pack(self, parts: Sequence[Matrix], biases: Sequence[torch.Tensor] = (), **options: Any) -> StackedMatrix:
-        packed = super().pack(parts, biases, **options)
-        self.calls[id(packed)] = (list(parts), list(biases), options)
-        return packed
-
-
-def load(
-    info: ModelInfo, kernels: ReferenceKernels, dtype: torch.dtype = torch.float32, progress: Any = lambda fraction: 0
-) -> Weights:
-    return load_weights(info, kernels, dtype, torch.device("cpu"), progress)
 
 
 def numbers(matrix: Matrix) -> torch.Tensor:

@@ -27,17 +27,25 @@ GROUP_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 """What such a group takes, scale (and minimum) included."""
 
 
+FP8_GROUP = 128
+"""Numbers of an FP8 row that share a scale."""
+
+
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A matrix [N, K] as GGUF stores it: groups of 32 numbers along K, code · scale (+ minimum)."""
+    """A matrix [N, K]. As GGUF stores it: groups of 32 numbers along K, code · scale (+ minimum). FP8: numbers of 8
+    bits (e4m3), and apart from them a scale for every 128 along K."""
 
-    format: Literal["Q8_0", "Q4_0", "Q4_1"]
+    format: Literal["Q8_0", "Q4_0", "Q4_1", "FP8"]
     blocks: Tensor
-    """uint8 [N, K / 32 * bytes of a group], rows contiguous."""
+    """uint8 [N, K / 32 * bytes of a group], or [N, K]; rows contiguous."""
+    scales: Tensor | None = None
+    """FP8: float32 [N, K / 128], rounded up."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.blocks.shape[0], self.blocks.shape[1] // GROUP_BYTES[self.format] * GROUP
+        rows, num_bytes = self.blocks.shape
+        return rows, num_bytes if self.format == "FP8" else num_bytes // GROUP_BYTES[self.format] * GROUP
 
 
 Matrix = Tensor | Quantized

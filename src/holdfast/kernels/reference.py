@@ -9,11 +9,10 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from holdfast.core.spec import Activation
+from holdfast.kernels.dequantize import numbers_of
 from holdfast.kernels.interface import AttentionOptions, BatchLayout, Forward, Heads, Matrix, Routing
 from holdfast.kernels.philox import philox
 
@@ -86,14 +85,8 @@ class ReferenceKernels:
         gated: bool = False,
         shards: Sequence[int] = (),
     ) -> StackedMatrix:
-        rows = torch.cat([self._dense(part) for part in parts])
+        rows = torch.cat([numbers_of(part, self.dtype) for part in parts])
         return StackedMatrix(rows, torch.cat(list(biases)) if biases else None, activation, gated)
-
-    def _dense(self, part: Matrix) -> Tensor:
-        if isinstance(part, Tensor):
-            return part
-        rows = dequantize(part.blocks.cpu().numpy(), GGMLQuantizationType[part.format])
-        return torch.from_numpy(rows).to(part.blocks.device, self.dtype)
 
     def linear(
         self, x: Tensor, weight: StackedMatrix, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None

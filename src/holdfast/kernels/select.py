@@ -3,12 +3,13 @@
 | backend | devices | dtypes | quantized matrices | promises |
 |---|---|---|---|---|
 | `cpu-avx512bf16`, `cpu-avx512`, `cpu-avx2`, `cpu-portable` | CPUs | float32, bfloat16 | held as they are | exact |
-| `cuda` | NVIDIA GPUs, compute capability 8.0 and later | all | held as they are | exact |
-| `cuda-close` | the same, with `--exactness off` | all | held as they are | close |
+| `cuda` | NVIDIA GPUs, compute capability 8.0 and later | all | held as they are, FP8 too | exact |
+| `cuda-close` | the same, with `--exactness off` | all | the same | close |
 | `reference` | all that torch runs on | all | dequantized | close |
 
 exact: a request's bits depend on nothing but the request. That holds within one backend: another instruction set or
-GPU sums in another order. Held as they are: Q8_0, Q4_0 and Q4_1, in a model that is not float32.
+GPU sums in another order. Held as they are: Q8_0, Q4_0 and Q4_1, in a model that is not float32; others become
+numbers.
 """
 
 from __future__ import annotations

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from holdfast.core.errors import ModelError
 from holdfast.core.spec import ModelInfo
+from holdfast.kernels.dequantize import numbers_of
+from holdfast.kernels.interface import Quantized
+from holdfast.models.config import FP8_BLOCK
 from holdfast.models.gguf_file import read_gguf
-from holdfast.models.inspect import source_finder
+from holdfast.models.inspect import FP8, scales_of, source_finder
 from holdfast.models.parameters import Source
 from holdfast.models.safetensors_file import read_safetensors
 
-Format = Literal["Q8_0", "Q4_0", "Q4_1"]
-_FORMATS: dict[str, Format] = {"Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1"}
+Format = Literal["Q8_0", "Q4_0", "Q4_1", "FP8"]
+_FORMATS: dict[str, Format] = {"Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", FP8: "FP8"}
 """Quantizations that kernels take as they are stored."""
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMBERS_AT_ONCE = 1 << 22
@@ -47,16 +50,26 @@ class Checkpoint:
             return None
         return _FORMATS.get(kinds.pop())
 
-    def blocks(self, name: str) -> Tensor:
-        """A matrix that has a `format`, as it is stored: uint8 [out, bytes of a row], contiguous."""
+    def quantized(self, name: str, kind: Format, device: torch.device) -> Quantized:
+        """A matrix that has a `format`, as it is stored, rows contiguous."""
         source = self._find(name)
-        return select(self._whole(source.name), source, self._head_dim).contiguous()
+        stored = self._whole(source.name)
+        if kind == "FP8":
+            return self._fp8(source.name, stored, device)
+        return Quantized(kind, select(stored, source, self._head_dim).contiguous().to(device))
+
+    def _fp8(self, name: str, stored: Tensor, device: torch.device) -> Quantized:
+        """The scales of blocks of 128 x 128 are repeated for each row: so rows can be stacked and cut anywhere."""
+        scales = self._whole(scales_of(name)).float().repeat_interleave(FP8_BLOCK, dim=0)[: stored.shape[0]]
+        return Quantized("FP8", stored.view(torch.uint8).to(device), scales.contiguous().to(device))
 
     def dense(self, name: str, dtype: torch.dtype) -> Tensor:
         """A parameter in numbers, contiguous."""
         source = self._find(name)
         kind, tensor = self._types[source.name], self._whole(source.name)
-        if kind in _PLAIN:
+        if kind == FP8:
+            tensor = numbers_of(self._fp8(source.name, tensor, torch.device("cpu")), dtype)
+        elif kind in _PLAIN:
             tensor = select(tensor, source, self._head_dim)
         elif source.transpose:
             tensor = select(_dequantize(tensor, kind, dtype), source, self._head_dim)

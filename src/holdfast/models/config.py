@@ -67,6 +67,9 @@ _GGUF_NEUTRAL = {"attention.scale": 0.0, "rope.scale_linear": 1.0}
 _MOST = 2**31 - 1
 """No count in a config is larger."""
 
+FP8_BLOCK = 128
+"""Rows and columns of an fp8 matrix that share a scale."""
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -144,7 +147,12 @@ def hf_config(path: str, raw: Mapping[str, Any]) -> Config:
     config = Config(path, values)
     if "text_config" in raw:
         raise ModelError(f"{path}: text_config: multimodal models ({raw.get('architectures')}) are not supported")
-    config.require("quantization_config", None)
+    quantization = Config(f"{path}: quantization_config", config.mapping("quantization_config").values)
+    if quantization.values:
+        quantization.require("quant_method", "fp8")
+        quantization.require("fmt", "e4m3")
+        if quantization.sequence("weight_block_size", int) != [FP8_BLOCK, FP8_BLOCK]:
+            raise ModelError(f"{quantization.path}: only weight_block_size {[FP8_BLOCK] * 2} is supported")
     config.require("is_encoder_decoder", False)
     return config
 

@@ -20,13 +20,14 @@ import msgspec
 
 from holdfast.core.errors import ModelError
 from holdfast.core.spec import DecoderSpec, ModelInfo
-from holdfast.models.config import Config, gguf_config, hf_config
+from holdfast.models.config import FP8_BLOCK, Config, gguf_config, hf_config
 from holdfast.models.families import FAMILIES, GGUF_ARCHITECTURES, Family
 from holdfast.models.gguf_file import GGUFTensor, read_gguf
 from holdfast.models.parameters import Source, locate, walk_parameters
 from holdfast.models.safetensors_file import StoredTensor, read_json, read_safetensors
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+FP8 = "F8_E4M3"
 _DTYPES: dict[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _Tensors = Mapping[str, StoredTensor] | Mapping[str, GGUFTensor]
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -140,8 +141,10 @@ def _check_tensors(info: ModelInfo, tensors: _Tensors) -> None:
         tensor = tensors[source.name]
         if tensor.shape != shape:
             raise ModelError(f"{info.path}: tensor {source.name} has shape {tensor.shape}, the config says {shape}")
-        if isinstance(tensor, StoredTensor) and tensor.dtype not in _DTYPES:
-            known = ", ".join(_DTYPES)
+        if isinstance(tensor, StoredTensor) and tensor.dtype == FP8 and len(shape) == 2:
+            used.add(_check_scales(info, source, tensors))
+        elif isinstance(tensor, StoredTensor) and tensor.dtype not in _DTYPES:
+            known = ", ".join([*_DTYPES, f"{FP8} for matrices"])
             raise ModelError(f"{info.path}: tensor {source.name} has dtype {tensor.dtype} (known: {known})")
         used.add(source.name)
     ignored = FAMILIES[spec.family].ignored
@@ -149,6 +152,23 @@ def _check_tensors(info: ModelInfo, tensors: _Tensors) -> None:
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise ModelError(f"{info.path}: tensor {extra[0]}{more} has no place in a {spec.family} model of this config")
+
+
+def scales_of(name: str) -> str:
+    """Where the scales of an fp8 matrix are: one for every block of 128 x 128."""
+    return f"{name}_scale_inv"
+
+
+def _check_scales(info: ModelInfo, source: Source, tensors: _Tensors) -> str:
+    """The name of an fp8 matrix's scales, which are there and fit it."""
+    name, shape = scales_of(source.name), tensors[source.name].shape
+    wanted = tuple(-(-size // FP8_BLOCK) for size in shape)
+    found = tensors.get(name)
+    if not isinstance(found, StoredTensor) or found.shape != wanted or found.dtype not in _DTYPES:
+        raise ModelError(f"{info.path}: tensor {source.name} is {FP8}, and its scales {name} {wanted} are not there")
+    if source.part or source.stacked is not None or source.transpose or source.plus_one or source.interleaved:
+        raise ModelError(f"{info.path}: tensor {source.name} is {FP8}: not supported where rows are split or moved")
+    return name
 
 
 def _dtype(tensors: _Tensors) -> Dtype:

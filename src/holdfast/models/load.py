@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from holdfast.core.spec import DecoderSpec, ModelInfo
-from holdfast.kernels.interface import GROUP, Kernels, Matrix, Quantized
+from holdfast.kernels.interface import GROUP, Kernels, Matrix
 from holdfast.models.checkpoint import Checkpoint, Format
 from holdfast.models.decoder import Decoder
 from holdfast.models.layers import Weights
@@ -86,7 +86,7 @@ def _parts(checkpoint: Checkpoint, packing: Packing, dtype: torch.dtype, device:
     kind = _format(checkpoint, packing)
     if kind is None:
         return [checkpoint.dense(name, dtype).to(device) for name in _matrices(packing)]
-    return [Quantized(kind, checkpoint.blocks(name).to(device)) for name in _matrices(packing)]
+    return [checkpoint.quantized(name, kind, device) for name in _matrices(packing)]
 
 
 def _format(checkpoint: Checkpoint, packing: Packing) -> Format | None:

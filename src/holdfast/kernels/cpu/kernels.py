@@ -20,8 +20,9 @@ from holdfast.kernels.cpu.executor import Executor
 from holdfast.kernels.cpu.library import Library
 from holdfast.kernels.cpu.memory import Arena
 from holdfast.kernels.cpu.operands import check_alike, numbers, pages_of, rows_of, shape_of_logits
-from holdfast.kernels.cpu.packing import PackedMatrix, dense, pack, weight_array
+from holdfast.kernels.cpu.packing import PackedMatrix, pack, weight_array
 from holdfast.kernels.cpu.structs import DTYPES, MAX_HEAD_DIM
+from holdfast.kernels.dequantize import numbers_of
 from holdfast.kernels.interface import (
     GROUP,
     AttentionOptions,
@@ -29,6 +30,7 @@ from holdfast.kernels.interface import (
     Forward,
     Heads,
     Matrix,
+    Quantized,
     Routing,
 )
 
@@ -73,7 +75,8 @@ class CpuKernels:
         shards: Sequence[int] = (),
     ) -> PackedMatrix:
         if self.dtype == torch.float32 or any(end % GROUP for end in shards):
-            parts = [dense(part, self.dtype) for part in parts]
+            parts = [numbers_of(part, self.dtype) for part in parts]
+        parts = [numbers_of(part, self.dtype) if _is_fp8(part) else part for part in parts]
         return pack(self._library, self._arena, parts, biases, activation=activation, gated=gated, shards=shards)
 
     def linear(
@@ -349,3 +352,8 @@ class CpuKernels:
 
     def record(self, forward: Forward, max_tokens: int) -> Forward:
         return self._executor.record(forward, max_tokens)
+
+
+def _is_fp8(part: Matrix) -> bool:
+    """Of which there are no CPU kernels: it becomes numbers of the model's dtype."""
+    return isinstance(part, Quantized) and part.format == "FP8"

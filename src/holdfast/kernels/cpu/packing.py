@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from holdfast.core.spec import Activation
@@ -71,13 +69,6 @@ def pack(
     for index, half in enumerate(halves):
         _fill(library, weight, half, index)
     return PackedMatrix(weight, rows, kind, memory, bias, ends if shards else None)
-
-
-def dense(part: Matrix, dtype: torch.dtype) -> Tensor:
-    """The matrix in numbers of `dtype`, if it was quantized."""
-    if not isinstance(part, Quantized):
-        return part
-    return torch.from_numpy(dequantize(part.blocks.numpy(), GGMLQuantizationType[part.format])).to(dtype)
 
 
 def weight_array(matrices: Sequence[PackedMatrix]) -> ctypes.Array[Weight]:

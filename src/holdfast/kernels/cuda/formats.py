@@ -2,7 +2,7 @@
 
 Dense matrices lie as they are, [N, K]. Of a quantized one, the codes lie apart from the factors of their groups: int8
 [N, K] (Q8_0), or two codes a byte, uint8 [N, K / 2], numbers 2i and 2i + 1 in byte i (Q4_0, Q4_1), and float16
-scales (and minima) [N, K / 32].
+scales (and minima) [N, K / 32]; or uint8 [N, K] (FP8) and float32 scales [N, K / 128].
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast.kernels.interface import GROUP, Quantized
 
 DENSE, Q8_0, Q4_0, Q4_1 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-FORMATS = {"Q8_0": 1, "Q4_0": 2, "Q4_1": 3}
+FORMATS = {"Q8_0": 1, "Q4_0": 2, "Q4_1": 3, "FP8": 4}
 
 
 @triton.jit
@@ -28,6 +28,12 @@ def load_weights(codes, scales, minima, rows, inside, first, end, width, FORMAT:
     mask = inside[:, None] & (at[None, :] < end)
     if FORMAT == 0:
         numbers = tl.load(codes + rows[:, None] * width + at[None, :], mask, 0.0)
+    elif FORMAT == 4:
+        bits = tl.load(codes + rows[:, None] * width + at[None, :], mask, 0).to(tl.uint16)
+        # sign, 4 bits of exponent and 3 of fraction, put where a half has them: its exponents are 8 more
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        groups = rows[:, None] * ((width + 127) // 128) + at[None, :] // 128
+        numbers = half.to(tl.float32) * 256.0 * tl.load(scales + groups, mask, 0.0)
     else:
         groups = rows[:, None] * (width // 32) + at[None, :] // 32
         scale = tl.load(scales + groups, mask, 0.0).to(tl.float32)
@@ -56,8 +62,10 @@ class Codes:
 
 
 def split(part: Quantized) -> Codes:
-    """The codes and factors of GGUF blocks [N, K / 32 · bytes], where these are."""
+    """The codes and factors of a matrix, where its blocks are."""
     rows, columns = part.shape
+    if part.format == "FP8":
+        return Codes(FORMATS[part.format], part.blocks, part.scales)
     groups = columns // GROUP
     blocks = part.blocks.view(rows, groups, -1)
     scales = _halves(blocks[..., :2])

@@ -13,18 +13,23 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from holdfast.core.spec import Activation
 from holdfast.kernels.cuda import attention, linear, rows, sample
-from holdfast.kernels.cuda.formats import FORMATS, Codes, split
+from holdfast.kernels.cuda.formats import Codes, split
 from holdfast.kernels.cuda.graphs import GraphProgram, prefill_tiles, step_tensors
 from holdfast.kernels.cuda.linear import ACTIVATIONS, FEW_ROWS, FUSED_SHARDS, MAX_SHARDS, DeviceMatrix
+from holdfast.kernels.dequantize import numbers_of
 from holdfast.kernels.interface import AttentionOptions, BatchLayout, Forward, Heads, Matrix, Quantized, Routing
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+}
 DOT_TYPES = TYPES | ({torch.bfloat16: tl.float32} if triton.knobs.runtime.interpret else {})
 """In which matrix instructions are fed. Triton's interpreter multiplies the bits of bfloat16 as integers; the numbers
 themselves fit float32, and so do their products."""
@@ -64,7 +69,7 @@ class CudaKernels:
         assert len(shards) <= MAX_SHARDS
         assert not (gated and shards), "gate and up are cut by columns"
         if self.dtype == torch.float32 or any(end % 32 for end in shards):
-            parts = [self._dense(part) for part in parts]
+            parts = [numbers_of(part, self.dtype) for part in parts]
         total, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
         codes = _stack([_codes(part) for part in parts])
         device = codes.codes.device
@@ -77,12 +82,6 @@ class CudaKernels:
             gated=gated,
             shard_ends=torch.tensor(shards or (width,), dtype=torch.int32, device=device),
         )
-
-    def _dense(self, part: Matrix) -> Tensor:
-        if isinstance(part, Tensor):
-            return part
-        numbers = dequantize(part.blocks.cpu().numpy(), GGMLQuantizationType[part.format])
-        return torch.from_numpy(numbers).to(part.blocks.device, self.dtype)
 
     def linear(
         self, x: Tensor, weight: DeviceMatrix, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None
@@ -354,7 +353,7 @@ def _constants(weight: DeviceMatrix, x: Tensor) -> dict[str, Any]:
 
 
 def _held_type(weight: DeviceMatrix) -> Any:
-    return tl.uint8 if weight.codes.format > FORMATS["Q8_0"] else TYPES[weight.codes.codes.dtype]
+    return TYPES[weight.codes.codes.dtype]
 
 
 def _blocks(x: Tensor, count: int) -> dict[str, int]:

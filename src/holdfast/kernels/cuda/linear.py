@@ -204,7 +204,7 @@ def experts_kernel(
     rows = tl.load(order + pairs, inside, 0) // per_row if GATHER else pairs
     at = table + expert * 4
     codes = tl.load(at).to(tl.pointer_type(HELD))
-    scales = tl.load(at + 1).to(tl.pointer_type(tl.float16))
+    scales = tl.load(at + 1).to(tl.pointer_type(tl.float32 if FORMAT == 4 else tl.float16))
     minima = tl.load(at + 2).to(tl.pointer_type(tl.float16))
     bias = tl.load(at + 3).to(tl.pointer_type(tl.float32))
     linear_tile(
