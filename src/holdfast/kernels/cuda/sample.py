@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def order_key(x):
     """Integers int32 in the order of the floats; one for both zeros, and the largest for every NaN."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    bits = (x.to(tl.float32) + 0.0).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(x != x, 0x7FFFFFFF, key)  # noqa: PLR0124
 
