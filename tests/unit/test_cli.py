@@ -37,6 +37,8 @@ SERVE_FLAGS = [
     "--tensor-parallel-size",
     "--pipeline-parallel-size",
     "--data-parallel-size",
+    "--allow-shared-gpu",
+    "--no-allow-shared-gpu",
     "--exactness",
     "--enforce-eager",
     "--no-enforce-eager",

@@ -33,7 +33,7 @@ def run(boot: wire.Boot, control: Control) -> None:
     steps.bind(boot.endpoints.worker(rank))
     results = control.context.socket(zmq.PUSH)
     results.connect(boot.endpoints.results(replica))
-    runner = start_runner(boot.config, boot.model, progress)
+    runner = start_runner(boot.config, boot.model, progress, replica)
     ahead = boot.config.scheduler.runs_ahead(runner.device.type)
     results.send(wire.encode(wire.WorkerReady(rank, runner.pages.num_blocks, runs_ahead=ahead)))
     control.send(wire.encode(wire.Ready()))

@@ -37,13 +37,23 @@ from holdfast.models.inspect import inspect_model
 
 log = logging.getLogger(__name__)
 
-GATEWAY, ENGINE, WORKER = "gateway", "engine 0", "worker 0.0.0"
-MODULES = {
-    WORKER: "holdfast.cluster.rank",
-    GATEWAY: "holdfast.gateway",
-    ENGINE: "holdfast.cluster.engine",
-}
-"""Name → module of every child; the slowest to start comes first."""
+GATEWAY = "gateway"
+
+
+def modules(num_replicas: int) -> dict[str, str]:
+    """Name → module of every child; the slowest to start come first."""
+    replicas = range(num_replicas)
+    return {
+        **{f"worker {replica}.0.0": "holdfast.cluster.rank" for replica in replicas},
+        GATEWAY: "holdfast.gateway",
+        **{f"engine {replica}": "holdfast.cluster.engine" for replica in replicas},
+    }
+
+
+def replica_of(child: str) -> int | None:
+    """None: it serves all of them."""
+    return None if child == GATEWAY else int(child.split(" ")[1].partition(".")[0])
+
 
 STOP_SECONDS = 5.0
 """How long a child may take to leave after Stop before it is killed."""
@@ -105,6 +115,8 @@ class Supervisor:
         self.children: dict[str, Child] = {}
         self._started = time.monotonic()
         self._ended: set[str] = set()
+        self._replicas = set(range(config.device.data_parallel_size))
+        """Those that are alive."""
         self._decode = wire.decoder(wire.ToSupervisor).decode
 
     def __enter__(self) -> Supervisor:
@@ -153,7 +165,7 @@ class Supervisor:
         boot_file = Path(self.endpoints.folder) / "boot.json"
         boot_file.touch(mode=0o600)
         boot_file.write_bytes(msgspec.json.encode(wire.Boot(self.config, model, self.endpoints)))
-        for name, module in MODULES.items():
+        for name, module in modules(len(self._replicas)).items():
             self.children[name] = Child.start(module, name, str(boot_file))
 
     def _wait_until_ready(self) -> bool:
@@ -212,8 +224,24 @@ class Supervisor:
                 case Said(name, wire.Failed() as failed):
                     log.error("%s failed: %s", name, failed.traceback)
                 case Ended(name):
-                    raise ProcessDied(f"{name} died ({self.children[name].how_it_ended()})")
+                    self._lose(name)
         raise AssertionError("events never end")
+
+    def _lose(self, name: str) -> None:
+        """A child has ended that should not. Its replica's requests end with an error, the other replicas go on; the
+        last one's end, like the gateway's, is that of the service: raises `ProcessDied`."""
+        replica, reason = replica_of(name), f"{name} died ({self.children[name].how_it_ended()})"
+        if replica is None or self._replicas == {replica}:
+            raise ProcessDied(reason)
+        if replica not in self._replicas:
+            return  # one of those that were killed because of the first
+        self._replicas.remove(replica)
+        left = len(self._replicas)
+        log.error("%s: replica %d is lost, %d %s on", reason, replica, left, "go" if left > 1 else "goes")
+        self._send(GATEWAY, wire.ReplicaLost(replica, reason))
+        for child in self.children.values():
+            if replica_of(child.name) == replica:
+                child.kill()
 
     def _drain(self) -> None:
         """Let the gateway finish its live requests; a second signal ends the wait."""
@@ -226,7 +254,7 @@ class Supervisor:
                 case Ended(name) if name == GATEWAY and self.children[name].process.returncode == 0:
                     return
                 case Ended(name):
-                    raise ProcessDied(f"{name} died while draining ({self.children[name].how_it_ended()})")
+                    self._lose(name)
                 case Signalled() | TimedOut():
                     log.warning("not waiting for live requests any longer")
                     self._end_requests("the service was stopped")
@@ -236,7 +264,8 @@ class Supervisor:
         """Give every live request its definite error, then let the gateway go."""
         gateway = self.children[GATEWAY]
         if gateway.process.poll() is None:
-            self._send(GATEWAY, wire.ReplicaLost(0, reason))
+            for replica in self._replicas:
+                self._send(GATEWAY, wire.ReplicaLost(replica, reason))
             self._send(GATEWAY, wire.Drain(0.0))
             gateway.wait(time.monotonic() + STOP_SECONDS)
 

@@ -82,7 +82,14 @@ class DeviceConfig:
     )
     tensor_parallel_size: int = option(1, "Devices that share each layer. Only 1 works yet.")
     pipeline_parallel_size: int = option(1, "Groups of layers on devices of their own. Only 1 works yet.")
-    data_parallel_size: int = option(1, "Copies of the model. Only 1 works yet.")
+    data_parallel_size: int = option(
+        1,
+        "Copies of the model, each on a GPU (or, on CPU, a share of the cores) of its own. A request goes to the one "
+        "that knows how it begins, or to one that is less busy; when one dies the others go on.",
+    )
+    allow_shared_gpu: bool = option(
+        False, "Let copies of the model share GPUs, and their memory, when there are more of them than GPUs."
+    )
 
     exactness: Literal["plan", "batch", "off"] = option(
         "plan",
@@ -172,6 +179,7 @@ class ServeConfig:
             ("--max-model-len", self.model.max_model_len, 2),
             ("--max-logprobs", self.model.max_logprobs, 0),
             ("--cpu-threads", self.device.cpu_threads, 1),
+            ("--data-parallel-size", self.device.data_parallel_size, 1),
             ("--block-size", self.cache.block_size, 1),
             ("--kv-cache-memory-bytes", self.cache.kv_cache_memory_bytes, 1),
             ("--max-num-seqs", self.scheduler.max_num_seqs, 1),
@@ -190,6 +198,7 @@ class ServeConfig:
             raise ConfigError("--api-key: must be printable ASCII, not empty, without spaces around it")
         for flag, value, most in (
             ("--port", self.server.port, 65535),
+            ("--data-parallel-size", self.device.data_parallel_size, 64),
             ("--block-size", self.cache.block_size, 4096),
             ("--max-num-batched-tokens", self.scheduler.max_num_batched_tokens, 1 << 20),
         ):
@@ -207,7 +216,6 @@ class ServeConfig:
         for flag, degree in (
             ("--tensor-parallel-size", self.device.tensor_parallel_size),
             ("--pipeline-parallel-size", self.device.pipeline_parallel_size),
-            ("--data-parallel-size", self.device.data_parallel_size),
         ):
             if degree != 1:
                 raise ConfigError(f"{flag} {degree}: not supported yet; this version runs a model on one device")

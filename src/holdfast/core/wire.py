@@ -34,6 +34,8 @@ class Submit(_Message, frozen=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    output_token_ids: list[int] = []
+    """What another replica has given it already: the request goes on after that."""
 
 
 class Abort(_Message, frozen=True):

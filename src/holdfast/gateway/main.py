@@ -76,9 +76,10 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
     assert name is not None, "the supervisor names the model"
     metrics = Metrics(name)
     with contextlib.closing(_listen(config.server)) as listener:
-        max_live = config.scheduler.max_num_seqs + config.scheduler.max_queued_seqs
+        replicas = config.device.data_parallel_size
+        max_live = config.scheduler.max_num_seqs * replicas + config.scheduler.max_queued_seqs
         _raise_descriptor_limit(max_live)
-        router = Router(boot.endpoints, TokenLog(), metrics, max_live=max_live)
+        router = Router(boot.endpoints, TokenLog(), metrics, max_live=max_live, num_replicas=replicas)
         service = Service(router, metrics, config)
         server = _Server(
             uvicorn.Config(
@@ -153,12 +154,12 @@ async def _announce(boot: Boot, name: str, service: Service, control: zmq.asynci
     defaults = boot.model.sampling_defaults
     check_sampling_defaults(defaults, overrides=config.sampling_overrides(), folder=boot.model.path)
     tokenizer, template = await asyncio.to_thread(_load_text, boot)
-    engine = await service.router.wait_ready()
+    max_model_len = await service.router.wait_ready()
     service.model = ServedModel(
         name=name,
         tokenizer=tokenizer,
         chat_template=template,
-        max_model_len=engine.max_model_len,
+        max_model_len=max_model_len,
         vocab_size=boot.model.spec.vocab_size,
         sampling_defaults=defaults,
         max_logprobs=config.max_logprobs,

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import zmq
 import zmq.asyncio
 
 from holdfast.core.errors import QueueFull, TokenLogGap, Unavailable
 from holdfast.core.wire import Abort, Endpoints, EngineReady, Outputs, Submit, ToGateway, TokenOutput, decoder, encode
+from holdfast.gateway.balance import Balancer
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.tokenlog import TokenLog
 
@@ -47,8 +49,8 @@ class _Live:
     """An engine request that is owed an end."""
 
     mailbox: Mailbox
+    submit: Submit
     replica: int
-    num_prompt_tokens: int
     arrived: float
     """When its API call came to the door, by the monotonic clock."""
     first_token: float | None = None
@@ -57,7 +59,7 @@ class _Live:
 
 
 class Router:
-    """Sends requests to replicas (one, for now) and their outputs to mailboxes.
+    """Sends requests to replicas and their outputs to mailboxes.
 
     `submit` makes a request live and opens its log entry. It stops being live by exactly one of: an output
     with a `finish`, `abort` by the reader (who then knows the end by itself), or an error output from
@@ -65,7 +67,9 @@ class Router:
     goes when the reader calls `forget`, after its reply was delivered or its client left.
     """
 
-    def __init__(self, endpoints: Endpoints, log: TokenLog, metrics: Metrics, *, max_live: int) -> None:
+    def __init__(
+        self, endpoints: Endpoints, log: TokenLog, metrics: Metrics, *, max_live: int, num_replicas: int = 1
+    ) -> None:
         """Binds the gateway's PULL. `max_live`: engine requests that may live at once."""
         self.max_live = max_live
         self._endpoints = endpoints
@@ -75,12 +79,13 @@ class Router:
         self._incoming = zmq.asyncio.Socket.shadow(self._context.socket(zmq.PULL))
         self._incoming.set_hwm(0)
         self._incoming.bind(endpoints.gateway)
-        self._outgoing = {0: self._connect(0)}
+        self._outgoing = {replica: self._connect(replica) for replica in range(num_replicas)}
         self._ready: dict[int, EngineReady] = {}
+        self._balancer = Balancer()
         self._live: dict[str, _Live] = {}
         self._draining = False
         self._was_ready = False
-        self._some_ready = asyncio.Event()
+        self._all_ready = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -104,14 +109,15 @@ class Router:
             if isinstance(message, EngineReady):
                 self._ready[message.replica] = message
                 self._was_ready = True
-                self._some_ready.set()
+                if len(self._ready) == len(self._outgoing):
+                    self._all_ready.set()
             else:
                 self._deliver(message)
 
-    async def wait_ready(self) -> EngineReady:
-        """The first replica's announcement."""
-        await self._some_ready.wait()
-        return next(iter(self._ready.values()))
+    async def wait_ready(self) -> int:
+        """Until every replica has announced itself; the tokens a request may hold in each of them."""
+        await self._all_ready.wait()
+        return min(ready.max_model_len for ready in self._ready.values())
 
     def submit(self, requests: Sequence[Submit], arrived: float) -> Mailbox:
         """Make these engine requests live, all or none. Their ids must never have been used; `arrived` is the
@@ -127,11 +133,11 @@ class Router:
                 code="queue_full",
                 retry_after=1,
             )
-        replica = next(iter(self._ready))
+        replica = self._balancer.choose(requests[0].prompt_token_ids, self._loads())
         mailbox = Mailbox()
         self._idle.clear()
         for request in requests:
-            self._live[request.request_id] = _Live(mailbox, replica, len(request.prompt_token_ids), arrived)
+            self._live[request.request_id] = _Live(mailbox, request, replica, arrived)
             self._log.open(request.request_id, request.prompt_token_ids, request.params)
             self._outgoing[replica].send(encode(request), zmq.NOBLOCK)
         return mailbox
@@ -157,15 +163,38 @@ class Router:
             self._log.close(request_id)
 
     def replica_lost(self, replica: int, reason: str) -> None:
-        """The replica is gone: its requests end with an error. A new one may announce itself later."""
+        """The replica is gone. Its requests go on in the others, from where the token log says they are; without
+        another they end with an error. A new one may announce itself later."""
         logger.error("replica %d is lost: %s", replica, reason)
         self._ready.pop(replica, None)
-        if not self._ready:
-            self._some_ready.clear()
+        self._all_ready.clear()
         self._metrics.engine_lost(replica)
         self._outgoing[replica].close(linger=0)  # with what it had not read yet
         self._outgoing[replica] = self._connect(replica)
-        self._fail([id for id, live in self._live.items() if live.replica == replica], reason)
+        orphans = [live for live in self._live.values() if live.replica == replica]
+        if self._ready:
+            self._move(orphans)
+        else:
+            self._fail([live.submit.request_id for live in orphans], reason)
+
+    def _move(self, orphans: Sequence[_Live]) -> None:
+        """Have other replicas go on with these requests."""
+        for live in orphans:
+            known = self._log[live.submit.request_id].token_ids
+            live.replica = self._balancer.choose(live.submit.prompt_token_ids, self._loads())
+            self._outgoing[live.replica].send(
+                encode(msgspec.structs.replace(live.submit, output_token_ids=known)), zmq.NOBLOCK
+            )
+        if orphans:
+            logger.warning("%d requests go on in other replicas", len(orphans))
+
+    def _loads(self) -> dict[int, int]:
+        """Live requests of every replica that can take one."""
+        loads = dict.fromkeys(self._ready, 0)
+        for live in self._live.values():
+            if live.replica in loads:
+                loads[live.replica] += 1
+        return loads
 
     async def drain(self, deadline: float) -> None:
         """Take no new request and wait `deadline` seconds for the live ones, then end them with an error."""
@@ -199,7 +228,7 @@ class Router:
         now = time.monotonic()
         for output in message.outputs:
             live = self._live.get(output.request_id)
-            if live is None:
+            if live is None or live.replica != message.replica:  # ended, or moved from a replica that was lost
                 continue
             try:
                 new = self._log.append(output)
@@ -224,7 +253,7 @@ class Router:
         if live.first_token is None:
             live.first_token = now
             self._metrics.first_token.observe(now - live.arrived)
-            self._metrics.prompt_tokens.inc(live.num_prompt_tokens)
+            self._metrics.prompt_tokens.inc(len(live.submit.prompt_token_ids))
         else:
             self._metrics.inter_token.observe(now - live.last_token)
         live.last_token = now
@@ -237,7 +266,7 @@ class Router:
             self._idle.set()
         self._metrics.request_ended(reason)
         self._metrics.latency.observe(time.monotonic() - live.arrived)
-        self._metrics.request_prompt.observe(live.num_prompt_tokens)
+        self._metrics.request_prompt.observe(len(live.submit.prompt_token_ids))
         self._metrics.request_generation.observe(live.num_tokens)
         if live.first_token is not None and live.num_tokens > 1:
             self._metrics.per_token.observe((live.last_token - live.first_token) / (live.num_tokens - 1))

@@ -19,7 +19,7 @@ class Sequence:
     def __init__(self, submit: Submit, rank: int, block_size: int) -> None:
         self.request_id = submit.request_id
         self.params: SamplingParams = submit.params
-        self.token_ids = list(submit.prompt_token_ids)
+        self.token_ids = submit.prompt_token_ids + submit.output_token_ids
         self.num_prompt_tokens = len(submit.prompt_token_ids)
         self.rank = rank
         """Smaller runs first and is preempted last; fixed for life."""

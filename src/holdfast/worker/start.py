@@ -25,12 +25,16 @@ CPU_CACHE_LIMIT = 4_000_000_000
 CPU_CACHE_SHARE = 0.4
 
 
-def start_runner(config: ServeConfig, model: ModelInfo, progress: Callable[[str, float | None], None]) -> Runner:
-    """Load `model` on the configured device. `progress(text, fraction)` tells the user how far it is.
+def start_runner(
+    config: ServeConfig, model: ModelInfo, progress: Callable[[str, float | None], None], replica: int = 0
+) -> Runner:
+    """Load `model` on the device of a replica. `progress(text, fraction)` tells the user how far it is.
 
     Raises `ConfigError` when the device or its memory is not there, `ModelError` when the checkpoint is bad.
     """
-    device = pick_device(config.device.device)
+    device = pick_device(config.device, replica)
+    if device.type == "cpu" and config.device.data_parallel_size > 1:
+        os.sched_setaffinity(0, _share_of_cores(replica, config.device.data_parallel_size))
     dtype = pick_dtype(config.model.dtype, model, device)
     threads, pinned = _num_threads(config.device), config.device.pin_cpu_threads
     if device.type == "cpu":
@@ -89,12 +93,27 @@ def _num_threads(config: DeviceConfig) -> int:
     return wanted or usable_cores()
 
 
-def pick_device(wanted: str) -> torch.device:
-    """The torch device for `--device`; a GPU that is asked for must be there."""
+def _share_of_cores(replica: int, num_replicas: int) -> set[int]:
+    """Of the cores this process may use; those that are too few are shared by all."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < num_replicas:
+        return set(cores)
+    return set(cores[len(cores) * replica // num_replicas : len(cores) * (replica + 1) // num_replicas])
+
+
+def pick_device(config: DeviceConfig, replica: int = 0) -> torch.device:
+    """The torch device for `--device`; a GPU that is asked for must be there, and one for every replica."""
     available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
+    if config.device == "cuda" and not available:
         raise ConfigError("--device cuda: torch finds no CUDA device on this machine")
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+    if not available or config.device == "cpu":
+        return torch.device("cpu")
+    count, replicas = torch.cuda.device_count(), config.data_parallel_size
+    if replicas > count and not config.allow_shared_gpu:
+        raise ConfigError(f"--data-parallel-size {replicas}: there are {count} GPUs; --allow-shared-gpu shares them")
+    device = torch.device("cuda", replica % count)
+    torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(wanted: str, model: ModelInfo, device: torch.device) -> torch.dtype:
@@ -121,7 +140,7 @@ def _num_blocks(
     elif device.type == "cuda":
         budget = free
     else:
-        budget = min(CPU_CACHE_LIMIT, int(CPU_CACHE_SHARE * free))
+        budget = min(CPU_CACHE_LIMIT, int(CPU_CACHE_SHARE * free)) // config.device.data_parallel_size
     if budget < per_block:
         raise ConfigError(f"the KV cache gets {max(budget, 0)} bytes on {device.type}, a block needs {per_block}")
     return min(enough, budget // per_block)
@@ -136,6 +155,9 @@ def _free_cuda_memory(config: ServeConfig, model: ModelInfo, device: torch.devic
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
+    sharing = -(-config.device.data_parallel_size // torch.cuda.device_count())
+    if sharing > 1:  # what the others hold is theirs, and still growing
+        return min(int(total * config.cache.gpu_memory_utilization) // sharing - peak, free)
     others = total - free - torch.cuda.memory_reserved(device)
     return int(total * config.cache.gpu_memory_utilization) - others - peak
 

@@ -1,0 +1,100 @@
+"""Several copies of the model under one gateway: the same answers, and those that are left when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.service import Service, wait_for
+from support.tiny import tiny_model
+
+FLAGS = ("--served-model-name", "m", "--max-model-len", "512", "--kv-cache-memory-bytes", "4M", "--cpu-threads", "1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def bodies(count: int, **more: object) -> list[dict[str, object]]:
+    return [
+        {"model": "m", "prompt": f"{i} boats went out to sea " * (1 + i % 5), "max_tokens": 30, "seed": i} | more
+        for i in range(count)
+    ]
+
+
+async def ask(url: str, asked: list[dict[str, object]]) -> list[httpx.Response]:
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        return list(await asyncio.gather(*[client.post("/v1/completions", json=body) for body in asked]))
+
+
+def texts(replies: list[httpx.Response]) -> list[str]:
+    assert {reply.status_code for reply in replies} == {200}, [reply.text for reply in replies][:2]
+    return [reply.json()["choices"][0]["text"] for reply in replies]
+
+
+def test_two_replicas_answer_as_one_does(model: str, tmp_path: Path):
+    """And both of them do."""
+    answers = []
+    for degree in ("1", "2"):
+        service = Service(model, *FLAGS, "--data-parallel-size", degree, log=tmp_path / degree).wait_ready()
+        try:
+            answers.append(texts(asyncio.run(ask(service.url, bodies(40)))))
+            cores = [service.child(f"holdfast worker {i}.0.0").cpu_times().user for i in range(int(degree))]
+        finally:
+            assert service.stop() == 0, service.text()[-2000:]
+    assert answers[0] == answers[1]
+    assert len(cores) == 2
+
+
+@pytest.mark.parametrize("victim", ["holdfast worker 1.0.0", "holdfast engine 1"])
+def test_requests_of_a_replica_that_dies_go_on_in_the_other(model: str, victim: str, tmp_path: Path):
+    """A request that is lost, or gets a token twice, not at all, or another one than it would have got. What is left
+    serves on, and ends with 1 when it dies too."""
+    service = Service(model, *FLAGS, "--data-parallel-size", "2", log=tmp_path / "log").wait_ready()
+    last = service.child("holdfast engine 0")
+    kinds = ({}, {"temperature": 0}, {"frequency_penalty": 0.5, "logprobs": 1}, {"n": 2}, {"min_tokens": 100})
+    asked = [
+        body | kinds[i % 5] for i, body in enumerate(bodies(30, max_tokens=200, ignore_eos=True, temperature=0.7))
+    ]
+
+    async def kill_one_amid() -> list[httpx.Response]:
+        asking = asyncio.create_task(ask(service.url, asked))
+        await asyncio.to_thread(
+            wait_for, "tokens", lambda: service.metrics()["holdfast:generation_tokens_total"] > calm_tokens + 500, 30
+        )
+        service.child(victim).send_signal(signal.SIGKILL)
+        return await asking
+
+    try:
+        calm = contents(asyncio.run(ask(service.url, asked)))
+        calm_tokens = service.metrics()["holdfast:generation_tokens_total"]
+        assert contents(asyncio.run(kill_one_amid())) == calm
+        moved = re.search(r"(\d+) requests go on in other replicas", service.text())
+        assert moved, service.text()[-2000:]
+        assert int(moved[1]) > 3
+        assert service.health()[0] == 200
+        wait_for("the rest of it is gone", lambda: len(service.living_children()) == 3, 10)
+        assert contents(asyncio.run(ask(service.url, asked))) == calm
+        last.send_signal(signal.SIGKILL)
+        assert service.wait_end() == 1
+    finally:
+        service.stop()
+
+
+def contents(replies: list[httpx.Response]) -> list[object]:
+    """What they say, without ids and times."""
+    assert {reply.status_code for reply in replies} == {200}, [reply.text for reply in replies][:2]
+    return [(reply.json()["choices"], reply.json()["usage"]["completion_tokens"]) for reply in replies]
+
+
+@pytest.mark.parametrize(("flag", "said"), [("0", "must be at least 1"), ("65", "must be at most 64")])
+def test_degrees_that_cannot_be_are_refused(model: str, flag: str, said: str, tmp_path: Path):
+    service = Service(model, *FLAGS, "--data-parallel-size", flag, log=tmp_path / "log")
+    assert service.process.wait(60) == 2
+    assert f"--data-parallel-size {flag}: {said}" in service.text()
