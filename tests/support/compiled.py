@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, KernelInterface
@@ -25,11 +26,16 @@ PRODUCTS: list[tuple[Activation | None, bool, tuple[int, ...]]] = [
     ("silu", True, ()),
     (None, False, (32, 64, 128)),
     (None, False, tuple(range(8, 129, 8))),
+    (None, False, tuple(range(16, 129, 16))),
     ("gelu", True, ()),
     ("gelu_tanh", False, ()),
     ("relu", False, ()),
 ]
 """(activation, gated, shards)"""
+
+
+SHARED = {80: 166_912, 86: 101_376, 90: 232_448}
+"""Bytes of shared memory a program can have, by compute capability."""
 
 
 class NoDriver:
@@ -59,8 +65,8 @@ def layout(query: int, context: int) -> BatchLayout:
 class Launches:
     """Every launch there is for one dtype; `few`: one of each kernel."""
 
-    def __init__(self, dtype: torch.dtype, few: bool) -> None:
-        self.dtype, self.few, self.kernels = dtype, few, CudaKernels(dtype)
+    def __init__(self, dtype: torch.dtype, few: bool, num_stages: int) -> None:
+        self.dtype, self.few, self.kernels = dtype, few, CudaKernels(dtype, num_stages=num_stages)
 
     def make(self) -> None:
         self.rows()
@@ -123,7 +129,13 @@ def main() -> None:
     def compile_only(self: JITFunction[Any], grid: Any) -> Any:
         def launch(*args: Any, **options: Any) -> None:
             kernel = self.run(*args, grid=grid, warmup=True, **options)
-            assert kernel.asm["cubin"]
+            assert kernel.metadata.shared <= SHARED[capability], (kernel.name, kernel.metadata.shared)
+            if kernel.name == "linear_kernel" and "FORMAT" not in options:
+                raise AssertionError("how is a matrix held?")
+            if options.get("FORMAT") == 0 and kernel.name == "linear_kernel" and options["DOT"] != tl.float32:
+                assert options["STAGE"].value == 2 or "cp.async" in kernel.asm["ptx"], (
+                    "loads one number after the other"
+                )
             compiled.append(kernel.name)
 
         return launch
@@ -131,7 +143,7 @@ def main() -> None:
     KernelInterface.__getitem__ = compile_only
     triton.runtime.driver.set_active(NoDriver(capability))
     for dtype in [torch.bfloat16] if few else [torch.bfloat16, torch.float16, torch.float32]:
-        Launches(dtype, few).make()
+        Launches(dtype, few, 3 if SHARED[capability] > 150_000 else 2).make()
     print(" ".join(sorted(set(compiled))))
 
 

@@ -209,12 +209,13 @@ def test_attention_is_its_definition(
     close(out, cached.expected(PARTS, options), dtype)
 
 
+@every_dtype
 @pytest.mark.parametrize(
     "options", [OPTIONS["plain"], AttentionOptions(scale=0.2, window=1030)], ids=["plain", "window"]
 )
-def test_a_query_is_the_same_in_any_company(options: AttentionOptions):
+def test_a_query_is_the_same_in_any_company(options: AttentionOptions, dtype: torch.dtype):
     """Alone as a decode with splits of their own, in a chunk, and in another chunk, around the ends of splits."""
-    cached = filled(torch.bfloat16, Heads(4, 2, 16), [2060, 1030, 70], 16)
+    cached = filled(dtype, Heads(4, 2, 16), [2060, 1030, 70], 16)
     chunk = cached.run([(0, 2040, 2060)], options)
     alone = [(0, 2041, 2042), (0, 2048, 2049), (0, 2059, 2060)]
     for request, start, stop in alone:
@@ -224,7 +225,7 @@ def test_a_query_is_the_same_in_any_company(options: AttentionOptions):
     for row, (_, start, _) in enumerate(alone):
         assert same_bits(mixed[15 + row], chunk[start - 2040])
     assert same_bits(mixed[:15], cached.run([(1, 1000, 1030)], options)[15:])
-    close(chunk, cached.expected([(0, 2040, 2060)], options), torch.bfloat16)
+    close(chunk, cached.expected([(0, 2040, 2060)], options), dtype)
 
 
 def test_rows_that_fill_up_a_batch_touch_nothing():

@@ -51,27 +51,35 @@ def run(boot: wire.Boot, control: Control) -> None:
             step = decode(steps.recv())
             launched.append((step, attempt(runner, step, rank, partial(runner.launch, step))))
             continue
-        step, state = launched.popleft()
+        step, state = launched[0]
+        if runner.runs_ahead and len(launched) == 1 and isinstance(state, Launched) and not state.done:
+            continue  # the next step may come before this one is done
+        launched.popleft()
         if isinstance(state, Launched):
             state = attempt(runner, step, rank, partial(runner.finish, state))
         results.send(wire.encode(state))
 
 
 T = TypeVar("T")
+_NO_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "can't allocate memory")
+"""How torch, cuBLAS, Triton and the system say so."""
+_BROKEN = ("CUDA error", "AcceleratorError", "CUDNN_STATUS", "CUBLAS_STATUS")
 
 
 def attempt(runner: Runner, step: wire.Step, rank: str, do: Callable[[], T]) -> T | wire.StepError:
     """What `do` returns; or, if it raises, why the step's requests cannot go on."""
     try:
         return do()
-    except Exception as error:  # noqa: BLE001 - whatever a device raises becomes a definite error of these requests
+    except Exception as error:
         log.error("step %d failed\n%s", step.step_id, traceback.format_exc())  # noqa: TRY400
         runner.forget(step)
-        no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if no_memory and runner.device.type == "cuda":
-            torch.cuda.empty_cache()
         text = f"{type(error).__name__}: {error}"
-        return wire.StepError(step.step_id, rank, text, out_of_memory=no_memory)
+        no_memory = isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
+        if not no_memory and any(words in text for words in _BROKEN):
+            raise  # nothing on this device will work again in this process
+    if no_memory and runner.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return wire.StepError(step.step_id, rank, text, out_of_memory=no_memory)
 
 
 if __name__ == "__main__":

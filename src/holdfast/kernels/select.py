@@ -69,4 +69,8 @@ def _for_gpu(dtype: torch.dtype, exactness: Exactness) -> Kernels[Any]:
     from holdfast.kernels.cuda.close import CloseCudaKernels  # noqa: PLC0415
     from holdfast.kernels.cuda.kernels import CudaKernels  # noqa: PLC0415
 
-    return CloseCudaKernels(dtype) if exactness == "off" else CudaKernels(dtype, sharded=exactness == "plan")
+    little_shared_memory = capability in {(8, 6), (8, 9)} or capability[0] == 12  # 99 KB: GPUs for desks
+    num_stages = 2 if little_shared_memory else 3
+    if exactness == "off":
+        return CloseCudaKernels(dtype, num_stages=num_stages)
+    return CudaKernels(dtype, sharded=exactness == "plan", num_stages=num_stages)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from holdfast.core.wire import NewRequest, PromptLogprobs, SampledToken, Step, S
 from holdfast.models.decoder import Decoder
 from holdfast.worker.batch import UNKNOWN, Drawn, Requests, Work, layout
 from holdfast.worker.sampler import Choice, Sampler, Scores, score
+from holdfast.worker.transfer import upload
 
 LOGIT_ROWS = 64
 """Prompt positions whose logits are held at once for prompt logprobs: 64 · 150k vocabulary · 4 bytes = 38 MB."""
@@ -27,6 +29,11 @@ class Launched:
     sampled: list[tuple[NewRequest, int]]
     choice: Choice | None
     prompt_scores: list[tuple[str, list[Scores]]]
+
+    @property
+    def done(self) -> bool:
+        """Whether `finish` need not wait."""
+        return self.choice is None or self.choice.is_there
 
 
 class Runner:
@@ -87,13 +94,12 @@ class Runner:
 
     def finish(self, launched: Launched) -> StepResult:
         """Wait for a step; what came of it."""
+        self._settle(launched)
+        chosen = launched.choice.read() if launched.choice else []
         sampled = [
             SampledToken(request.request_id, token_id, logprobs)
-            for (request, _), (token_id, logprobs) in zip(
-                launched.sampled, launched.choice.read() if launched.choice else [], strict=True
-            )
+            for (request, _), (token_id, logprobs) in zip(launched.sampled, chosen, strict=True)
         ]
-        self._settle(launched)
         scores = [
             PromptLogprobs(request_id, [entry for part in parts for entry in part.read()])
             for request_id, parts in launched.prompt_scores
@@ -106,11 +112,11 @@ class Runner:
 
     def _settle(self, launched: Launched) -> None:
         """Wait until the tokens of a step are known, and note them."""
+        if self._unfinished is launched:
+            self._unfinished = None
         if launched.choice:
             for (request, index), token_id in zip(launched.sampled, launched.choice.token_ids(), strict=True):
                 request.token_ids[index] = token_id
-        if self._unfinished is launched:
-            self._unfinished = None
 
     def _drawn(self) -> Drawn | None:
         """The tokens that are not known yet, where they lie on the device."""
@@ -126,7 +132,7 @@ class Runner:
         if not last:
             return [], None
         rows, requests = [row for row, _ in last], [request for _, request in last]
-        logits = self.decoder.logits(hidden[torch.tensor(rows, device=self.device)])
+        logits = self.decoder.logits(hidden[upload(np.array(rows, dtype=np.int64), self.device)])
         return [(request, len(request.token_ids)) for request in requests], self.sampler.sample(logits, requests)
 
     def _score_prompts(self, hidden: Tensor, work: list[Work], ends: list[int]) -> list[tuple[str, list[Scores]]]:
@@ -142,6 +148,7 @@ class Runner:
                 some = targets[offset : offset + LOGIT_ROWS]
                 states = hidden[first + offset : first + offset + len(some)]
                 rows = self.decoder.logits(states).log_softmax(-1)
-                parts.append(score(rows, torch.tensor(some, device=self.device), [num_top] * len(some)))
+                tokens = upload(np.array(some, dtype=np.int64), self.device)
+                parts.append(score(rows, tokens, [num_top] * len(some)))
             scores.append((part.request.request_id, parts))
         return scores

@@ -31,12 +31,17 @@ class Sampler:
         if len(drawn) == len(requests):
             self._perturb(logits, requests)
         elif drawn:
-            logits[drawn] = self._perturb(logits[drawn], [requests[index] for index in drawn])
+            rows = upload(np.array(drawn, dtype=np.int64), logits.device)
+            logits[rows] = self._perturb(logits[rows], [requests[index] for index in drawn])
         chosen = self.kernels.argmax(logits)
         if raw is None:
             return Choice(chosen)
         wanted = [index for index, request in enumerate(requests) if request.params.logprobs is not None]
-        scores = score(raw, chosen[wanted], [requests[index].params.logprobs or 0 for index in wanted])
+        scores = score(
+            raw,
+            chosen[upload(np.array(wanted, dtype=np.int64), chosen.device)],
+            [requests[index].params.logprobs or 0 for index in wanted],
+        )
         return Choice(chosen, wanted, scores)
 
     def _adjust(self, row: Tensor, request: NewRequest) -> None:
@@ -84,7 +89,7 @@ class Sampler:
 def _raw_logprobs(logits: Tensor, requests: list[NewRequest]) -> Tensor | None:
     """Log-softmax [·, V] of the rows whose request asks for logprobs."""
     wanted = [index for index, request in enumerate(requests) if request.params.logprobs is not None]
-    return logits[wanted].log_softmax(-1) if wanted else None
+    return logits[upload(np.array(wanted, dtype=np.int64), logits.device)].log_softmax(-1) if wanted else None
 
 
 class Choice:
@@ -93,6 +98,11 @@ class Choice:
     def __init__(self, chosen: Tensor, scored: list[int] | None = None, scores: Scores | None = None) -> None:
         self.on_device = chosen
         self._tokens, self._scored, self._scores = Download(chosen), scored or [], scores
+
+    @property
+    def is_there(self) -> bool:
+        """Whether nobody needs to wait for the tokens."""
+        return self._tokens.is_there
 
     def token_ids(self) -> list[int]:
         """Waits for the device."""

@@ -65,11 +65,8 @@ def start_runner(
     num_blocks = _num_blocks(config, model, dtype, device, runner)
     runner.use_pages(_pages(config, model, dtype, device, num_blocks))
     if isinstance(runner.forward, Capturing) and not config.device.enforce_eager:
-        requests, length, size = (
-            config.scheduler.max_num_seqs,
-            longest_request(config, model),
-            config.cache.block_size,
-        )
+        requests, size = config.scheduler.max_num_seqs, config.cache.block_size
+        length = min(longest_request(config, model), num_blocks * size)
         runner.forward.capture(requests, length, size, lambda done: progress("capturing graphs", done))
     tokens = num_blocks * config.cache.block_size
     place = kernels.name if device.type == "cpu" else device.type
@@ -151,6 +148,8 @@ def _free_cuda_memory(config: ServeConfig, model: ModelInfo, device: torch.devic
     and the peak workspace of the largest step, measured by running one."""
     torch.cuda.reset_peak_memory_stats(device)
     runner.run(largest_step(config, longest_request(config, model)))
+    for tokens in (1, 2, 17, 33, 65):  # kernels are compiled for a few numbers of rows: now, not when a request waits
+        runner.run(largest_step(config, min(longest_request(config, model), tokens), tokens, max_num_seqs=1))
     runner.requests = Requests()
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
@@ -162,13 +161,15 @@ def _free_cuda_memory(config: ServeConfig, model: ModelInfo, device: torch.devic
     return int(total * config.cache.gpu_memory_utilization) - others - peak
 
 
-def largest_step(config: ServeConfig, max_positions: int) -> Step:
-    """As many tokens, and as many requests that sample, as a step can have; each prompt at most `max_positions`
-    long, all of them written into block 0: right for memory, worthless as text."""
-    num_tokens = config.scheduler.max_num_batched_tokens
+def largest_step(
+    config: ServeConfig, max_positions: int, num_tokens: int | None = None, max_num_seqs: int | None = None
+) -> Step:
+    """As many tokens, and as many requests that sample, as a step can have (or as said); each prompt at most
+    `max_positions` long, all of them written into block 0: right for memory, worthless as text."""
+    num_tokens = num_tokens or config.scheduler.max_num_batched_tokens
     params = SamplingParams(seed=0, max_tokens=1, top_p=0.5)
     lengths: list[int] = []
-    for left in range(config.scheduler.max_num_seqs, 0, -1):
+    for left in range(max_num_seqs or config.scheduler.max_num_seqs, 0, -1):
         length = min(num_tokens - sum(lengths) - (left - 1), max_positions)  # the others take one token at least
         lengths.append(length)
     requests = [

@@ -24,6 +24,10 @@ class Download:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
+    @property
+    def is_there(self) -> bool:
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> Tensor:
         """The tensor, once the device has made it."""
         if self._event is not None:

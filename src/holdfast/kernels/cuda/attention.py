@@ -59,11 +59,13 @@ def place_head(
 
 @triton.jit
 def join(most, total, values, later_most, later_total, later_values):
-    """The state of a later split joined to that of the earlier ones. A state that saw no key changes no bit."""
+    """The state of a later split joined to that of the earlier ones. A state that saw no key changes no bit.
+    `most` [R], `total` [·, R], `values` [D, R]."""
     largest = tl.maximum(most, later_most)
     base = tl.where(largest == -float("inf"), 0.0, largest)
     old, new = tl.exp(most - base), tl.exp(later_most - base)
-    return largest, total * old + later_total * new, values * old[None, :] + later_values * new[None, :]
+    total = total * old[None, :] + later_total * new[None, :]
+    return largest, total, values * old[None, :] + later_values * new[None, :]
 
 
 @triton.jit
@@ -72,9 +74,11 @@ def walk_split(
     G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     SLOPED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The state of q [BLOCK_D, ROWS] after the keys at positions [first, end); `first` is a multiple of TILE."""
+    """The state of q [BLOCK_D, ROWS] after the keys at positions [first, end); `first` is a multiple of TILE. The
+    weights are summed as values are, by a product with ones (16 rows alike): in an order that no layout changes."""
     most = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((16, ROWS), tl.float32)
+    ones = tl.full((16, TILE), 1.0, DOT)
     values = tl.zeros((BLOCK_D, ROWS), tl.float32)
     dims = tl.arange(0, BLOCK_D)
     for start in range(first, end, TILE):
@@ -97,14 +101,15 @@ def walk_split(
         largest = tl.maximum(most, tl.max(scores, 0))
         base = tl.where(largest == -float("inf"), 0.0, largest)
         weights, fade = tl.exp(scores - base[None, :]), tl.exp(most - base)
-        total = total * fade + tl.sum(weights, 0)
         some = tl.load(v_pages + cells[None, :] + dims[:, None], there[None, :] & (dims[:, None] < D), 0.0)
-        values = tl.dot(some.to(DOT), weights.to(some.dtype).to(DOT), values * fade[None, :], input_precision="ieee")
+        shares = weights.to(some.dtype).to(DOT)
+        total = tl.dot(ones, shares, total * fade[None, :], input_precision="ieee")
+        values = tl.dot(some.to(DOT), shares, values * fade[None, :], input_precision="ieee")
         most = largest
     return most, total, values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "num_splits"])
 def attend(
     q, out, k_pages, v_pages, tables, table_width, starts, lens, tiles, partial, slopes, q_stride, out_stride, scale,
     cap, num_splits,
@@ -154,12 +159,12 @@ def attend(
         if context > SPLIT_KEYS:
             at = partial + ((request.to(tl.int64) * H + head) * num_splits + split) * (D + 2)
             tl.store(at, most, inside)
-            tl.store(at + 1, total, inside)
+            tl.store(at + 1, tl.max(total, 0), inside)
             tl.store(at[None, :] + 2 + dims[:, None], values, mask)
             return
     else:
         most = tl.full((TOKENS * HEADS,), -float("inf"), tl.float32)
-        total = tl.zeros((TOKENS * HEADS,), tl.float32)
+        total = tl.zeros((16, TOKENS * HEADS), tl.float32)
         values = tl.zeros((BLOCK_D, TOKENS * HEADS), tl.float32)
         for split_start in range(first // SPLIT_KEYS * SPLIT_KEYS, last, SPLIT_KEYS):
             later_most, later_total, later_values = walk_split(
@@ -170,11 +175,11 @@ def attend(
             most, total, values = join(most, total, values, later_most, later_total, later_values)
     at_out = (first_row + token).to(tl.int64)[None, :] * out_stride + head[None, :] * D + dims[:, None]
     # a row that fills up the tile or the batch has seen nothing
-    values = values / tl.where(inside & (context > 0), total, 1.0)[None, :]
+    values = values / tl.where(inside & (context > 0), tl.max(total, 0), 1.0)[None, :]
     tl.store(out + at_out, values.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge(
     out, starts, lens, partial, out_stride, num_splits,
     H: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
@@ -188,13 +193,14 @@ def merge(
     dims = tl.arange(0, BLOCK_D)
     one = tl.arange(0, 1)
     most = tl.full((1,), -float("inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
+    total = tl.zeros((1, 1), tl.float32)
     values = tl.zeros((BLOCK_D, 1), tl.float32)
     first = tl.maximum(context - WINDOW, 0) // SPLIT_KEYS if WINDOW > 0 else 0
     states = partial + (request.to(tl.int64) * H + head) * num_splits * (D + 2)
     for split in range(first, (context + SPLIT_KEYS - 1) // SPLIT_KEYS):
         at = states + split * (D + 2)
         later = tl.load(at + 2 + dims[:, None] + one[None, :], dims[:, None] < D, 0.0)
-        most, total, values = join(most, total, values, tl.load(at + one), tl.load(at + 1 + one), later)
+        later_total = tl.load(at + 1 + one)[None, :]
+        most, total, values = join(most, total, values, tl.load(at + one), later_total, later)
     at_out = out + first_row.to(tl.int64) * out_stride + head * D + dims[:, None] + one[None, :]
-    tl.store(at_out, (values / total[None, :]).to(out.dtype.element_ty), dims[:, None] < D)
+    tl.store(at_out, (values / total).to(out.dtype.element_ty), dims[:, None] < D)

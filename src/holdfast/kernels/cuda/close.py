@@ -20,14 +20,15 @@ class CloseCudaKernels(CudaKernels):
     name = "cuda-close"
     exact = False
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__(dtype, sharded=False)
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, *, num_stages: int = 3) -> None:
+        super().__init__(dtype, sharded=False, num_stages=num_stages)
 
     def linear(
         self, x: Tensor, weight: DeviceMatrix, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         matrix = weight.codes.codes
-        if weight.codes.format != 0 or matrix.dtype != x.dtype:
+        rounded = add_to is None and (dtype or x.dtype) != x.dtype  # scores of experts and tokens would tie
+        if weight.codes.format != 0 or matrix.dtype != x.dtype or rounded:
             return super().linear(x, weight, add_to=add_to, dtype=dtype)
         bias = None if weight.bias is None else weight.bias.to(x.dtype)
         y = functional.linear(x, matrix, bias)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -114,8 +113,7 @@ class GraphProgram:
     def __init__(self, forward: Forward, device: torch.device) -> None:
         self._forward, self._device = forward, device
         self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._sizes: list[int] = []
-        self._splits: list[int] = []
+        """By the number of requests, and of splits."""
 
     def capture(self, max_requests: int, max_context: int, block_size: int, progress: Callable[[float], None]) -> int:
         """Capture what steps of up to `max_requests` decodes need, the largest first, for at most `CAPTURE_SECONDS`;
@@ -126,29 +124,34 @@ class GraphProgram:
         most = -(-max_context // SPLIT)
         wanted = [(size, splits) for splits in sorted({*(n for n in SPLITS if n < most), most}) for size in sizes]
         pool, width, begin = torch.cuda.graph_pool_handle(), -(-max_context // block_size), time.monotonic()
+        side = torch.cuda.Stream()
         for done, (size, splits) in enumerate(reversed(wanted)):
             if time.monotonic() - begin > CAPTURE_SECONDS:
                 log.warning(
-                    "%d of %d CUDA graphs captured in %d s: other steps run launch by launch",
+                    "%d of %d CUDA graphs in %d s: some steps run launch by launch",
                     done,
                     len(wanted),
                     CAPTURE_SECONDS,
                 )
                 break
-            self._graphs[size, splits] = self._captured(DecodeInputs(size, width, splits, self._device), pool)
+            try:
+                inputs = DecodeInputs(size, width, splits, self._device)
+                self._graphs[size, splits] = self._captured(inputs, pool, side)
+            except torch.OutOfMemoryError:
+                log.warning(
+                    "no memory for more than %d of %d CUDA graphs: some steps run launch by launch", done, len(wanted)
+                )
+                break
             progress((done + 1) / len(wanted))
-        self._sizes = sorted({size for size, _ in self._graphs})
-        self._splits = sorted({splits for _, splits in self._graphs})
         return len(self._graphs)
 
-    def _captured(self, inputs: DecodeInputs, pool: Any) -> _Graph:
-        side = torch.cuda.Stream()
+    def _captured(self, inputs: DecodeInputs, pool: Any, side: torch.cuda.Stream) -> _Graph:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles the kernels, which cannot be done while a graph is captured
             self._forward(inputs.token_ids, inputs.layout)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             result = self._forward(inputs.token_ids, inputs.layout)
         return _Graph(inputs, graph, result)
 
@@ -163,8 +166,6 @@ class GraphProgram:
     def _graph_for(self, batch: BatchLayout) -> _Graph | None:
         if max(batch.query_lens) > 1:
             return None
-        size = bisect_left(self._sizes, len(batch.query_lens))
-        splits = bisect_left(self._splits, -(-max(batch.context_lens) // SPLIT))
-        if size == len(self._sizes) or splits == len(self._splits):
-            return None
-        return self._graphs.get((self._sizes[size], self._splits[splits]))
+        count, splits = len(batch.query_lens), -(-max(batch.context_lens) // SPLIT)
+        fitting = [key for key in self._graphs if key[0] >= count and key[1] >= splits]
+        return self._graphs[min(fitting)] if fitting else None

@@ -6,6 +6,7 @@ size that a launch needs is known on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -34,7 +35,9 @@ DOT_TYPES = TYPES | ({torch.bfloat16: tl.float32} if triton.knobs.runtime.interp
 """In which matrix instructions are fed. Triton's interpreter multiplies the bits of bfloat16 as integers; the numbers
 themselves fit float32, and so do their products."""
 QUERY_ROWS = 64
-"""Of a prefill tile: tokens times the query heads that share a KV head."""
+"""Of a prefill tile: tokens times the query heads that share a KV head. Fewer where registers would not do."""
+JOIN_BLOCKS = {"BLOCK_N": 64, "BLOCK_T": 16, "BLOCK_K": 64, "num_warps": 4}
+"""Of tiles that only add up what shards have left: small, for the sums that wait are many."""
 ROW_BLOCK = 1024
 ROUNDED = {"enable_fp_fusion": False}
 """Compiled so that a product and a sum are rounded one by one, as written: alike in every kernel that does them."""
@@ -42,14 +45,16 @@ ROUNDED = {"enable_fp_fusion": False}
 
 class CudaKernels:
     """`dtype`: the model's; quantized matrices are held as they are, but in a float32 model dequantized. `sharded`:
-    sum row-parallel matrices by their virtual shards, so that every plan gives the same bits."""
+    sum row-parallel matrices by their virtual shards, so that every plan gives the same bits. `num_stages`: tiles
+    that a product has in shared memory or on their way there."""
 
     name = "cuda"
     exact = True
     max_head_dim = 256
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16, *, sharded: bool = True) -> None:
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, *, sharded: bool = True, num_stages: int = 3) -> None:
         self.dtype = dtype
+        self._num_stages = num_stages
         self._sharded = sharded
         self._tables: dict[tuple[DeviceMatrix, ...], Tensor] = {}
         """Where the experts of a layer are. Held with them, so that no address is of what is gone."""
@@ -81,6 +86,7 @@ class CudaKernels:
             activation=ACTIVATIONS[activation],
             gated=gated,
             shard_ends=torch.tensor(shards or (width,), dtype=torch.int32, device=device),
+            align=math.gcd(16, *shards, width),
         )
 
     def linear(
@@ -88,12 +94,12 @@ class CudaKernels:
     ) -> Tensor:
         count, shards = x.shape[0], weight.num_shards
         y = add_to if add_to is not None else self._new(x, count, weight.rows, dtype or x.dtype)
-        blocks = _blocks(x, count)
-        grid = (triton.cdiv(weight.rows, blocks["BLOCK_N"]), triton.cdiv(count, blocks["BLOCK_T"]))
         by_memory = shards > FUSED_SHARDS or (shards > 1 and count <= FEW_ROWS)
         partial = x.new_empty(shards * count * weight.rows, dtype=torch.float32) if by_memory else x
         for stage in (linear.ONE_SHARD, linear.JOIN) if by_memory else (linear.WHOLE,):
-            linear.linear_kernel[(*grid, shards if stage is linear.ONE_SHARD else 1)](
+            blocks = JOIN_BLOCKS if stage is linear.JOIN else _blocks(x, count, self._num_stages)
+            tiles = (triton.cdiv(weight.rows, blocks["BLOCK_N"]), triton.cdiv(count, blocks["BLOCK_T"]))
+            linear.linear_kernel[(*tiles, shards if stage is linear.ONE_SHARD else 1)](
                 *_operands(weight), weight.shard_ends, x, x.stride(0), y, y.stride(0), partial, count, weight.rows,
                 weight.columns, STAGE=stage, **_constants(weight, x), GATED=weight.gated, ADD=add_to is not None,
                 **blocks, **ROUNDED,
@@ -188,14 +194,15 @@ class CudaKernels:
     ) -> Tensor:
         H, G, D = heads.num_heads, heads.num_kv_heads, heads.head_dim
         out = self._new(q, q.shape[0], H * D, q.dtype)
-        group = min(triton.next_power_of_2(H // G), QUERY_ROWS)
-        tokens = QUERY_ROWS // group
+        rows_at_once = 16 if q.dtype == torch.float32 else 32 if D > 128 else QUERY_ROWS
+        group = min(triton.next_power_of_2(H // G), rows_at_once)
+        tokens = rows_at_once // group
         step = batch.derive("cuda", step_tensors)
         shape = {
             "H": H, "G": G, "S": k_pages.shape[2], "D": D, "WINDOW": options.window or 0,
             "CAPPED": options.softcap is not None, "SLOPED": options.alibi_slopes is not None,
             "BLOCK_D": max(16, triton.next_power_of_2(D)), "TILE": attention.KEY_TILE, "SPLIT_KEYS": attention.SPLIT,
-            "DOT": DOT_TYPES[q.dtype],
+            "DOT": DOT_TYPES[q.dtype], "num_stages": 1 if D > 128 else self._num_stages - 1,
         }  # fmt: skip
         slopes = q if options.alibi_slopes is None else options.alibi_slopes
         splits = max(step.num_splits, 1)
@@ -269,7 +276,7 @@ class CudaKernels:
         gather: bool,
     ) -> None:
         one, pairs = experts[0], y.shape[0]
-        blocks = _blocks(x, triton.cdiv(pairs, len(experts)))
+        blocks = _blocks(x, triton.cdiv(pairs, len(experts)), self._num_stages)
         tiles = min(triton.cdiv(pairs, blocks["BLOCK_T"]) + len(experts), pairs)
         linear.experts_kernel[(triton.cdiv(one.rows, blocks["BLOCK_N"]), tiles)](
             self._table(experts), one.shard_ends, offsets, order, x, x.stride(0), y, y.stride(0), one.rows,
@@ -347,6 +354,7 @@ def _constants(weight: DeviceMatrix, x: Tensor) -> dict[str, Any]:
         "FORMAT": weight.codes.format,
         "DOT": DOT_TYPES[common],
         "SHARDS": weight.num_shards,
+        "ALIGN": weight.align,
         "BIASED": weight.bias is not None,
         "ACTIVATION": weight.activation,
     }
@@ -356,7 +364,7 @@ def _held_type(weight: DeviceMatrix) -> Any:
     return TYPES[weight.codes.codes.dtype]
 
 
-def _blocks(x: Tensor, count: int) -> dict[str, int]:
+def _blocks(x: Tensor, count: int, num_stages: int) -> dict[str, int]:
     """The size of a tile. By the number of rows, only the side of the rows may differ."""
     block_t = min(max(16, triton.next_power_of_2(count)), 128)
     wide = block_t == 128
@@ -365,4 +373,5 @@ def _blocks(x: Tensor, count: int) -> dict[str, int]:
         "BLOCK_T": block_t,
         "BLOCK_K": 32 if x.dtype == torch.float32 else 64,
         "num_warps": 8 if wide else 4,
+        "num_stages": num_stages,
     }

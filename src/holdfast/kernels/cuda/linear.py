@@ -40,6 +40,8 @@ class DeviceMatrix:
     gated: bool
     shard_ends: Tensor
     """int32 [shards]."""
+    align: int
+    """The largest power of two up to 16 that divides all of them."""
 
     @property
     def num_shards(self) -> int:
@@ -85,19 +87,22 @@ def product(
 def linear_tile(
     codes, scales, minima, bias, ends, x, x_rows, x_stride, y, y_rows, y_stride, t_inside, partial, num_rows,
     n_tile, shard, N, K,
-    STAGE: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr, SHARDS: tl.constexpr, BIASED: tl.constexpr,
+    STAGE: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr, SHARDS: tl.constexpr, ALIGN: tl.constexpr,
+    BIASED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. `x_rows` and `y_rows` int64 [BLOCK_T]: which rows; `partial` float32 [shards, rows, N]."""
+    """One tile of y. `x_rows` and `y_rows` int64 [BLOCK_T]: which rows; `partial` float32 [shards, rows, N]. `ALIGN`
+    divides all ends: where that is not known, numbers are loaded one by one."""
     columns = n_tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     inside = columns < N
     mask = inside[:, None] & t_inside[None, :]
     at_partial = y_rows[None, :] * N + columns[:, None]
     if STAGE == ONE_SHARD:
-        start = tl.where(shard > 0, tl.load(ends + tl.maximum(shard, 1) - 1), 0)
+        start = tl.multiple_of(tl.load(ends + shard - 1, shard > 0, 0), ALIGN)
+        end = tl.multiple_of(tl.load(ends + shard), ALIGN)
         sums = product(
-            codes, scales, minima, x, x_rows, x_stride, columns, inside, t_inside, start, tl.load(ends + shard), K,
+            codes, scales, minima, x, x_rows, x_stride, columns, inside, t_inside, start, end, K,
             FORMAT, DOT, BLOCK_N, BLOCK_T, BLOCK_K,
         )  # fmt: skip
         tl.store(partial + shard.to(tl.int64) * num_rows * N + at_partial, sums, mask)
@@ -108,11 +113,13 @@ def linear_tile(
         if STAGE == JOIN:
             sums = tl.load(partial + tl.full((), s, tl.int64) * num_rows * N + at_partial, mask, 0.0)
         else:
-            start = 0
+            start, end = 0, K
             if s > 0:
-                start = tl.load(ends + s - 1)
+                start = tl.multiple_of(tl.load(ends + s - 1), ALIGN)
+            if s < SHARDS - 1:
+                end = tl.multiple_of(tl.load(ends + s), ALIGN)
             sums = product(
-                codes, scales, minima, x, x_rows, x_stride, columns, inside, t_inside, start, tl.load(ends + s), K,
+                codes, scales, minima, x, x_rows, x_stride, columns, inside, t_inside, start, end, K,
                 FORMAT, DOT, BLOCK_N, BLOCK_T, BLOCK_K,
             )  # fmt: skip
         # as a binary counter adds one: subtrees of equal size join while s ends in ones; after the last shard, all
@@ -161,10 +168,11 @@ def linear_tile(
     tl.store(out, sums.to(y.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(
     codes, scales, minima, bias, ends, x, x_stride, y, y_stride, partial, num_rows, N, K,
-    STAGE: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr, SHARDS: tl.constexpr, BIASED: tl.constexpr,
+    STAGE: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr, SHARDS: tl.constexpr, ALIGN: tl.constexpr,
+    BIASED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -173,14 +181,15 @@ def linear_kernel(
     linear_tile(
         codes, scales, minima, bias, ends, x, rows, x_stride, y, rows, y_stride, rows < num_rows, partial, num_rows,
         tl.program_id(0), tl.program_id(2), N, K,
-        STAGE, FORMAT, DOT, SHARDS, BIASED, ACTIVATION, GATED, ADD, BLOCK_N, BLOCK_T, BLOCK_K,
+        STAGE, FORMAT, DOT, SHARDS, ALIGN, BIASED, ACTIVATION, GATED, ADD, BLOCK_N, BLOCK_T, BLOCK_K,
     )  # fmt: skip
 
 
 @triton.jit
 def experts_kernel(
     table, ends, offsets, order, x, x_stride, y, y_stride, N, K, num_experts, per_row,
-    FORMAT: tl.constexpr, HELD: tl.constexpr, DOT: tl.constexpr, SHARDS: tl.constexpr, BIASED: tl.constexpr,
+    FORMAT: tl.constexpr, HELD: tl.constexpr, DOT: tl.constexpr, SHARDS: tl.constexpr, ALIGN: tl.constexpr,
+    BIASED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, GATHER: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -203,12 +212,12 @@ def experts_kernel(
     inside = pairs < tl.load(offsets + expert + 1)
     rows = tl.load(order + pairs, inside, 0) // per_row if GATHER else pairs
     at = table + expert * 4
-    codes = tl.load(at).to(tl.pointer_type(HELD))
-    scales = tl.load(at + 1).to(tl.pointer_type(tl.float32 if FORMAT == 4 else tl.float16))
-    minima = tl.load(at + 2).to(tl.pointer_type(tl.float16))
+    codes = tl.multiple_of(tl.load(at).to(tl.pointer_type(HELD)), 16)
+    scales = tl.multiple_of(tl.load(at + 1).to(tl.pointer_type(tl.float32 if FORMAT == 4 else tl.float16)), 16)
+    minima = tl.multiple_of(tl.load(at + 2).to(tl.pointer_type(tl.float16)), 16)
     bias = tl.load(at + 3).to(tl.pointer_type(tl.float32))
     linear_tile(
         codes, scales, minima, bias, ends, x, rows, x_stride, y, pairs, y_stride, inside, y, 0,
         tl.program_id(0), 0, N, K,
-        WHOLE, FORMAT, DOT, SHARDS, BIASED, ACTIVATION, GATED, False, BLOCK_N, BLOCK_T, BLOCK_K,
+        WHOLE, FORMAT, DOT, SHARDS, ALIGN, BIASED, ACTIVATION, GATED, False, BLOCK_N, BLOCK_T, BLOCK_K,
     )  # fmt: skip
