@@ -82,6 +82,21 @@ def test_fp8_without_fitting_scales_is_refused(change, said: str, tmp_path: Path
         inspect_model(path)
 
 
+def test_a_head_with_scales_of_its_own_is_no_copy_of_the_embeddings(tmp_path: Path):
+    """The same bytes, other numbers."""
+    exact = tmp_path / "exact"
+    exact.mkdir()
+    save(random_model(model_type="llama"), exact)
+    path = Path(fp8_twin(tmp_path / "fp8", exact), "model.safetensors")
+    stored = load_file(path)
+    codes = stored["lm_head.weight"].to(torch.float8_e4m3fn)
+    for name, scale in (("lm_head.weight", 0.5), ("model.embed_tokens.weight", 2.0)):
+        stored |= {name: codes.clone(), f"{name}_scale_inv": torch.full((1, 1), scale)}
+    save_file(stored, path)
+    weights = load(inspect_model(str(path.parent)), Recorder(), torch.bfloat16)
+    assert torch.equal(weights.packed["head"].rows * 4, weights.packed["embed"].rows)
+
+
 def test_other_kinds_of_fp8_are_refused(tmp_path: Path):
     exact = tmp_path / "exact"
     exact.mkdir()

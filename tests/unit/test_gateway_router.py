@@ -158,3 +158,41 @@ async def test_drain_waits_for_the_live_then_cuts(wire: Wire) -> None:
     await asyncio.wait_for(draining, DEADLINE)
     [second] = await read(mailbox)
     assert (second.request_id, second.finish) == ("b", "error")
+
+
+async def test_what_is_left_when_a_replica_is_lost(tmp_path: Path) -> None:
+    """Its requests go to the other, from where the log says; the limit sinks; its late words count nothing."""
+    endpoints, log, metrics = Endpoints(str(tmp_path)), TokenLog(), Metrics("m")
+    router = Router(endpoints, log, metrics, max_live=4, num_replicas=2, per_replica=2)
+    wire = Wire(router, log, metrics, endpoints)
+    other = wire.context.socket(zmq.PULL)
+    other.bind(endpoints.engine(1))
+    running = asyncio.create_task(router.run())
+    try:
+        for replica in (0, 1):
+            await wire.push.send(encode(EngineReady(replica, 64)))
+        assert await asyncio.wait_for(router.wait_ready(), DEADLINE) == 64
+        mailboxes = {name: wire.submit(name) for name in "abc"}
+        first = decoder(ToEngine).decode(await asyncio.wait_for(other.recv(), DEADLINE))
+        assert isinstance(first, Submit)
+        moved = first.request_id
+        busy = EngineStats(5, 3, 10, 5, 100, 10, 1)
+        await wire.push.send(encode(Outputs(1, [TokenOutput(moved, 0, [7, 8])], busy)))
+        assert [output.token_ids for output in await read(mailboxes[moved])] == [[7, 8]]
+        router.replica_lost(1, "killed by SIGKILL")
+        message = await wire.hear()
+        while not (isinstance(message, Submit) and message.output_token_ids):  # first come those that were its own
+            message = await wire.hear()
+        assert (message.request_id, message.prompt_token_ids, message.output_token_ids) == (moved, [1, 2], [7, 8])
+        await wire.push.send(encode(Outputs(1, [TokenOutput(moved, 2, [9])], busy)))
+        await wire.say(TokenOutput(moved, 2, [10], finish="length"))
+        [output] = await read(mailboxes[moved])
+        assert (output.start, output.token_ids, output.finish) == (2, [10], "length")
+        assert wire.sample("holdfast:num_requests_running") == 0
+        with pytest.raises(QueueFull, match="at most 2 may"):
+            wire.submit("d")
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        router.close()
+        wire.context.destroy(linger=0)

@@ -79,7 +79,14 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
         replicas = config.device.data_parallel_size
         max_live = config.scheduler.max_num_seqs * replicas + config.scheduler.max_queued_seqs
         _raise_descriptor_limit(max_live)
-        router = Router(boot.endpoints, TokenLog(), metrics, max_live=max_live, num_replicas=replicas)
+        router = Router(
+            boot.endpoints,
+            TokenLog(),
+            metrics,
+            max_live=max_live,
+            num_replicas=replicas,
+            per_replica=config.scheduler.max_num_seqs,
+        )
         service = Service(router, metrics, config)
         server = _Server(
             uvicorn.Config(

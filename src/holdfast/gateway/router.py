@@ -68,10 +68,19 @@ class Router:
     """
 
     def __init__(
-        self, endpoints: Endpoints, log: TokenLog, metrics: Metrics, *, max_live: int, num_replicas: int = 1
+        self,
+        endpoints: Endpoints,
+        log: TokenLog,
+        metrics: Metrics,
+        *,
+        max_live: int,
+        num_replicas: int = 1,
+        per_replica: int = 0,
     ) -> None:
-        """Binds the gateway's PULL. `max_live`: engine requests that may live at once."""
+        """Binds the gateway's PULL. `max_live`: engine requests that may live at once; `per_replica` fewer without
+        one of the replicas."""
         self.max_live = max_live
+        self._per_replica = per_replica
         self._endpoints = endpoints
         self._log = log
         self._metrics = metrics
@@ -127,9 +136,10 @@ class Router:
         """
         if self.status != "ready":
             raise Unavailable(f"the service is {self.status}", retry_after=1)
-        if len(self._live) + len(requests) > self.max_live:
+        most = self.max_live - self._per_replica * (len(self._outgoing) - len(self._ready))
+        if len(self._live) + len(requests) > most:
             raise QueueFull(
-                f"{len(self._live)} sequences are running or waiting, at most {self.max_live} may; try again later",
+                f"{len(self._live)} sequences are running or waiting, at most {most} may; try again later",
                 code="queue_full",
                 retry_after=1,
             )
@@ -224,6 +234,8 @@ class Router:
         return socket
 
     def _deliver(self, message: Outputs) -> None:
+        if message.replica not in self._ready:
+            return  # its last words, heard after it was lost
         self._metrics.engine_stats(message.replica, message.stats)
         now = time.monotonic()
         for output in message.outputs:

@@ -82,7 +82,10 @@ class Checkpoint:
     def equal(self, one: str, other: str) -> bool:
         """Whether two parameters, each a tensor of its own, are stored as the same numbers."""
         first, second = self._find(one).name, self._find(other).name
-        return self._types[first] == self._types[second] and torch.equal(self._whole(first), self._whole(second))
+        pairs = [(first, second)] + ([(scales_of(first), scales_of(second))] if self._types[first] == FP8 else [])
+        return self._types[first] == self._types[second] and all(
+            torch.equal(self._whole(one), self._whole(other)) for one, other in pairs
+        )
 
 
 def select(tensor: Tensor, source: Source, head_dim: int) -> Tensor:
