@@ -44,12 +44,14 @@ def test_two_replicas_answer_as_one_does(model: str, tmp_path: Path):
     for degree in ("1", "2"):
         service = Service(model, *FLAGS, "--data-parallel-size", degree, log=tmp_path / degree).wait_ready()
         try:
+            workers = [service.child(f"holdfast worker {i}.0.0") for i in range(int(degree))]
+            before = [worker.cpu_times().user for worker in workers]
             answers.append(texts(asyncio.run(ask(service.url, bodies(40)))))
-            cores = [service.child(f"holdfast worker {i}.0.0").cpu_times().user for i in range(int(degree))]
+            worked = [worker.cpu_times().user > start for worker, start in zip(workers, before, strict=True)]
         finally:
             assert service.stop() == 0, service.text()[-2000:]
     assert answers[0] == answers[1]
-    assert len(cores) == 2
+    assert worked == [True, True]
 
 
 @pytest.mark.parametrize("victim", ["holdfast worker 1.0.0", "holdfast engine 1"])

@@ -1,4 +1,4 @@
-"""The engine of one replica: the scheduler on one side, the workers on the other, and a loop of four lines."""
+"""The engine of one replica: the scheduler on one side, the workers on the other, and the loop between them."""
 
 from __future__ import annotations
 

@@ -228,8 +228,8 @@ class Supervisor:
         raise AssertionError("events never end")
 
     def _lose(self, name: str) -> None:
-        """A child has ended that should not. Its replica's requests end with an error, the other replicas go on; the
-        last one's end, like the gateway's, is that of the service: raises `ProcessDied`."""
+        """A child has ended that should not. The rest of its replica is killed, and the gateway has its requests go
+        on in the others; the last one's end, like the gateway's, is that of the service: raises `ProcessDied`."""
         replica, reason = replica_of(name), f"{name} died ({self.children[name].how_it_ended()})"
         if replica is None or self._replicas == {replica}:
             raise ProcessDied(reason)

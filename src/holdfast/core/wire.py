@@ -270,7 +270,7 @@ class Drain(_Message, frozen=True):
 
 
 class ReplicaLost(_Message, frozen=True):
-    """To the gateway: this replica is gone; its requests must end with this definite error."""
+    """To the gateway: this replica is gone; its requests go on in others or, without any, end with this error."""
 
     replica: int
     reason: str

@@ -117,9 +117,10 @@ class Scheduler:
         """Queue a request. The gateway has validated it: 1 ≤ prompt tokens < max_model_len, id not in use, and tokens
         still to come."""
         assert submit.request_id not in self._sequences, f"request id {submit.request_id} is in use"
-        assert 0 < len(submit.prompt_token_ids) <= len(submit.prompt_token_ids + submit.output_token_ids)
-        assert len(submit.prompt_token_ids + submit.output_token_ids) < self.max_model_len
-        assert len(submit.output_token_ids) < submit.params.max_tokens
+        num_prompt, num_output = len(submit.prompt_token_ids), len(submit.output_token_ids)
+        assert num_prompt > 0
+        assert num_prompt + num_output < self.max_model_len
+        assert num_output < submit.params.max_tokens
         rank = self._steps + submit.priority * self.config.priority_aging_steps
         sequence = Sequence(submit, rank, self.pool.block_size)
         self._submitted += 1

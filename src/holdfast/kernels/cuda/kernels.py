@@ -95,12 +95,12 @@ class CudaKernels:
         count, shards = x.shape[0], weight.num_shards
         y = add_to if add_to is not None else self._new(x, count, weight.rows, dtype or x.dtype)
         by_memory = shards > FUSED_SHARDS or (shards > 1 and count <= FEW_ROWS)
-        partial = x.new_empty(shards * count * weight.rows, dtype=torch.float32) if by_memory else x
+        sums = x.new_empty(shards * count * weight.rows, dtype=torch.float32) if by_memory else x
         for stage in (linear.ONE_SHARD, linear.JOIN) if by_memory else (linear.WHOLE,):
             blocks = JOIN_BLOCKS if stage is linear.JOIN else _blocks(x, count, self._num_stages)
             tiles = (triton.cdiv(weight.rows, blocks["BLOCK_N"]), triton.cdiv(count, blocks["BLOCK_T"]))
             linear.linear_kernel[(*tiles, shards if stage is linear.ONE_SHARD else 1)](
-                *_operands(weight), weight.shard_ends, x, x.stride(0), y, y.stride(0), partial, count, weight.rows,
+                *_operands(weight), weight.shard_ends, x, x.stride(0), y, y.stride(0), sums, count, weight.rows,
                 weight.columns, STAGE=stage, **_constants(weight, x), GATED=weight.gated, ADD=add_to is not None,
                 **blocks, **ROUNDED,
             )  # fmt: skip
@@ -280,8 +280,8 @@ class CudaKernels:
         tiles = min(triton.cdiv(pairs, blocks["BLOCK_T"]) + len(experts), pairs)
         linear.experts_kernel[(triton.cdiv(one.rows, blocks["BLOCK_N"]), tiles)](
             self._table(experts), one.shard_ends, offsets, order, x, x.stride(0), y, y.stride(0), one.rows,
-            one.columns, len(experts), per_row, HELD=_held_type(one), **_constants(one, x), GATED=one.gated,
-            GATHER=gather, BLOCK_E=triton.next_power_of_2(len(experts)), **blocks, **ROUNDED,
+            one.columns, len(experts), per_row, HELD=TYPES[one.codes.codes.dtype], **_constants(one, x),
+            GATED=one.gated, GATHER=gather, BLOCK_E=triton.next_power_of_2(len(experts)), **blocks, **ROUNDED,
         )  # fmt: skip
 
     def _table(self, experts: Sequence[DeviceMatrix]) -> Tensor:
@@ -360,12 +360,8 @@ def _constants(weight: DeviceMatrix, x: Tensor) -> dict[str, Any]:
     }
 
 
-def _held_type(weight: DeviceMatrix) -> Any:
-    return TYPES[weight.codes.codes.dtype]
-
-
 def _blocks(x: Tensor, count: int, num_stages: int) -> dict[str, int]:
-    """The size of a tile. By the number of rows, only the side of the rows may differ."""
+    """The size of a tile, by the number of rows; the step along K is the same for all."""
     block_t = min(max(16, triton.next_power_of_2(count)), 128)
     wide = block_t == 128
     return {
