@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from holdfast.cache.pages import KVPages
 from holdfast.core.spec import ModelInfo
 from holdfast.kernels.interface import BatchLayout
 from holdfast.models.checkpoint import Checkpoint
@@ -68,7 +67,6 @@ class Driver:
     def __init__(
         self, decoder: Decoder, requests: Sequence[Sequence[int]], block_size: int = 4, seed: int = 0
     ) -> None:
-        spec = decoder.spec
         widths = [-(-len(tokens) // block_size) for tokens in requests]
         blocks = list(range(1, sum(widths) + 1))
         random.Random(seed).shuffle(blocks)
@@ -78,15 +76,7 @@ class Driver:
         self.block_size = block_size
         self.computed = [0] * len(requests)
         self.logits: list[list[Tensor]] = [[] for _ in requests]
-        self.pages = KVPages.allocate(
-            num_layers=spec.num_layers,
-            num_blocks=sum(widths) + 1,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            block_size=block_size,
-            dtype=decoder.dtype,
-            device=decoder.device,
-        )
+        self.pages = decoder.allocate_pages(sum(widths) + 1, block_size)
 
     def step(self, parts: Sequence[tuple[int, int]]) -> None:
         """Compute the next `n` tokens of request `i`, for each (i, n)."""
@@ -109,13 +99,15 @@ class Driver:
             block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
         )
         hidden = self.decoder.forward(torch.tensor(token_ids, device=device), batch, self.pages)
+        if not self.decoder.place.is_last:
+            return
         for (index, _), rows in zip(parts, self.decoder.logits(hidden).split(batch.query_lens), strict=True):
             self.logits[index].append(rows)
 
     def result(self) -> list[Tensor]:
-        """Logits of every request at every position; all must have been computed."""
+        """Logits of every request at every position, where the last stage is; all must have been computed."""
         assert self.computed == [len(tokens) for tokens in self.requests]
-        return [torch.cat(parts) for parts in self.logits]
+        return [torch.cat(parts) for parts in self.logits] if self.decoder.place.is_last else []
 
 
 def run_chunks(decoder: Decoder, tokens: Sequence[int], chunks: Iterable[int], block_size: int = 4) -> Tensor:

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from holdfast.core.spec import DecoderSpec
 from holdfast.models.config import hf_config
 from holdfast.models.families import FAMILIES
-from holdfast.models.parameters import MLP_SHARDS, attention_shards, mlp_shards, packings, parameters
+from holdfast.models.parameters import packings, parameters
+from holdfast.parallel.shards import MLP_SHARDS, attention_shards, mlp_shards
 from support.cases import CASES
 from support.checkpoints import SMALL
 

@@ -14,6 +14,7 @@ HoldfastError
 └── MachineError            what the machine did wrong: names the rank and the step
     ├── StartupError        a process did not come up
     ├── ProcessDied         a process ended that should not have
+    ├── CollectiveFailed    ranks did not meet: one gave up, or was late
     └── StepFailed          a step raised on a device
 """
 
@@ -108,6 +109,10 @@ class StartupError(MachineError):
 
 class ProcessDied(MachineError):
     """A process ended that should not have."""
+
+
+class CollectiveFailed(MachineError):
+    """Ranks did not meet: one of them gave up, or was not there by the deadline. Nothing they share can be used."""
 
 
 class StepFailed(MachineError):

@@ -169,8 +169,8 @@ class Kernels(Protocol[W]):
     def embedding(
         self, ids: Tensor, table: W, *, scale: float = 1.0, offset: int = 0, add_to: Tensor | None = None
     ) -> Tensor:
-        """Rows ids + offset of a packed table [V, M], for ids int64 [T] with 0 <= id + offset < V, times scale →
-        float32 [T, M]."""
+        """Rows ids + offset of a packed table [V, M], for ids int64 [T], times scale → float32 [T, M]. Rows the
+        table does not have are zeros, and -0 becomes 0: so the rows of a table that is cut can be added up."""
         ...
 
     def rms_norm(

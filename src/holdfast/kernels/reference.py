@@ -104,7 +104,10 @@ class ReferenceKernels:
     def embedding(
         self, ids: Tensor, table: StackedMatrix, *, scale: float = 1.0, offset: int = 0, add_to: Tensor | None = None
     ) -> Tensor:
-        return _deliver(F.embedding(ids + offset, table.rows).float() * scale, torch.float32, add_to)
+        rows = ids + offset
+        here = (rows >= 0) & (rows < table.rows.shape[0])
+        found = F.embedding(rows.where(here, 0), table.rows).float() * scale
+        return _deliver(found.where(here[:, None], 0.0) + 0.0, torch.float32, add_to)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, *, add_to: Tensor | None = None

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from holdfast.core.errors import ModelError
+from holdfast.core.plan import Range
 from holdfast.core.spec import ModelInfo
 from holdfast.kernels.dequantize import numbers_of
-from holdfast.kernels.interface import Quantized
+from holdfast.kernels.interface import GROUP, GROUP_BYTES, Quantized
 from holdfast.models.config import FP8_BLOCK
 from holdfast.models.gguf_file import read_gguf
 from holdfast.models.inspect import FP8, scales_of, source_finder
@@ -50,31 +51,46 @@ class Checkpoint:
             return None
         return _FORMATS.get(kinds.pop())
 
-    def quantized(self, name: str, kind: Format, device: torch.device) -> Quantized:
-        """A matrix that has a `format`, as it is stored, rows contiguous."""
+    def quantized(
+        self, name: str, kind: Format, device: torch.device, rows: Range | None = None, columns: Range | None = None
+    ) -> Quantized:
+        """A matrix that has a `format`, or some rows and columns of it, as it is stored, rows contiguous. Columns
+        begin and end with groups that share a scale."""
         source = self._find(name)
         stored = self._whole(source.name)
         if kind == "FP8":
-            return self._fp8(source.name, stored, device)
-        return Quantized(kind, select(stored, source, self._head_dim).contiguous().to(device))
+            return self._fp8(source.name, stored, device, rows, columns)
+        if columns is not None:
+            stored = stored[..., _in_groups(columns, GROUP, GROUP_BYTES[kind])]
+        return Quantized(kind, select(stored, source, self._head_dim, rows).contiguous().to(device))
 
-    def _fp8(self, name: str, stored: Tensor, device: torch.device) -> Quantized:
+    def _fp8(
+        self, name: str, stored: Tensor, device: torch.device, rows: Range | None = None, columns: Range | None = None
+    ) -> Quantized:
         """The scales of blocks of 128 x 128 are repeated for each row: so rows can be stacked and cut anywhere."""
-        scales = self._whole(scales_of(name)).float().repeat_interleave(FP8_BLOCK, dim=0)[: stored.shape[0]]
-        return Quantized("FP8", stored.view(torch.uint8).to(device), scales.contiguous().to(device))
+        first, last = rows or (0, stored.shape[0])
+        scales = self._whole(scales_of(name)).float()[first // FP8_BLOCK : -(-last // FP8_BLOCK)]
+        scales = scales.repeat_interleave(FP8_BLOCK, dim=0)[first % FP8_BLOCK :][: last - first]
+        stored = stored[first:last]
+        if columns is not None:
+            scales, stored = scales[:, _in_groups(columns, FP8_BLOCK, 1)], stored[:, columns[0] : columns[1]]
+        codes = stored.view(torch.uint8).contiguous().to(device)
+        return Quantized("FP8", codes, scales.contiguous().to(device))
 
-    def dense(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A parameter in numbers, contiguous."""
+    def dense(self, name: str, dtype: torch.dtype, rows: Range | None = None, columns: Range | None = None) -> Tensor:
+        """A parameter, or some rows and columns of it, in numbers, contiguous."""
         source = self._find(name)
         kind, tensor = self._types[source.name], self._whole(source.name)
         if kind == FP8:
-            tensor = numbers_of(self._fp8(source.name, tensor, torch.device("cpu")), dtype)
+            tensor = numbers_of(self._fp8(source.name, tensor, torch.device("cpu"), rows), dtype)
         elif kind in _PLAIN:
-            tensor = select(tensor, source, self._head_dim)
+            tensor = select(tensor, source, self._head_dim, rows)
         elif source.transpose:
-            tensor = select(_dequantize(tensor, kind, dtype), source, self._head_dim)
+            tensor = select(_dequantize(tensor, kind, dtype), source, self._head_dim, rows)
         else:
-            tensor = _dequantize(select(tensor, source, self._head_dim), kind, dtype)
+            tensor = _dequantize(select(tensor, source, self._head_dim, rows), kind, dtype)
+        if columns is not None:
+            tensor = tensor[:, columns[0] : columns[1]]
         if source.plus_one:
             tensor = tensor.float() + 1.0
         return tensor.to(dtype).contiguous()
@@ -88,20 +104,29 @@ class Checkpoint:
         )
 
 
-def select(tensor: Tensor, source: Source, head_dim: int) -> Tensor:
-    """The part of a stored tensor that `source` describes. Unless it is transposed, only rows are picked and moved,
-    so it works alike on numbers and on quantized rows of bytes."""
+def select(tensor: Tensor, source: Source, head_dim: int, rows: Range | None = None) -> Tensor:
+    """The part of a stored tensor that `source` describes, or some rows of that. Unless it is transposed, only
+    rows are picked and moved, so it works alike on numbers and on quantized rows of bytes. Rows that are not
+    wanted are not read."""
     if source.stacked is not None:
         tensor = tensor[source.stacked]
     if source.transpose and tensor.dim() == 2:
         tensor = tensor.T
-    rest = tensor.shape[1:]
+    if source.part is None and not source.interleaved:
+        return tensor if rows is None else tensor[rows[0] : rows[1]]
+    order = torch.arange(tensor.shape[0])
     if source.part is not None:
         part = source.part
-        tensor = tensor.reshape(part.groups, part.slots, -1, *rest)[:, part.start : part.stop].reshape(-1, *rest)
+        order = order.view(part.groups, part.slots, -1)[:, part.start : part.stop].reshape(-1)
     if source.interleaved:
-        tensor = tensor.reshape(-1, head_dim // 2, 2, *rest).transpose(1, 2).reshape(-1, *rest)
-    return tensor
+        order = order.view(-1, head_dim // 2, 2).transpose(1, 2).reshape(-1)
+    return tensor[order if rows is None else order[rows[0] : rows[1]]]
+
+
+def _in_groups(columns: Range, group: int, group_bytes: int) -> slice:
+    first, last = columns
+    assert first % group == last % group == 0, f"columns {first} to {last} are not whole groups of {group}"
+    return slice(first // group * group_bytes, last // group * group_bytes)
 
 
 def _dequantize(rows: Tensor, kind: str, dtype: torch.dtype) -> Tensor:

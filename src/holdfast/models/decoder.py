@@ -1,6 +1,8 @@
 """The decoder-only transformer, every family's: embeddings, L blocks, head.
 
-Plain on purpose: no parallel code, no requests, no globals. What differs between families is in `DecoderSpec`.
+Plain on purpose: no requests, no globals; that a rank holds a share of each layer is its layers' affair
+(`models.layers`), and that it holds some of the layers shows at both ends only. What differs between families is in
+`DecoderSpec`.
 Every number is made by the kernels: a backend may record the calls of a step and run them without this code.
 """
 
@@ -23,10 +25,11 @@ class Attention:
     def __init__(self, spec: DecoderSpec, weights: Weights, name: str, layer: LayerSpec, shared: Shared) -> None:
         self.kernels = weights.kernels
         self.qkv = weights.linear(f"{name}.qkv")
-        self.o = weights.linear(f"{name}.o")
+        self.o = weights.row_parallel(f"{name}.o", lambda trees: trees.attention)
+        queries, keys = weights.place.shard.query_heads, weights.place.shard.kv_heads
         self.heads = Heads(
-            spec.num_heads,
-            spec.num_kv_heads,
+            queries[1] - queries[0],
+            keys[1] - keys[0],
             spec.head_dim,
             rope=None if layer.rope is None else shared.ropes[layer.rope],
             q_norm=weights.norms[f"{name}.q_norm.weight"] if spec.qk_norm else None,
@@ -37,7 +40,7 @@ class Attention:
             scale=spec.attention_scale,
             softcap=spec.attention_softcap,
             window=layer.window,
-            alibi_slopes=shared.alibi_slopes,
+            alibi_slopes=None if shared.alibi_slopes is None else shared.alibi_slopes[queries[0] : queries[1]],
         )
 
     def __call__(
@@ -98,43 +101,72 @@ class Shared:
 
 
 class Decoder:
-    """`weights` holds every packing of `models.parameters.packings` and every norm, all on one device.
+    """The blocks of one stage; the first stage has the embeddings before them, the last the head behind.
+
+    `weights` holds every packing of `models.parameters.packings_at` its place and every norm, all on one device.
     `max_positions`: of the longest request; None: as many as the model allows."""
 
     def __init__(self, weights: Weights, max_positions: int | None = None) -> None:
-        spec = weights.spec
+        spec, place = weights.spec, weights.place
         self.spec = spec
+        self.place = place
         self.kernels = weights.kernels
+        self.collectives = weights.collectives
         self.dtype = weights.dtype
         self.device = weights.device
-        self.embed = weights.packed["embed"]
-        self.positions = weights.packed["positions"] if spec.learned_positions else None
-        self.embed_norm = weights.norm("embed_norm") if spec.embedding_norm else None
+        if place.is_first:
+            self.embed = weights.embedding()
+            self.positions = weights.packed["positions"] if spec.learned_positions else None
+            self.embed_norm = weights.norm("embed_norm") if spec.embedding_norm else None
         shared = Shared(spec, max_positions or spec.max_positions, weights.device)
-        self.blocks = [Block(spec, weights, index, shared) for index in range(spec.num_layers)]
-        self.final_norm = weights.norm("final_norm") if spec.final_norm else None
-        self.head = weights.linear("embed" if spec.tie_embeddings else "head")
+        self.blocks = [Block(spec, weights, index, shared) for index in range(*place.layers)]
+        if place.is_last:
+            self.final_norm = weights.norm("final_norm") if spec.final_norm else None
+            self.head = weights.head()
+
+    def allocate_pages(self, num_blocks: int, block_size: int) -> KVPages:
+        """For the layers and KV heads that are here."""
+        (first, last), (first_head, last_head) = self.place.layers, self.place.shard.kv_heads
+        return KVPages.allocate(
+            num_layers=last - first,
+            num_blocks=num_blocks,
+            num_kv_heads=last_head - first_head,
+            head_dim=self.spec.head_dim,
+            block_size=block_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, batch: BatchLayout, kv: KVPages) -> Tensor:
         """Run int64 [T] through all blocks; their keys and values go into `kv`. → [T, M] after the final norm, in
-        the model's dtype.
+        the model's dtype; what goes to the next stage, where this is not the last.
 
         The residual stream x is float32 whatever the model's dtype: L blocks are summed there, and rounding each sum
         to bfloat16 about doubles the error of the logits.
         """
-        x = self.kernels.embedding(token_ids, self.embed, scale=self.spec.embedding_scale)
-        if self.positions is not None:
-            x = self.kernels.embedding(batch.positions, self.positions, offset=self.spec.position_offset, add_to=x)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x, dtype=torch.float32)
+        x = self._enter(token_ids, batch)
         for block, k_pages, v_pages in zip(self.blocks, kv.k, kv.v, strict=True):
             x = block(x, batch, k_pages, v_pages)
+        if not self.place.is_last:
+            assert self.collectives is not None
+            self.collectives.send(x)
+            return x
         return self.kernels.convert(x, self.dtype) if self.final_norm is None else self.final_norm(x)
+
+    def _enter(self, token_ids: Tensor, batch: BatchLayout) -> Tensor:
+        """The residual stream before the first block."""
+        if not self.place.is_first:
+            assert self.collectives is not None
+            return self.collectives.receive(token_ids.shape[0])
+        x = self.embed(token_ids)
+        if self.positions is not None:
+            x = self.kernels.embedding(batch.positions, self.positions, offset=self.spec.position_offset, add_to=x)
+        return x if self.embed_norm is None else self.embed_norm(x, dtype=torch.float32)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token for rows [R, M] of `forward`'s result → float32 [R, V]."""
-        scores = self.head(hidden, dtype=torch.float32)
+        """Scores of the next token for rows [R, M] of the last stage's result → float32 [R, V]."""
+        scores = self.head(hidden)
         cap = self.spec.logit_softcap
         return scores if cap is None else self.kernels.softcap(scores, cap)

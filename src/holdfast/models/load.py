@@ -4,18 +4,23 @@ one copy of them."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from holdfast.core.plan import Place, Range, places
 from holdfast.core.spec import DecoderSpec, ModelInfo
-from holdfast.kernels.interface import GROUP, Kernels, Matrix
+from holdfast.kernels.interface import FP8_GROUP, GROUP, Kernels, Matrix
 from holdfast.models.checkpoint import Checkpoint, Format
 from holdfast.models.decoder import Decoder
-from holdfast.models.layers import Weights
-from holdfast.models.parameters import Packing, Parameter, packings, parameters
+from holdfast.models.layers import Pieces, Weights
+from holdfast.models.parameters import Packing, Parameter, norms_at, packings_at, parameters
+from holdfast.parallel.collectives import Collectives
+from holdfast.parallel.shards import make_plan
 
 _MAX_THREADS = 8
 
@@ -28,46 +33,42 @@ def load_decoder(
     *,
     progress: Callable[[float], None] = lambda fraction: None,
     max_positions: int | None = None,
+    place: Place | None = None,
+    collectives: Collectives | None = None,
 ) -> Decoder:
     """The model of `info` (from `inspect_model`) in memory, on `device`: norms in float32, all else in `dtype`,
-    except what is quantized in a way that kernels take.
+    except what is quantized in a way that kernels take. `place`: only that rank's share is read; without one, all.
 
     `progress` is called with the fraction of the weights done, in (0, 1]. `max_positions`: the longest request, when
     that is less than the model allows. Raises `ModelError` for a file that has been damaged since it was inspected.
     """
-    return Decoder(load_weights(info, kernels, dtype, torch.device(device), progress), max_positions)
+    place = place or places(make_plan(info.spec).replicas[0])[0]
+    return Decoder(
+        load_weights(info, kernels, dtype, torch.device(device), progress, place, collectives), max_positions
+    )
 
 
-def load_weights(
+def load_weights(  # noqa: PLR0917
     info: ModelInfo,
     kernels: Kernels[Any],
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[float], None],
+    place: Place,
+    collectives: Collectives | None = None,
 ) -> Weights:
     """Every matrix packed, and every norm. A head that only repeats the embeddings is not held twice."""
-    checkpoint = Checkpoint(info)
-    wanted, packs = parameters(info.spec), packings(info.spec)
-    repeated = "head" in packs and checkpoint.equal("embed.weight", "head.weight")
+    loader = _Loader(Checkpoint(info), kernels, dtype, device, parameters(info.spec))
+    packs, norms = packings_at(info.spec, place), norms_at(info.spec, place)
+    repeated = "head" in packs and "embed" in packs and loader.checkpoint.equal("embed.weight", "head.weight")
     if repeated:
         del packs["head"]
-    norms = [name for name, parameter in wanted.items() if parameter.norm]
+    sizes = {name: loader.numbers(packing) for name, packing in packs.items()}
+    sizes |= {name: _numel(loader.wanted[name]) for name in norms}
 
     def load(name: str) -> Any:
-        if name not in packs:
-            return torch.empty(wanted[name].shape, device=device).copy_(checkpoint.dense(name, torch.float32))
-        packing = packs[name]
-        biases = [bias for module in packing.modules if (bias := f"{module}.bias") in wanted]
-        return kernels.pack(
-            _parts(checkpoint, packing, dtype, device),
-            [checkpoint.dense(bias, dtype).to(device) for bias in biases],
-            activation=packing.activation,
-            gated=packing.gated,
-            shards=packing.shards,
-        )
+        return loader.packed(packs[name]) if name in packs else loader.norm(name)
 
-    sizes = {name: sum(_numel(wanted[part]) for part in _matrices(packing)) for name, packing in packs.items()}
-    sizes |= {name: _numel(wanted[name]) for name in norms}
     loaded: dict[str, Any] = {}
     total, done = sum(sizes.values()), 0
     with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
@@ -78,23 +79,87 @@ def load_weights(
     packed = {name: loaded[name] for name in packs}
     if repeated:
         packed["head"] = packed["embed"]
-    return Weights(info.spec, kernels, dtype, device, packed, {name: loaded[name] for name in norms})
+    held_norms = {name: loaded[name] for name in norms}
+    return Weights(info.spec, kernels, dtype, device, packed, held_norms, place, collectives)
 
 
-def _parts(checkpoint: Checkpoint, packing: Packing, dtype: torch.dtype, device: torch.device) -> list[Matrix]:
-    """The matrices of a packing, all quantized alike or all in `dtype`; on the CPU they may be views of the file."""
-    kind = _format(checkpoint, packing)
-    if kind is None:
-        return [checkpoint.dense(name, dtype).to(device) for name in _matrices(packing)]
-    return [checkpoint.quantized(name, kind, device) for name in _matrices(packing)]
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """Reads and packs a matrix at a time."""
+
+    checkpoint: Checkpoint
+    kernels: Kernels[Any]
+    dtype: torch.dtype
+    device: torch.device
+    wanted: Mapping[str, Parameter]
+
+    def norm(self, name: str) -> Tensor:
+        return torch.empty(self.wanted[name].shape, device=self.device).copy_(
+            self.checkpoint.dense(name, torch.float32)
+        )
+
+    def packed(self, packing: Packing) -> Any:
+        """In the kernels' form, or `Pieces` of it."""
+        if packing.pieces is None:
+            return self._pack(packing, self._biases(packing, self.dtype), packing.shards, None)
+        borders = (0, *(packing.shards or (self._columns(packing),)))
+        spans = [(borders[first], borders[last]) for first, last in packing.pieces]
+        packed = []
+        for (first, last), (start, stop) in zip(packing.pieces, spans, strict=True):
+            shards = tuple(border - start for border in borders[first + 1 : last + 1])
+            packed.append(self._pack(packing, [], shards if len(shards) > 1 else (), (start, stop)))
+        biases = [bias.float() for bias in self._biases(packing, self.dtype)]
+        columns = tuple((first - spans[0][0], last - spans[0][0]) for first, last in spans)
+        return Pieces(packed, columns, biases[0] if biases else None)
+
+    def numbers(self, packing: Packing) -> int:
+        """Weights that are read."""
+        shapes = [self.wanted[name].shape for name in _matrices(packing)]
+        if packing.pieces is not None:
+            borders = (0, *(packing.shards or (shapes[0][1],)))
+            return shapes[0][0] * (borders[packing.pieces[-1][1]] - borders[packing.pieces[0][0]])
+        rows = [packing.rows_of(index) or (0, shape[0]) for index, shape in enumerate(shapes)]
+        return sum((last - first) * shape[1] for (first, last), shape in zip(rows, shapes, strict=True))
+
+    def _columns(self, packing: Packing) -> int:
+        return self.wanted[_matrices(packing)[0]].shape[1]
+
+    def _biases(self, packing: Packing, dtype: torch.dtype) -> list[Tensor]:
+        return [
+            self.checkpoint.dense(name, dtype, packing.rows_of(index)).to(self.device)
+            for index, module in enumerate(packing.modules)
+            if (name := f"{module}.bias") in self.wanted
+        ]
+
+    def _pack(self, packing: Packing, biases: list[Tensor], shards: tuple[int, ...], columns: Range | None) -> Any:
+        return self.kernels.pack(
+            self._parts(packing, columns),
+            biases,
+            activation=packing.activation,
+            gated=packing.gated,
+            shards=shards,
+        )
+
+    def _parts(self, packing: Packing, columns: Range | None) -> list[Matrix]:
+        """The matrices, all quantized alike or all in `dtype`; on the CPU they may be views of the file."""
+        names, kind = _matrices(packing), _format(self.checkpoint, packing)
+        if kind is None:
+            return [
+                self.checkpoint.dense(name, self.dtype, packing.rows_of(index), columns).to(self.device)
+                for index, name in enumerate(names)
+            ]
+        return [
+            self.checkpoint.quantized(name, kind, self.device, packing.rows_of(index), columns)
+            for index, name in enumerate(names)
+        ]
 
 
 def _format(checkpoint: Checkpoint, packing: Packing) -> Format | None:
     """In which the packed matrices stay quantized: if they have one in common, and no shard ends within a group of
-    numbers that share a scale."""
-    if any(end % GROUP for end in packing.shards):
-        return None
-    return checkpoint.format(_matrices(packing))
+    numbers that share a scale. The same on every rank: all shards count, whoever holds them."""
+    kind = checkpoint.format(_matrices(packing))
+    group = FP8_GROUP if kind == "FP8" else GROUP
+    return None if any(end % group for end in packing.shards) else kind
 
 
 def _matrices(packing: Packing) -> list[str]:

@@ -15,7 +15,7 @@ class MLP:
 
     def __init__(self, weights: Weights, name: str) -> None:
         self.up = weights.linear(f"{name}.up")
-        self.down = weights.linear(f"{name}.down")
+        self.down = weights.row_parallel(f"{name}.down", lambda trees: trees.mlp)
 
     def __call__(self, x: Tensor, *, add_to: Tensor | None = None) -> Tensor:
         return self.down(self.up(x), add_to=add_to)
@@ -29,11 +29,15 @@ class MixtureOfExperts:
         self.kernels = weights.kernels
         self.routing = Routing(spec.moe.experts_per_token, spec.moe.renormalize)
         self.router = weights.linear(f"{name}.router")
-        experts = [f"{name}.experts.{expert}" for expert in range(spec.moe.num_experts)]
-        self.up = [weights.packed[f"{expert}.up"] for expert in experts]
-        self.down = [weights.packed[f"{expert}.down"] for expert in experts]
+        self.collectives = weights.stage_collectives
+        held = range(spec.moe.num_experts) if self.collectives is None else weights.place.shard.experts
+        self.up = [weights.packed[f"{name}.experts.{expert}.up"] for expert in held]
+        self.down = [weights.packed[f"{name}.experts.{expert}.down"] for expert in held]
 
     def __call__(self, x: Tensor, *, add_to: Tensor | None = None) -> Tensor:
         # float32: rounded to bfloat16, different scores often become equal, and the choice one of ids
         scores = self.router(x, dtype=torch.float32)
-        return self.kernels.experts(x, scores, self.routing, self.up, self.down, add_to=add_to)
+        if self.collectives is None:
+            return self.kernels.experts(x, scores, self.routing, self.up, self.down, add_to=add_to)
+        pieces = list(zip(*(down.packed for down in self.down), strict=True))
+        return self.collectives.experts(x, scores, self.routing, self.up, pieces, add_to=add_to)

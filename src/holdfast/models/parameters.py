@@ -1,6 +1,6 @@
 """The parameters of a decoder under Holdfast's own names, where each lies in a checkpoint, and how they are packed.
 
-All data: the loader reads by them today, a tensor-parallel rank will read only its slices by them.
+All data: the loader reads by them, a rank of a plan only its share.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from holdfast.core.plan import Place, Range
 from holdfast.core.spec import Activation, DecoderSpec
-
-MLP_SHARDS = 8
-"""Virtual shards of an MLP's columns: as many ranks as can share them without a change of sums (contract 1)."""
-_SHARD_UNIT = 32
-"""Columns that stay together where they can: quantized ones share a scale, and vectors are whole."""
+from holdfast.parallel.segment import StageTrees
+from holdfast.parallel.shards import attention_shards, columns_of, expert_groups, mlp_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +137,15 @@ class Packing:
     activation: Activation | None = None
     gated: bool = False
     shards: tuple[int, ...] = ()
+    rows: tuple[Range | None, ...] = ()
+    """Which rows of each module's matrix a rank holds; (): all of all."""
+    pieces: tuple[Range, ...] | None = None
+    """Of a row-parallel matrix that is cut: the ranges of virtual shards to pack one by one (see
+    `models.layers.Pieces`)."""
+
+    def rows_of(self, index: int) -> Range | None:
+        """Of the matrix of `modules[index]`; None: all."""
+        return self.rows[index] if self.rows else None
 
 
 def packings(spec: DecoderSpec) -> dict[str, Packing]:
@@ -162,8 +169,8 @@ def _packings(spec: DecoderSpec) -> Iterator[tuple[str, Packing]]:
             continue
         assert spec.moe is not None, "a layer with experts needs DecoderSpec.moe"
         yield f"{name}.moe.router", Packing((f"{name}.moe.router",))
-        for expert in range(spec.moe.num_experts):  # an expert is never cut: ranks own whole ones
-            yield from _mlp_packings(f"{name}.moe.experts.{expert}", spec, ())
+        for expert in range(spec.moe.num_experts):
+            yield from _mlp_packings(f"{name}.moe.experts.{expert}", spec, mlp_shards(spec.moe.expert_mlp_size))
     if not spec.tie_embeddings:
         yield "head", Packing(("head",))
 
@@ -174,22 +181,65 @@ def _mlp_packings(name: str, spec: DecoderSpec, shards: tuple[int, ...]) -> Iter
     yield f"{name}.down", Packing((f"{name}.down",), shards=shards)
 
 
-def attention_shards(spec: DecoderSpec) -> tuple[int, ...]:
-    """Ends of the virtual shards of the attention output: the query heads of one KV head each."""
-    width = spec.num_heads // spec.num_kv_heads * spec.head_dim
-    return _several([width * (group + 1) for group in range(spec.num_kv_heads)])
+def packings_at(spec: DecoderSpec, place: Place) -> dict[str, Packing]:
+    """Those of `packings` that the rank at `place` holds, with its share of each."""
+    tied = spec.tie_embeddings
+    held = {}
+    for name, packing in _packings(spec):
+        first, last = place.layers
+        parts = name.split(".")
+        if parts[0] == "layers":
+            here = first <= int(parts[1]) < last
+        else:
+            here = place.is_last if name == "head" else place.is_first or (name == "embed" and tied and place.is_last)
+        if here and (share := _share(spec, place, parts, packing)):
+            held[name] = share
+    return held
 
 
-def mlp_shards(columns: int) -> tuple[int, ...]:
-    """Ends of the `MLP_SHARDS` virtual shards of F columns: even, in whole units of 32 when F is made of them."""
-    unit = _SHARD_UNIT if columns % _SHARD_UNIT == 0 else 1
-    return _several([columns // unit * (index + 1) // MLP_SHARDS * unit for index in range(MLP_SHARDS)])
+def _share(spec: DecoderSpec, place: Place, parts: list[str], packing: Packing) -> Packing | None:
+    """What of a packing, whose name consists of `parts`, belongs to a rank."""
+    shard, head_dim = place.shard, spec.head_dim
+    if len(place.ranks) == 1:
+        return packing
+    trees = StageTrees.of(place.replica, place.stage, spec)
+    if parts[0] in {"embed", "head"}:
+        return replace(packing, rows=(shard.vocab,))
+    if parts[-1] == "qkv":
+        q, kv = ((first * head_dim, last * head_dim) for first, last in (shard.query_heads, shard.kv_heads))
+        return replace(packing, rows=(q, kv, kv))
+    if parts[-1] == "o":
+        return replace(packing, pieces=trees.attention.pieces[place.index])
+    if "experts" in parts:
+        assert spec.moe is not None
+        assert trees.experts is not None
+        if int(parts[parts.index("experts") + 1]) not in shard.experts:
+            return None
+        members = expert_groups(place.replica.stages[place.stage])[shard.experts]
+        pieces, columns, shards = (
+            trees.experts.pieces[members.index(shard)],
+            spec.moe.expert_mlp_size,
+            shard.expert_shards,
+        )
+    elif "mlp" in parts:
+        pieces, columns, shards = trees.mlp.pieces[place.index], spec.mlp_size, shard.mlp_shards
+    else:
+        return packing
+    if parts[-1] == "down":
+        return replace(packing, pieces=pieces)
+    return replace(packing, rows=(columns_of(shards, mlp_shards(columns), columns),) * len(packing.modules))
 
 
-def _several(ends: list[int]) -> tuple[int, ...]:
-    """Without the empty shards of a small matrix; () for a single one."""
-    kept = tuple(sorted(set(ends) - {0}))
-    return kept if len(kept) > 1 else ()
+def norms_at(spec: DecoderSpec, place: Place) -> list[str]:
+    """Norms that the rank at `place` holds, by the names of `parameters`."""
+
+    def here(name: str) -> bool:
+        parts = name.split(".")
+        if parts[0] == "layers":
+            return place.layers[0] <= int(parts[1]) < place.layers[1]
+        return place.is_last if parts[0] == "final_norm" else place.is_first
+
+    return [name for name, parameter in walk_parameters(spec) if parameter.norm and here(name)]
 
 
 def locate(names: Names, parameter: str) -> Source:

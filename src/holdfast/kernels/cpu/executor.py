@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,18 @@ from holdfast.kernels.cpu.memory import new_tensor
 from holdfast.kernels.cpu.program import Program, Recording
 from holdfast.kernels.cpu.step import PARTIAL_FLOATS, StepBatch
 from holdfast.kernels.interface import BatchLayout, Forward, Heads
+
+
+class Guard(Protocol):
+    """Watches over what a program waits for."""
+
+    def arm(self) -> int:
+        """Before a program is run: the address of the int64 that ends it once it is not 0."""
+        ...
+
+    def check(self) -> None:
+        """After it: raises `CollectiveFailed` if it was ended."""
+        ...
 
 
 class _Recorder(threading.local):
@@ -34,7 +46,7 @@ class Executor:
     """
 
     def __init__(self, library: Library, threads: int, *, pinned: bool) -> None:
-        self._library = library
+        self.library = library
         cores = sorted(os.sched_getaffinity(0))  # more threads than that share them
         cpus = [cores[i % len(cores)] for i in range(threads)] if pinned else None
         self._team = library.start_team(threads, cpus)
@@ -44,6 +56,8 @@ class Executor:
         self.partial = self._partial.ctypes.data
         """Where attention leaves the states of splits."""
         self._recorder = _Recorder()
+        self.guard: Guard | None = None
+        """Of operations that wait for other processes."""
 
     def new(self, rows: int, width: int, dtype: torch.dtype, *, dense: bool = False) -> Tensor:
         """[rows, width], uninitialised; `dense`: without room between the rows."""
@@ -63,7 +77,16 @@ class Executor:
         if (recording := self._recorder.recording) is not None:
             recording.add(operation, rows, keep)
         else:
-            self._library.run(self._team, (structs.Op * 1)(structs.op(operation)), structs.Batch(rows=rows))
+            self.run_all((structs.Op * 1)(structs.op(operation)), structs.Batch(rows=rows))
+
+    def run_all(self, ops: ctypes.Array[structs.Op], batch: structs.Batch) -> None:
+        """In order. Raises what the guard raises."""
+        if self.guard is None:
+            self.library.run(self._team, ops, batch)
+            return
+        batch.failed = self.guard.arm()
+        self.library.run(self._team, ops, batch)
+        self.guard.check()
 
     def run_step(
         self,
@@ -84,7 +107,7 @@ class Executor:
             return
         step = batch.derive(f"cpu step {max_items}", lambda layout: StepBatch(layout, max_items))
         ops = (structs.Op * len(operations))(*map(structs.op, operations))
-        self._library.run(self._team, ops, step.c)
+        self.run_all(ops, step.c)
 
     def record(self, forward: Forward, max_tokens: int) -> Program:
         """See `Kernels.record`."""
@@ -96,4 +119,4 @@ class Executor:
             result = forward(recording.token_ids, recording.layout)
         finally:
             self._recorder.recording = None
-        return Program(recording, result, self._library, self._team)
+        return Program(recording, result, self)

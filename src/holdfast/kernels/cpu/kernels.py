@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from torch import Tensor
 from holdfast.core.spec import Activation
 from holdfast.kernels.cpu import structs
 from holdfast.kernels.cpu.executor import Executor
+from holdfast.kernels.cpu.experts import combine, into_experts, out_of_experts, route
 from holdfast.kernels.cpu.library import Library
 from holdfast.kernels.cpu.memory import Arena
-from holdfast.kernels.cpu.operands import check_alike, numbers, pages_of, rows_of, shape_of_logits
-from holdfast.kernels.cpu.packing import PackedMatrix, pack, weight_array
+from holdfast.kernels.cpu.operands import numbers, pages_of, rows_of, shape_of_logits
+from holdfast.kernels.cpu.packing import PackedMatrix, pack
 from holdfast.kernels.cpu.structs import DTYPES, MAX_HEAD_DIM
 from holdfast.kernels.dequantize import numbers_of
 from holdfast.kernels.interface import (
@@ -60,7 +60,7 @@ class CpuKernels:
         self._digits = activation_bits // 8
         self._library = Library(isa)
         self.name = f"cpu-{self._library.isa}"
-        self._executor = Executor(self._library, threads, pinned=pinned)
+        self.executor = Executor(self._library, threads, pinned=pinned)
         self._arena = Arena()
 
     # --- matrices ---
@@ -82,15 +82,15 @@ class CpuKernels:
     def linear(
         self, x: Tensor, weight: PackedMatrix, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        y = self._executor.result(x.shape[0], weight.columns, dtype or x.dtype, add_to)
-        x = self._as_operand(x, weight)
-        self._product(x, y, weight, ctypes.pointer(weight.c), keep=(weight,), add=add_to is not None)
+        y = self.executor.result(x.shape[0], weight.columns, dtype or x.dtype, add_to)
+        x = self.as_operand(x, weight)
+        self.product(x, y, weight, ctypes.pointer(weight.c), keep=(weight,), add=add_to is not None)
         return y
 
     def embedding(
         self, ids: Tensor, table: PackedMatrix, *, scale: float = 1.0, offset: int = 0, add_to: Tensor | None = None
     ) -> Tensor:
-        y = self._executor.result(ids.shape[0], table.c.k, torch.float32, add_to)
+        y = self.executor.result(ids.shape[0], table.c.k, torch.float32, add_to)
         operation = structs.Embedding(
             ids=numbers(ids, torch.int64, ids.shape[0]),
             table=ctypes.pointer(table.c),
@@ -99,20 +99,20 @@ class CpuKernels:
             add=add_to is not None,
             scale=scale,
         )
-        self._executor.run(operation, ids.shape[0], keep=(ids, table))
+        self.executor.run(operation, ids.shape[0], keep=(ids, table))
         return y
 
-    def _as_operand(self, x: Tensor, weight: PackedMatrix) -> Tensor:
-        """x in a dtype that `_product` takes with `weight`."""
-        dtype = self._operand_dtype(x.dtype, weight)
+    def as_operand(self, x: Tensor, weight: PackedMatrix) -> Tensor:
+        """x in a dtype that `product` takes with `weight`."""
+        dtype = self.operand_dtype(x.dtype, weight)
         return x if x.dtype == dtype else self.convert(x, dtype)
 
-    def _operand_dtype(self, dtype: torch.dtype, weight: PackedMatrix) -> torch.dtype:
+    def operand_dtype(self, dtype: torch.dtype, weight: PackedMatrix) -> torch.dtype:
         if weight.format not in DTYPES or (self._library.dots_bf16 and weight.format == "bfloat16"):
             return dtype
         return torch.float32
 
-    def _product(
+    def product(
         self,
         x: Tensor,
         y: Tensor,
@@ -129,8 +129,8 @@ class CpuKernels:
         rows, k, factors = x.shape[0] // per_row, weight.c.k, None
         assert x.shape[1] == k, f"rows of {x.shape[1]} numbers, K is {k}"
         if weight.format not in DTYPES:
-            factors = self._executor.new(x.shape[0], k // GROUP * 2, torch.float32, dense=True)
-            codes = self._executor.new(x.shape[0], self._digits * k, torch.int8)
+            factors = self.executor.new(x.shape[0], k // GROUP * 2, torch.float32, dense=True)
+            codes = self.executor.new(x.shape[0], self._digits * k, torch.int8)
             quantize = structs.Quantize(
                 x=rows_of(x),
                 y=rows_of(codes),
@@ -140,7 +140,7 @@ class CpuKernels:
                 offset=128 if weight.format == "Q8_0" else 0,
                 digits=self._digits,
             )
-            self._executor.run(quantize, rows)
+            self.executor.run(quantize, rows)
             x = codes
         linear = structs.Linear(
             x=rows_of(x),
@@ -152,7 +152,7 @@ class CpuKernels:
             digits=self._digits,
             add=add,
         )
-        self._executor.run(linear, rows, keep=(weights, *keep))
+        self.executor.run(linear, rows, keep=(weights, *keep))
 
     # --- rows ---
 
@@ -185,7 +185,7 @@ class CpuKernels:
         centered: bool = False,
     ) -> Tensor:
         rows, width = x.shape
-        y = self._executor.result(rows, width, dtype, add_to)
+        y = self.executor.result(rows, width, dtype, add_to)
         operation = structs.Norm(
             x=rows_of(x),
             y=rows_of(y),
@@ -196,16 +196,16 @@ class CpuKernels:
             add=add_to is not None,
             eps=eps,
         )
-        self._executor.run(operation, rows, keep=(weight, bias))
+        self.executor.run(operation, rows, keep=(weight, bias))
         return y
 
     def convert(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = self._executor.result(x.shape[0], x.shape[1], dtype)
-        self._executor.run(structs.Convert(x=rows_of(x), y=rows_of(y), width=x.shape[1]), x.shape[0])
+        y = self.executor.result(x.shape[0], x.shape[1], dtype)
+        self.executor.run(structs.Convert(x=rows_of(x), y=rows_of(y), width=x.shape[1]), x.shape[0])
         return y
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
-        self._executor.run(structs.Softcap(x=rows_of(x), width=x.shape[1], cap=cap), x.shape[0])
+        self.executor.run(structs.Softcap(x=rows_of(x), width=x.shape[1], cap=cap), x.shape[0])
         return x
 
     # --- attention ---
@@ -224,7 +224,7 @@ class CpuKernels:
             rotary=rotary,
             eps=heads.eps,
         )
-        self._executor.run_step([operation], qkv.shape[0], heads, batch, keep=(heads, k_pages, v_pages))
+        self.executor.run_step([operation], qkv.shape[0], heads, batch, keep=(heads, k_pages, v_pages))
         return qkv[:, : heads.num_heads * heads.head_dim]
 
     def attention(  # noqa: PLR0917 - the protocol's
@@ -238,7 +238,7 @@ class CpuKernels:
     ) -> Tensor:
         assert q.shape[1] == heads.num_heads * heads.head_dim
         assert heads.num_heads % heads.num_kv_heads == 0
-        out = self._executor.result(q.shape[0], q.shape[1], q.dtype)
+        out = self.executor.result(q.shape[0], q.shape[1], q.dtype)
         operations = [
             kind(
                 q=rows_of(q),
@@ -249,11 +249,11 @@ class CpuKernels:
                 window=options.window or 0,
                 scale=options.scale,
                 softcap=options.softcap or 0.0,
-                partial=self._executor.partial,
+                partial=self.executor.partial,
             )
             for kind in (structs.Attention, structs.Merge)
         ]
-        self._executor.run_step(operations, q.shape[0], heads, batch, keep=(options, k_pages, v_pages))
+        self.executor.run_step(operations, q.shape[0], heads, batch, keep=(options, k_pages, v_pages))
         return out
 
     # --- experts ---
@@ -268,63 +268,18 @@ class CpuKernels:
         *,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        rows, chosen, count = x.shape[0], routing.experts_per_token, len(up)
-        assert router_logits.shape == (rows, count), router_logits.shape
-        assert 1 <= chosen <= count == len(down)
-        check_alike(up)
-        check_alike(down)
-        ids, sources, places = (self._executor.new(rows, chosen, torch.int64, dense=True) for _ in range(3))
-        shares = self._executor.new(rows, chosen, torch.float32, dense=True)
-        offsets = self._executor.new(1, count + 1, torch.int64, dense=True)
-        route = structs.Route(
-            logits=rows_of(router_logits),
-            ids=ids.data_ptr(),
-            shares=shares.data_ptr(),
-            experts=count,
-            chosen=chosen,
-            renormalize=routing.renormalize,
-        )
-        self._executor.run(route, rows)
-        sort = structs.Sort(
-            ids=ids.data_ptr(),
-            offsets=offsets.data_ptr(),
-            sources=sources.data_ptr(),
-            places=places.data_ptr(),
-            experts=count,
-            chosen=chosen,
-        )
-        self._executor.run(sort, rows)
-        result_dtype = x.dtype
-        x = self._as_operand(x, up[0])
-        gathered = self._executor.new(rows * chosen, x.shape[1], x.dtype)
-        gather = structs.Gather(
-            x=rows_of(x), y=rows_of(gathered), sources=sources.data_ptr(), width=x.shape[1], chosen=chosen
-        )
-        self._executor.run(gather, rows)
-        hidden = self._executor.new(rows * chosen, up[0].columns, self._operand_dtype(x.dtype, down[0]))
-        product = partial(self._product, offsets=offsets, groups=count, per_row=chosen)
-        product(gathered, hidden, up[0], weight_array(up), keep=(*up,))
-        out = self._executor.new(rows * chosen, down[0].columns, torch.float32)
-        product(hidden, out, down[0], weight_array(down), keep=(*down,))
-        y = self._executor.result(rows, down[0].columns, result_dtype, add_to)
-        combine = structs.Combine(
-            x=rows_of(out),
-            y=rows_of(y),
-            places=places.data_ptr(),
-            shares=shares.data_ptr(),
-            width=down[0].columns,
-            chosen=chosen,
-            add=add_to is not None,
-        )
-        self._executor.run(combine, rows)
-        return y
+        assert router_logits.shape == (x.shape[0], len(up)), router_logits.shape
+        assert len(up) == len(down)
+        routed = route(self, router_logits, routing)
+        hidden = into_experts(self, x, routed, up, down[0])
+        return combine(self, out_of_experts(self, hidden, routed, down), routed, x.dtype, add_to)
 
     # --- sampling ---
 
     def argmax(self, logits: Tensor) -> Tensor:
         rows, width = shape_of_logits(logits)
-        chosen = self._executor.new(rows, 1, torch.int64, dense=True)
-        self._executor.run(structs.Argmax(logits=rows_of(logits), chosen=chosen.data_ptr(), width=width), rows)
+        chosen = self.executor.new(rows, 1, torch.int64, dense=True)
+        self.executor.run(structs.Argmax(logits=rows_of(logits), chosen=chosen.data_ptr(), width=width), rows)
         return chosen[:, 0]
 
     def add_gumbel_noise(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -335,7 +290,7 @@ class CpuKernels:
             positions=numbers(positions, torch.int64, rows),
             width=width,
         )
-        self._executor.run(operation, rows, keep=(seeds, positions))
+        self.executor.run(operation, rows, keep=(seeds, positions))
         return logits
 
     def filter_logits(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -347,11 +302,11 @@ class CpuKernels:
             min_p=numbers(min_p, torch.float32, rows),
             width=width,
         )
-        self._executor.run(operation, rows, keep=(top_k, top_p, min_p))
+        self.executor.run(operation, rows, keep=(top_k, top_p, min_p))
         return logits
 
     def record(self, forward: Forward, max_tokens: int) -> Forward:
-        return self._executor.record(forward, max_tokens)
+        return self.executor.record(forward, max_tokens)
 
 
 def _is_fp8(part: Matrix) -> bool:

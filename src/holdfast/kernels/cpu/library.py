@@ -10,7 +10,7 @@ from ctypes import POINTER, Array, byref, c_char_p, c_int64, c_void_p
 from pathlib import Path
 
 from holdfast.core.errors import ConfigError
-from holdfast.kernels.cpu.structs import CONSTANTS, OPERATIONS, Batch, Op, Weight
+from holdfast.kernels.cpu.structs import CONSTANTS, OPERATIONS, Batch, Counter, Endpoint, Op, Slots, Tally, Weight
 
 ISA_VARIABLE = "HOLDFAST_CPU_ISA"
 """Names the build to use instead of the best: avx512bf16, avx512, avx2 or portable. For tests."""
@@ -50,6 +50,7 @@ class Library:
             "team_start": (c_void_p, [c_int64, c_void_p]),
             "team_stop": (None, [c_void_p]),
             "run": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]),
+            "give_up": (None, [c_void_p, c_void_p, c_int64]),
             "pack_dense": (None, [POINTER(Weight), c_void_p, c_int64, c_int64]),
             "pack_groups": (None, [POINTER(Weight), c_void_p, c_int64, c_int64]),
         }
@@ -59,7 +60,16 @@ class Library:
 
     def _check_mirrors(self) -> None:
         """That C and Python mean the same: a library from another version of Holdfast would compute nonsense."""
-        structs: tuple[type[ctypes.Structure], ...] = (Batch, Weight, Op, *OPERATIONS)
+        structs: tuple[type[ctypes.Structure], ...] = (
+            Batch,
+            Weight,
+            Op,
+            Counter,
+            Tally,
+            Endpoint,
+            Slots,
+            *OPERATIONS,
+        )
         for index, struct in enumerate(structs):
             found = self._c.holdfast_struct_bytes(index)
             assert found == ctypes.sizeof(struct), f"{struct.__name__}: C has {found} bytes"
@@ -92,6 +102,10 @@ class Library:
     def run(self, team: int, ops: Array[Op], batch: Batch) -> None:
         """Run the operations in order. Releases the GIL."""
         self._c.holdfast_run(team, self._isa, ops, len(ops), byref(batch))
+
+    def give_up(self, aborted: int, counters: int, count: int) -> None:
+        """Set the flag at `aborted`, and wake all who sleep at the `count` counters from this address on."""
+        self._c.holdfast_give_up(aborted, counters, count)
 
     def pack_dense(self, weight: Weight, rows: int, stride: int, half: int) -> None:
         self._c.holdfast_pack_dense(byref(weight), rows, stride, half)

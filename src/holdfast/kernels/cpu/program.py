@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from holdfast.kernels.cpu.library import Library
 from holdfast.kernels.cpu.memory import Workspace
 from holdfast.kernels.cpu.step import StepBatch
 from holdfast.kernels.cpu.structs import Op, op
 from holdfast.kernels.interface import BatchLayout
+
+if TYPE_CHECKING:
+    from holdfast.kernels.cpu.executor import Executor
 
 
 class Recording:
@@ -47,11 +49,10 @@ class Program:
     """`Forward` without Python's share. The result's memory is the program's, valid until the next call; so are the
     inputs': one caller at a time."""
 
-    def __init__(self, recording: Recording, result: Tensor, library: Library, team: int) -> None:
+    def __init__(self, recording: Recording, result: Tensor, executor: Executor) -> None:
         self._recording = recording
         self._result = result
-        self._library = library
-        self._team = team
+        self._executor = executor
         self._ops = (Op * len(recording.ops))(*recording.ops)
 
     def __call__(self, token_ids: Tensor, batch: BatchLayout) -> Tensor:
@@ -61,5 +62,5 @@ class Program:
         self._recording.token_ids[:rows] = token_ids
         self._recording.layout.positions[:rows] = batch.positions
         step = StepBatch(batch, self._recording.max_items)
-        self._library.run(self._team, self._ops, step.c)
+        self._executor.run_all(self._ops, step.c)
         return self._result[:rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, Union, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, Union, c_float, c_int64, c_uint32, c_void_p
 from typing import Any
 
 from holdfast.kernels.interface import GROUP
@@ -36,6 +36,7 @@ class Batch(Structure):
         ("tables", c_void_p),
         ("table_width", c_int64),
         ("items", c_void_p),
+        ("failed", c_void_p),
     ]
 
 
@@ -167,11 +168,13 @@ class Route(Structure):
 class Sort(Structure):
     _fields_ = [
         ("ids", c_void_p),
+        ("owners", c_void_p),
         ("offsets", c_void_p),
         ("sources", c_void_p),
         ("places", c_void_p),
         ("experts", c_int64),
         ("chosen", c_int64),
+        ("self", c_int64),
     ]
 
 
@@ -209,6 +212,125 @@ class Filter(Structure):
     ]
 
 
+class Counter(Structure):
+    """In shared memory, like `Tally`: on a cache line of its own."""
+
+    _fields_ = [("count", c_uint32), ("sleepers", c_uint32), ("padding", c_int64 * 7)]
+
+
+class Tally(Structure):
+    _fields_ = [
+        ("exchanges", c_int64),
+        ("bytes_read", c_int64),
+        ("waited_ns", c_int64),
+        ("idle_ns", c_int64),
+        ("steps", c_int64),
+        ("step_ns", c_int64),
+        ("padding", c_int64 * 2),
+    ]
+
+
+class Endpoint(Structure):
+    _fields_ = [
+        ("aborted", c_void_p),
+        ("tally", c_void_p),
+        ("deadline_ns", c_int64),
+        ("failed", c_int64),
+    ]
+
+
+FAILED_ABORTED, FAILED_LATE = 1, 2
+
+
+class Slots(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("slot_bytes", c_int64),
+        ("depth", c_int64),
+        ("clock", c_void_p),
+        ("ahead", c_int64),
+    ]
+
+
+class Meet(Structure):
+    _fields_ = [
+        ("end", POINTER(Endpoint)),
+        ("own", c_void_p),
+        ("others", c_void_p),
+        ("num_others", c_int64),
+        ("clock", c_void_p),
+        ("ahead", c_int64),
+        ("idle", c_int64),
+    ]
+
+
+class Move(Structure):
+    _fields_ = [
+        ("x", Rows),
+        ("slots", Slots),
+        ("tally", c_void_p),
+        ("width", c_int64),
+        ("part", c_int64),
+        ("parts", c_int64),
+        ("take", c_int64),
+    ]
+
+
+class Join(Structure):
+    _fields_ = [
+        ("y", Rows),
+        ("sources", POINTER(Slots)),
+        ("joins", c_void_p),
+        ("pieces", c_int64),
+        ("others", c_int64),
+        ("tally", c_void_p),
+        ("bias", c_void_p),
+        ("width", c_int64),
+        ("add", c_int64),
+    ]
+
+
+class Collect(Structure):
+    _fields_ = [
+        ("y", Rows),
+        ("sources", POINTER(Slots)),
+        ("starts", c_void_p),
+        ("ranks", c_int64),
+        ("self", c_int64),
+        ("tally", c_void_p),
+    ]
+
+
+class Deal(Structure):
+    _fields_ = [
+        ("x", Rows),
+        ("slots", Slots),
+        ("ids", c_void_p),
+        ("owners", c_void_p),
+        ("places", c_void_p),
+        ("width", c_int64),
+        ("chosen", c_int64),
+        ("self", c_int64),
+    ]
+
+
+class Reunite(Structure):
+    _fields_ = [
+        ("y", Rows),
+        ("sources", POINTER(Slots)),
+        ("is_mine", c_void_p),
+        ("joins", c_void_p),
+        ("ids", c_void_p),
+        ("owners", c_void_p),
+        ("shares", c_void_p),
+        ("width", c_int64),
+        ("chosen", c_int64),
+        ("pieces", c_int64),
+        ("tally", c_void_p),
+        ("add", c_int64),
+    ]
+
+
 OPERATIONS: tuple[type[Structure], ...] = (
     Linear,
     Quantize,
@@ -226,6 +348,12 @@ OPERATIONS: tuple[type[Structure], ...] = (
     Argmax,
     Noise,
     Filter,
+    Meet,
+    Move,
+    Join,
+    Collect,
+    Deal,
+    Reunite,
 )
 """In the order of OPERATIONS in ops.h."""
 

@@ -112,7 +112,7 @@ class CudaKernels:
         y = add_to if add_to is not None else self._new(table.codes.codes, ids.shape[0], table.columns, torch.float32)
         codes, scales, minima, _ = _operands(table)
         rows.embed_row[(ids.shape[0],)](
-            ids, codes, scales, minima, y, y.stride(0), table.columns, scale, offset,
+            ids, codes, scales, minima, y, y.stride(0), table.rows, table.columns, scale, offset,
             FORMAT=table.codes.format, ADD=add_to is not None, BLOCK=max(32, triton.next_power_of_2(table.columns)),
             **ROUNDED,
         )  # fmt: skip

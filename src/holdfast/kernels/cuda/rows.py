@@ -52,19 +52,23 @@ def soft_cap(x, cap):
 
 @triton.jit
 def embed_row(
-    ids, codes, scales, minima, y, y_stride, width, factor, offset,
+    ids, codes, scales, minima, y, y_stride, height, width, factor, offset,
     FORMAT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y (+)= a row of the table times `factor`."""
+    """y (+)= a row of the table times `factor`, or zeros, if it has no such row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     source = tl.load(ids + row) + offset + tl.zeros((1,), tl.int64)
-    numbers = load_weights(codes, scales, minima, source, source >= 0, 0, width, width, FORMAT, BLOCK)
+    numbers = load_weights(
+        codes, scales, minima, source, (source >= 0) & (source < height), 0, width, width, FORMAT, BLOCK
+    )
     numbers = tl.reshape(numbers.to(tl.float32), (BLOCK,)) * factor
     out = y + row * y_stride + at
     if ADD:
         numbers += tl.load(out, inside, 0.0)
+    else:
+        numbers += 0.0
     tl.store(out, numbers, inside)
 
 

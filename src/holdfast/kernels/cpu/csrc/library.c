@@ -1,6 +1,7 @@
 // What Python calls. Everything else is hidden.
 #include <stddef.h>
 
+#include "exchange.h"
 #include "pack.h"
 #include "team.h"
 
@@ -34,6 +35,8 @@ EXPORT void holdfast_run(
     team_run(team, isa, ops, count, batch);
 }
 
+EXPORT void holdfast_give_up(uint32_t *aborted, struct counter *counters, int64_t count) { give_up(aborted, counters, count); }
+
 EXPORT void holdfast_pack_dense(const struct weight *w, const void *rows, int64_t stride, int64_t half) {
     pack_dense(w, rows, stride, half);
 }
@@ -49,10 +52,11 @@ EXPORT int64_t holdfast_constant(int64_t index) {
     return index < (int64_t)(sizeof values / sizeof *values) ? values[index] : -1;
 }
 
-// Bytes of the structs that Python mirrors: batch, weight, op, then of each kind of operation.
+// Bytes of the structs that Python mirrors: batch, weight, op, those of exchanges, then of each kind of operation.
 EXPORT int64_t holdfast_struct_bytes(int64_t index) {
 #define BYTES(name) sizeof(((struct op *)0)->name),
-    static const int64_t bytes[] = {sizeof(struct batch), sizeof(struct weight), sizeof(struct op), OPERATIONS(BYTES)};
+    static const int64_t bytes[] = {sizeof(struct batch), sizeof(struct weight), sizeof(struct op), sizeof(struct counter),
+                                    sizeof(struct tally), sizeof(struct endpoint), sizeof(struct slots), OPERATIONS(BYTES)};
 #undef BYTES
     return index < (int64_t)(sizeof bytes / sizeof *bytes) ? bytes[index] : -1;
 }

@@ -35,6 +35,7 @@ struct batch {
     const int32_t *tables;        // [B, table_width] block ids
     int64_t table_width;
     const int32_t *items;         // [B + 1]: attention's items of request b, see attention.inc
+    const int64_t *failed;        // the run ends once this is not 0; or NULL
 };
 
 // A matrix [N, K], read by panels of 32 of its rows (output columns), K in order within a panel. A panel of
@@ -78,7 +79,8 @@ struct quantize_op {
     int64_t digits;
 };
 
-// y = table[ids + offset] * scale, or y += it; y is float32.
+// y = table[ids + offset] * scale, or y += it; y is float32. Rows the table does not have are zeros (they are another
+// rank's), and -0 becomes 0, so that the sum over all ranks has the bits of a single one.
 struct embedding_op {
     const int64_t *ids;
     const struct weight *table;
@@ -147,11 +149,12 @@ struct route_op {
 };
 
 // Sort the T · K (row, expert) pairs by expert: offsets [E + 1], `sources` [T · K] the row of each sorted place,
-// `places` [T, K] the sorted place of each pair.
+// `places` [T, K] the sorted place of each pair. With `owners` [E], only the pairs of experts that are `self`'s; places
+// that are left over have row 0.
 struct sort_op {
-    const int64_t *ids;
+    const int64_t *ids, *owners;
     int64_t *offsets, *sources, *places;
-    int64_t experts, chosen;
+    int64_t experts, chosen, self;
 };
 
 // y[i] = x[sources[i]] for T · K rows.
@@ -167,6 +170,109 @@ struct combine_op {
     const int64_t *places;
     const float *shares;
     int64_t width, chosen;
+    int64_t add;
+};
+
+// --- between processes, see exchange.inc ---
+
+// In shared memory: how often somebody has done something, and who sleeps until he does it again.
+struct counter {
+    _Alignas(64) uint32_t count;
+    uint32_t sleepers;
+};
+
+// In shared memory, one per rank: what it has exchanged.
+struct tally {
+    _Alignas(64) int64_t exchanges;
+    int64_t bytes_read;  // of other ranks' numbers
+    int64_t waited_ns;   // for them, in collectives
+    int64_t idle_ns;     // for the stage before, or for room in the next
+    int64_t steps, step_ns;  // kept by Python: all of a step, waits included
+};
+
+// One process's end of all exchanges.
+struct endpoint {
+    const uint32_t *aborted;  // shared: no exchange of this epoch goes on
+    struct tally *tally;
+    int64_t deadline_ns;      // CLOCK_MONOTONIC
+    int64_t failed;           // FAILED_…; what is left of a program is not run then
+};
+enum { FAILED_NOT, FAILED_ABORTED, FAILED_LATE };
+
+// Numbers in shared memory that change hands again and again. The current exchange is number `clock` + `ahead`;
+// its numbers lie at data + number % depth * slot_bytes.
+struct slots {
+    char *data;
+    int64_t slot_bytes, depth;
+    const struct counter *clock;
+    int64_t ahead;
+};
+
+// Count `own` up, if there is one; then wait until each of `others` has reached clock + ahead.
+struct meet_op {
+    struct endpoint *end;
+    struct counter *own;
+    struct counter *const *others;
+    int64_t num_others;
+    const struct counter *clock;
+    int64_t ahead;
+    int64_t idle;  // what is waited for: a stage, or (0) the ranks of one's own
+};
+
+// Rows from x into shared memory, or (`take`) the other way: float32 [T, width], those from T · part / parts on.
+struct move_op {
+    struct rows x;
+    struct slots slots;
+    struct tally *tally;
+    int64_t width;
+    int64_t part, parts;
+    int64_t take;
+};
+
+// y = the sum of what all ranks have put into shared memory (+ bias), or y += it. Piece i [T, width] lies in
+// sources[i]; after it, joins[i] times the two latest sums become one: the binary tree of the virtual shards.
+struct join_op {
+    struct rows y;
+    const struct slots *sources;
+    const int64_t *joins;
+    int64_t pieces;
+    int64_t others;  // pieces, of them, that are other ranks'
+    struct tally *tally;
+    const float *bias;
+    int64_t width;
+    int64_t add;
+};
+
+// y[T, starts[ranks]] = what all ranks have put into shared memory, side by side: rank r has [T, starts[r + 1] - starts[r]].
+struct collect_op {
+    struct rows y;
+    const struct slots *sources;
+    const int64_t *starts;
+    int64_t ranks, self;
+    struct tally *tally;
+};
+
+// What this rank's experts have given, into shared memory: row places[t, i] of x for each pair (t, i) that is its own.
+struct deal_op {
+    struct rows x;  // float32 [T · K, width]
+    struct slots slots;
+    const int64_t *ids, *owners, *places;
+    int64_t width, chosen;
+    int64_t self;
+};
+
+// combine, over experts of several groups of ranks: what pair (t, i) gives lies in rows t · K + i of the `pieces` sources
+// of the group owners[ids[t, i]], and is joined like those of join_op.
+struct reunite_op {
+    struct rows y;
+    const struct slots *sources;  // [groups][pieces]
+    const int64_t *is_mine;       // [groups][pieces]
+    const int64_t *joins;         // [pieces]
+    const int64_t *ids, *owners;
+    const float *shares;
+    int64_t width, chosen;
+    int64_t pieces;
+    struct tally *tally;
     int64_t add;
 };
 
@@ -194,7 +300,7 @@ struct filter_op {
 
 #define OPERATIONS(X)                                                                                               \
     X(linear) X(quantize) X(embedding) X(norm) X(convert) X(softcap) X(store_kv) X(attention) X(merge) X(route)   \
-    X(sort) X(gather) X(combine) X(argmax) X(noise) X(filter)
+    X(sort) X(gather) X(combine) X(argmax) X(noise) X(filter) X(meet) X(move) X(join) X(collect) X(deal) X(reunite)
 
 #define KIND(name) OP_##name,
 enum op_kind { OPERATIONS(KIND) OP_COUNT };
@@ -218,6 +324,12 @@ struct op {
         struct argmax_op argmax;
         struct noise_op noise;
         struct filter_op filter;
+        struct meet_op meet;
+        struct move_op move;
+        struct join_op join;
+        struct collect_op collect;
+        struct deal_op deal;
+        struct reunite_op reunite;
     };
 };
 

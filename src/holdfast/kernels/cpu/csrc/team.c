@@ -84,6 +84,7 @@ static void wait_for_change(struct team *team, uint64_t stage) {
 // Open the first stage from `stage` on that has units, or end the run.
 static void open_stage(struct team *team, uint64_t stage) {
     int64_t units = 0;
+    if (team->batch->failed && *team->batch->failed) stage = team->last_stage + 1;
     for (; stage <= team->last_stage; stage++) {
         const struct op *op = &team->ops[stage - team->first_stage];
         units = team->isa->units[op->kind](op, team->batch);

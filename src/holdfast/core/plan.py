@@ -1,0 +1,125 @@
+"""The Plan: which rank of which replica holds what. Data, the same for who makes it, who runs it and who mends it.
+
+    Plan ─▶ replicas ─▶ stages (layers first … last - 1) ─▶ ranks, each with its shard of every layer of the stage
+
+A range is (first, last): first … last - 1. What the ranges count, and which are possible, says `parallel.shards`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from holdfast.core.errors import ConfigError
+
+Range = tuple[int, int]
+PipelineBatching = Literal["synchronous", "asynchronous", "hybrid"]
+
+
+class RankShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank holds of each layer of its stage. `rank`: its number within the replica."""
+
+    rank: int
+    query_heads: Range
+    kv_heads: Range
+    """Those that the query heads read. Several ranks may hold the same one."""
+    mlp_shards: Range
+    """Of the virtual shards of an MLP's columns."""
+    vocab: Range
+    """Rows of the embeddings and of the head."""
+    experts: tuple[int, ...] = ()
+    """Ids, ascending: those this rank holds, of every layer with experts."""
+    expert_shards: Range = (0, 0)
+    """Of the virtual shards of the columns of each."""
+
+
+class StagePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Consecutive layers and the ranks that share each of them. Together the ranks hold everything once, but for
+    KV heads that several read."""
+
+    layers: Range
+    ranks: tuple[RankShard, ...]
+
+
+class ReplicaPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One copy of the model, in the order of its layers."""
+
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        return sum(len(stage.ranks) for stage in self.stages)
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a model is cut."""
+
+    replicas: tuple[ReplicaPlan, ...]
+    pipeline_batching: PipelineBatching = "asynchronous"
+    microbatches: int = 0
+    """Steps in flight in a replica; 0: as many as it has stages."""
+
+    def steps_in_flight(self, replica: int) -> int:
+        return self.microbatches or len(self.replicas[replica].stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One rank's place in its replica."""
+
+    replica: ReplicaPlan
+    stage: int
+    index: int
+    """Among the ranks of its stage."""
+
+    @property
+    def layers(self) -> Range:
+        return self.replica.stages[self.stage].layers
+
+    @property
+    def ranks(self) -> tuple[RankShard, ...]:
+        """Those of its stage."""
+        return self.replica.stages[self.stage].ranks
+
+    @property
+    def shard(self) -> RankShard:
+        return self.ranks[self.index]
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == len(self.replica.stages) - 1
+
+    @property
+    def is_alone(self) -> bool:
+        return self.replica.num_ranks == 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is the one that tells the engine what a step has sampled."""
+        return self.is_last and self.index == 0
+
+
+def places(replica: ReplicaPlan) -> list[Place]:
+    """Of every rank, stage by stage."""
+    return [
+        Place(replica, stage, index) for stage, plan in enumerate(replica.stages) for index in range(len(plan.ranks))
+    ]
+
+
+def read_plan(path: str) -> Plan:
+    """A plan from its JSON file; whether it fits a model, `parallel.shards.check_plan` says. Raises `ConfigError`."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Plan)
+    except OSError as error:
+        raise ConfigError(f"--plan {path}: cannot be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:  # ValidationError is one: it names the field
+        raise ConfigError(f"--plan {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--plan {path}: is not UTF-8: {error}") from error

@@ -1,0 +1,154 @@
+"""The memory that the ranks of one replica share, when they are processes of one machine: what lies where in it.
+
+    head: aborted, epoch │ a tally per rank │ counters │ per stage: two slots per rank │ per border: a ring of slots
+
+A file without a name (memfd): the supervisor makes it and its children inherit it, so nothing is left of it when they
+are gone. Only pages that are written to take memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from itertools import accumulate
+
+from holdfast.core.plan import ReplicaPlan
+from holdfast.core.spec import DecoderSpec
+from holdfast.parallel.shards import Tree, expert_groups, head_shards, num_expert_shards, num_mlp_shards, tree_of
+
+PAGE = 4096
+LINE = 64
+"""Bytes of a counter and of a tally: each has a cache line of its own."""
+ABORTED_AT, EPOCH_AT = 0, 8
+SLOTS = 2
+"""Of each rank in the exchanges of its stage, used by turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTrees:
+    """How the sums of a stage's ranks meet."""
+
+    attention: Tree
+    mlp: Tree
+    experts: Tree | None
+    """Within a group of ranks with the same experts."""
+    embedding: Tree
+
+    @classmethod
+    def of(cls, replica: ReplicaPlan, stage: int, spec: DecoderSpec) -> StageTrees:
+        ranks = replica.stages[stage].ranks
+        shard_of = {end: index + 1 for index, end in enumerate(head_shards(spec))} | {0: 0}
+        heads = [(shard_of[shard.query_heads[0]], shard_of[shard.query_heads[1]]) for shard in ranks]
+        group = next(iter(expert_groups(replica.stages[stage]).values()))
+        experts = None
+        if spec.moe is not None:
+            experts = tree_of([shard.expert_shards for shard in group], num_expert_shards(spec))
+        return cls(
+            attention=tree_of(heads, len(head_shards(spec))),
+            mlp=tree_of([shard.mlp_shards for shard in ranks], num_mlp_shards(spec)),
+            experts=None
+            if spec.moe is None
+            else tree_of([shard.expert_shards for shard in group], num_expert_shards(spec)),
+            embedding=tree_of([(index, index + 1) for index in range(len(ranks))], len(ranks)),
+        )
+
+
+class Layout:
+    """Where everything is, in bytes from the start. Steps have up to `max_tokens` tokens, and up to `max_logits`
+    rows of logits are exchanged at once."""
+
+    def __init__(self, replica: ReplicaPlan, spec: DecoderSpec, max_tokens: int, max_logits: int) -> None:
+        stages = replica.stages
+        self.num_ranks = replica.num_ranks
+        self.first_rank = [0, *accumulate(len(stage.ranks) for stage in stages)]
+        """Of each stage, counting through all of them."""
+        self.row_bytes = spec.hidden_size * 4
+        self.max_tokens = max_tokens
+        self.depth = len(stages) + 1
+        """Slots of a ring: microbatches that a stage may be ahead of the next."""
+        self.trees = [StageTrees.of(replica, index, spec) for index in range(len(stages))]
+        end = PAGE + LINE * self.num_ranks
+        self.num_counters = 3 * self.num_ranks
+        self.counters_at = end
+        end = _whole_pages(end + LINE * self.num_counters)
+        self.slot_bytes, self.slots_at, self.ring_at = [], [], []
+        for index, stage in enumerate(stages):
+            vocab = max(last - first for first, last in (shard.vocab for shard in stage.ranks))
+            logits = max_logits * vocab * 4 if index == len(stages) - 1 else 0
+            self.slot_bytes.append(_whole_pages(max(self._most_rows(index, spec) * self.row_bytes, logits)))
+            self.slots_at.append(end)
+            end += SLOTS * len(stage.ranks) * self.slot_bytes[-1]
+        for _ in stages[1:]:
+            self.ring_at.append(end)
+            end += self.depth * self.ring_slot_bytes
+        self.num_bytes = end
+
+    @property
+    def ring_slot_bytes(self) -> int:
+        return _whole_pages(self.max_tokens * self.row_bytes)
+
+    def _most_rows(self, stage: int, spec: DecoderSpec) -> int:
+        trees = self.trees[stage]
+        pieces = [len(some) for tree in (trees.attention, trees.mlp) for some in tree.pieces]
+        if trees.experts and spec.moe:
+            pieces += [len(some) * spec.moe.experts_per_token for some in trees.experts.pieces]
+        return max(pieces) * self.max_tokens
+
+    # a rank counts how often it has met those of its stage, sent to the next, and taken from the one before
+
+    def met_at(self, stage: int, index: int) -> int:
+        return self._counter_at(stage, index, 0)
+
+    def sent_at(self, stage: int, index: int) -> int:
+        return self._counter_at(stage, index, 1)
+
+    def taken_at(self, stage: int, index: int) -> int:
+        return self._counter_at(stage, index, 2)
+
+    def _counter_at(self, stage: int, index: int, kind: int) -> int:
+        return self.counters_at + LINE * (3 * (self.first_rank[stage] + index) + kind)
+
+    def tally_at(self, stage: int, index: int) -> int:
+        return PAGE + LINE * (self.first_rank[stage] + index)
+
+    def rank_slots_at(self, stage: int, index: int) -> int:
+        """Its `SLOTS` slots, one after the other."""
+        return self.slots_at[stage] + SLOTS * index * self.slot_bytes[stage]
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE) * PAGE
+
+
+def create(num_bytes: int) -> int:
+    """A file descriptor of that much shared memory, all zero. The caller closes it."""
+    descriptor = os.memfd_create("holdfast")
+    os.ftruncate(descriptor, num_bytes)
+    return descriptor
+
+
+def attach(descriptor: int, layout: Layout) -> mmap.mmap:
+    """The memory of a descriptor, which must be as large as the layout says."""
+    found = os.fstat(descriptor).st_size
+    assert found == layout.num_bytes, f"{found} bytes of shared memory, the plan needs {layout.num_bytes}"
+    return mmap.mmap(descriptor, found)
+
+
+@dataclass(frozen=True, slots=True)
+class RankTally:
+    """What one rank has exchanged since it started."""
+
+    exchanges: int
+    bytes_read: int
+    """Of other ranks' numbers."""
+    waited_seconds: float
+    """For the ranks of its stage."""
+    idle_seconds: float
+    """For the stage before, or for room in the next."""
+
+
+def read_tally(memory: mmap.mmap, layout: Layout, stage: int, index: int) -> RankTally:
+    at = layout.tally_at(stage, index)
+    words = memoryview(memory)[at : at + 32].cast("q")
+    return RankTally(words[0], words[1], words[2] / 1e9, words[3] / 1e9)
