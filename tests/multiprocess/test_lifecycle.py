@@ -143,7 +143,6 @@ def test_a_busy_port_is_said_by_name(service: Service, tmp_path: Path):
         (["--max-model-len", "8192", "--kv-cache-memory-bytes", "1M"], "the KV cache holds"),
         (["--kv-cache-memory-bytes", "1"], "a block needs"),
         (["--device", "cuda"], "--device cuda"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2: not supported yet"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(tmp_path: Path, flags: list[str], said: str):

@@ -19,7 +19,8 @@ from holdfast.core.config import CacheConfig, DeviceConfig, ModelConfig, ServeCo
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import Submit
 from holdfast.models.inspect import inspect_model
-from holdfast.schedule.scheduler import Scheduler, fit_model_len
+from holdfast.schedule.fit import fit_model_len
+from holdfast.schedule.scheduler import Scheduler
 from holdfast.worker.start import start_runner
 
 CACHE_BYTES = 512_000_000

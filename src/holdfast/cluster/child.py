@@ -1,6 +1,6 @@
 """What every child process does before and after its own work: title, logs, death pipe, and a last word.
 
-    python -m MODULE NAME BOOT_FILE DEATH_FD
+    python -m MODULE NAME BOOT_FILE DEATH_FD [MEMORY_FD]
 
 The child holds the read end of a pipe whose write end only the supervisor has. When the supervisor is gone,
 however it went, the read ends and so does the child: no orphan survives.
@@ -59,6 +59,12 @@ def run_child(body: Body) -> None:
         control.send(wire.encode(wire.Failed(str(error), isinstance(error, UserError), traceback.format_exc())))
     context.destroy()
     sys.exit(status)
+
+
+def shared_memory() -> int | None:
+    """The descriptor of the memory that this process shares with the others of its replica, if it has several
+    ranks."""
+    return int(sys.argv[4]) if len(sys.argv) > 4 else None
 
 
 def _die_with_parent(death_fd: int, folder: str) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from dataclasses import astuple
 
+import msgspec
 import zmq
 
 from holdfast.cache.blocks import BlockPool
-from holdfast.cluster.child import Control, run_child
+from holdfast.cluster.child import Control, run_child, shared_memory
 from holdfast.core import wire
-from holdfast.schedule.scheduler import Scheduler, fit_model_len
+from holdfast.core.plan import places
+from holdfast.parallel.segment import RankTally, attach, layout_of, read_tally
+from holdfast.schedule.batching import batching_of
+from holdfast.schedule.fit import fit_model_len
+from holdfast.schedule.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +34,14 @@ class Engine:
         self.requests.bind(endpoints.engine(replica))
         self.results = self._socket(zmq.PULL)
         self.results.bind(endpoints.results(replica))
-        self.worker = self._socket(zmq.PUSH)
-        self.worker.connect(endpoints.worker(f"{replica}.0.0"))
+        self.plan = boot.plan.replicas[replica]
+        self.places = places(self.plan)
+        self.workers = []
+        for place in self.places:
+            worker = self._socket(zmq.PUSH)
+            worker.connect(endpoints.worker(f"{replica}.{place.name}"))
+            self.workers.append(worker)
+        self.counters = self._open_counters()
         self.gateway = self._socket(zmq.PUSH)
         self.gateway.connect(endpoints.gateway)
         self._decode_request = wire.decoder(wire.ToEngine).decode
@@ -42,23 +55,28 @@ class Engine:
 
     def run(self) -> None:
         """Serve until told to stop."""
-        if self._wait_for(self.results):
-            return
-        ready = self._decode_result(self.results.recv())
-        assert isinstance(ready, wire.WorkerReady)
-        self.scheduler = self._make_scheduler(ready.num_blocks)
-        depth = 2 if ready.runs_ahead else 1
+        ready: list[wire.WorkerReady] = []
+        while len(ready) < len(self.workers):
+            if self._wait_for(self.results):
+                return
+            ready.append(self._decode_result(self.results.recv()))
+        depth = self.boot.plan.steps_in_flight(self.replica)
+        if self.is_alone:
+            depth = 2 if ready[0].runs_ahead else 1
+        self.scheduler = self._make_scheduler(min(each.num_blocks for each in ready), depth)
         while not self._wait_for(*self._awaited(depth)):
             self._take_requests()
             outputs = self._take_result()
             while self.scheduler.num_in_flight < depth and (step := self.scheduler.schedule()):
-                self.worker.send(wire.encode(step))
+                message = wire.encode(step)
+                for worker in self.workers:
+                    worker.send(message)
             assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work that is never scheduled"
-            self.gateway.send(wire.encode(wire.Outputs(self.replica, outputs, self.scheduler.stats())))
+            self.gateway.send(wire.encode(wire.Outputs(self.replica, outputs, self._stats())))
             if not self.scheduler.has_work and log.isEnabledFor(logging.DEBUG):
                 self.scheduler.check_integrity()  # every reference to every block, whenever we fall idle
 
-    def _make_scheduler(self, num_blocks: int) -> Scheduler:
+    def _make_scheduler(self, num_blocks: int, depth: int) -> Scheduler:
         config, model = self.boot.config, self.boot.model
         max_model_len = fit_model_len(
             config.model.max_model_len, model.spec.max_positions, num_blocks, config.cache.block_size
@@ -76,10 +94,34 @@ class Engine:
             max_model_len=max_model_len,
             eos_token_ids=frozenset(model.eos_token_ids),
             prefix_caching=config.cache.enable_prefix_caching,
+            batching=batching_of(
+                self.boot.plan.pipeline_batching, len(self.plan.stages), depth, config.scheduler.max_num_seqs
+            ),
         )
         self.gateway.send(wire.encode(wire.EngineReady(self.replica, max_model_len)))
         self.control.send(wire.encode(wire.Ready()))
         return scheduler
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one worker, with nobody to exchange anything with."""
+        return len(self.places) == 1
+
+    def _open_counters(self) -> Callable[[], list[RankTally]]:
+        """What reads the tallies of all ranks, in the order of `places`."""
+        descriptor = shared_memory()
+        if descriptor is None:
+            return list
+        layout = layout_of(self.plan, self.boot.model.spec, self.boot.config.scheduler)
+        memory = attach(descriptor, layout)
+        return lambda: [read_tally(memory, layout, place.stage, place.index) for place in self.places]
+
+    def _stats(self) -> wire.EngineStats:
+        ranks = [
+            wire.RankStats(f"{self.replica}.{place.name}", *astuple(tally))
+            for place, tally in zip(self.places, self.counters(), strict=False)
+        ]
+        return msgspec.structs.replace(self.scheduler.stats(), ranks=ranks)
 
     def _awaited(self, depth: int) -> list[zmq.Socket[bytes]]:
         """Whose message lets the loop go on. A request can wait for a result when steps enough are in flight."""

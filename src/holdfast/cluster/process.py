@@ -27,13 +27,15 @@ class Child:
     ready: bool = False
 
     @classmethod
-    def start(cls, module: str, name: str, boot_file: str) -> Child:
-        """`python -m module name boot_file fd`, in a process group of its own."""
+    def start(cls, module: str, name: str, boot_file: str, memory: int | None = None) -> Child:
+        """`python -m module name boot_file fd [memory]`, in a process group of its own. `memory`: the descriptor of
+        memory that it shares with others."""
         read_end, write_end = os.pipe()
+        inherited = [read_end] if memory is None else [read_end, memory]
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, name, boot_file, str(read_end)],
-                pass_fds=[read_end],
+                [sys.executable, "-m", module, name, boot_file, *map(str, inherited)],
+                pass_fds=inherited,
                 env={**ENVIRONMENT, **os.environ},
                 stdin=subprocess.DEVNULL,
                 process_group=0,

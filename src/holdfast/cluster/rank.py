@@ -13,10 +13,11 @@ from typing import TypeVar
 import torch
 import zmq
 
-from holdfast.cluster.child import Control, run_child
+from holdfast.cluster.child import Control, run_child, shared_memory
 from holdfast.core import wire
+from holdfast.core.plan import Place
 from holdfast.worker.runner import Launched, Runner
-from holdfast.worker.start import start_runner
+from holdfast.worker.start import Post, start_runner
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 def run(boot: wire.Boot, control: Control) -> None:
     """Load the model, report for duty, run steps until told to stop."""
     rank = sys.argv[1].removeprefix("worker ")
-    replica = int(rank.split(".")[0])
+    replica, stage, index = (int(part) for part in rank.split("."))
+    post = Post(boot.plan, replica, Place(boot.plan.replicas[replica], stage, index), shared_memory())
 
     def progress(text: str, fraction: float | None) -> None:
         control.send(wire.encode(wire.Progress(text, fraction)))
@@ -33,11 +35,12 @@ def run(boot: wire.Boot, control: Control) -> None:
     steps.bind(boot.endpoints.worker(rank))
     results = control.context.socket(zmq.PUSH)
     results.connect(boot.endpoints.results(replica))
-    runner = start_runner(boot.config, boot.model, progress, replica)
+    runner = start_runner(boot.config, boot.model, progress, post)
     ahead = boot.config.scheduler.runs_ahead(runner.device.type)
     results.send(wire.encode(wire.WorkerReady(rank, runner.pages.num_blocks, runs_ahead=ahead)))
     control.send(wire.encode(wire.Ready()))
 
+    speaks = post.place.speaks
     decode = wire.decoder(wire.ToWorker).decode
     launched: deque[tuple[wire.Step, Launched | wire.StepResult | wire.StepError]] = deque()
     poller = zmq.Poller()
@@ -46,6 +49,7 @@ def run(boot: wire.Boot, control: Control) -> None:
     while True:
         readable = dict(poller.poll(0 if launched else None))
         if control in readable:
+            runner.abort()  # others may wait for us in a step
             return  # the only word a worker is sent is Stop
         if steps in readable and len(launched) < (2 if runner.runs_ahead else 1):
             step = decode(steps.recv())
@@ -57,7 +61,8 @@ def run(boot: wire.Boot, control: Control) -> None:
         launched.popleft()
         if isinstance(state, Launched):
             state = attempt(runner, step, rank, partial(runner.finish, state))
-        results.send(wire.encode(state))
+        if speaks:
+            results.send(wire.encode(state))
 
 
 T = TypeVar("T")
@@ -67,10 +72,14 @@ _BROKEN = ("CUDA error", "AcceleratorError", "CUDNN_STATUS", "CUBLAS_STATUS")
 
 
 def attempt(runner: Runner, step: wire.Step, rank: str, do: Callable[[], T]) -> T | wire.StepError:
-    """What `do` returns; or, if it raises, why the step's requests cannot go on."""
+    """What `do` returns; or, if it raises, why the step's requests cannot go on. Where other ranks are at the same
+    step, there is no going on for this replica: it raises."""
     try:
         return do()
     except Exception as error:
+        if not runner.decoder.place.is_alone:
+            runner.abort()
+            raise
         log.error("step %d failed\n%s", step.step_id, traceback.format_exc())  # noqa: TRY400
         runner.forget(step)
         text = f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -31,20 +32,27 @@ from holdfast.core import wire
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError, HoldfastError, ProcessDied, StartupError
 from holdfast.core.logs import setup_logging
+from holdfast.core.plan import Plan, places, read_plan
 from holdfast.core.spec import ModelInfo
 from holdfast.models.hub import resolve_model
 from holdfast.models.inspect import inspect_model
+from holdfast.parallel.segment import create, layout_of
+from holdfast.parallel.shards import check_plan, make_plan
 
 log = logging.getLogger(__name__)
 
 GATEWAY = "gateway"
 
 
-def modules(num_replicas: int) -> dict[str, str]:
+def modules(plan: Plan) -> dict[str, str]:
     """Name → module of every child; the slowest to start come first."""
-    replicas = range(num_replicas)
+    replicas = range(len(plan.replicas))
     return {
-        **{f"worker {replica}.0.0": "holdfast.cluster.rank" for replica in replicas},
+        **{
+            f"worker {replica}.{place.name}": "holdfast.cluster.rank"
+            for replica in replicas
+            for place in places(plan.replicas[replica])
+        },
         GATEWAY: "holdfast.gateway",
         **{f"engine {replica}": "holdfast.cluster.engine" for replica in replicas},
     }
@@ -99,28 +107,48 @@ def serve(model: str, config: ServeConfig) -> int:
     name = config.model.served_model_name or Path(model).absolute().name.removesuffix(".gguf")
     config = replace(config, model=replace(config.model, served_model_name=name))
     folder = tempfile.mkdtemp(prefix="holdfast-")
+    plan = plan_of(config, info)
     try:
-        with Supervisor(folder, config) as supervisor:
+        with Supervisor(folder, config, plan) as supervisor:
             return supervisor.run(info)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def plan_of(config: ServeConfig, model: ModelInfo) -> Plan:
+    """The plan of `--plan`, or the one that the sizes ask for. Raises `ConfigError`, which names what is wrong."""
+    device = config.device
+    if device.plan is not None:
+        plan = read_plan(device.plan)
+        check_plan(plan, model.spec, f"--plan {device.plan}")
+        return plan
+    return make_plan(
+        model.spec,
+        tensor=device.tensor_parallel_size,
+        pipeline=device.pipeline_parallel_size,
+        data=device.data_parallel_size,
+        expert=device.expert_parallel_size,
+        layers=device.layers_of_stages(),
+        pipeline_batching=device.pipeline_batching,
+    )
+
+
 class Supervisor:
     """`with Supervisor(...) as s: s.run(...)`: no child outlives the with block."""
 
-    def __init__(self, folder: str, config: ServeConfig) -> None:
+    def __init__(self, folder: str, config: ServeConfig, plan: Plan) -> None:
         self.config = config
+        self.plan = plan
         self.endpoints = wire.Endpoints(folder)
         self.children: dict[str, Child] = {}
         self._started = time.monotonic()
         self._ended: set[str] = set()
-        self._replicas = set(range(config.device.data_parallel_size))
+        self._replicas = set(range(len(plan.replicas)))
         """Those that are alive."""
         self._decode = wire.decoder(wire.ToSupervisor).decode
 
     def __enter__(self) -> Supervisor:
-        longest = self.endpoints.worker("0.0.0").removeprefix("ipc://")
+        longest = self.endpoints.worker("00.00.00").removeprefix("ipc://")
         if len(longest.encode()) > zmq.IPC_PATH_MAX_LEN:
             raise ConfigError(f"TMPDIR {tempfile.gettempdir()}: too long for a socket's path ({longest})")
         self._context = zmq.Context()
@@ -164,9 +192,18 @@ class Supervisor:
     def _start_children(self, model: ModelInfo) -> None:
         boot_file = Path(self.endpoints.folder) / "boot.json"
         boot_file.touch(mode=0o600)
-        boot_file.write_bytes(msgspec.json.encode(wire.Boot(self.config, model, self.endpoints)))
-        for name, module in modules(len(self._replicas)).items():
-            self.children[name] = Child.start(module, name, str(boot_file))
+        boot_file.write_bytes(msgspec.json.encode(wire.Boot(self.config, model, self.endpoints, self.plan)))
+        memories = {
+            number: create(layout_of(replica, model.spec, self.config.scheduler).num_bytes)
+            for number, replica in enumerate(self.plan.replicas)
+            if replica.num_ranks > 1
+        }
+        for name, module in modules(self.plan).items():
+            replica = replica_of(name)
+            memory = None if replica is None else memories.get(replica)
+            self.children[name] = Child.start(module, name, str(boot_file), memory)
+        for memory in memories.values():
+            os.close(memory)  # it lives as long as a child has it
 
     def _wait_until_ready(self) -> bool:
         """False: a signal came first. Raises the error of the child that could not start."""

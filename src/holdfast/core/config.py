@@ -80,8 +80,30 @@ class DeviceConfig:
         "Keep each of these threads on a core of its own, of those that taskset allows. Of use where cores are "
         "plenty; where the gateway has to share them, the system places threads better.",
     )
-    tensor_parallel_size: int = option(1, "Devices that share each layer. Only 1 works yet.")
-    pipeline_parallel_size: int = option(1, "Groups of layers on devices of their own. Only 1 works yet.")
+    tensor_parallel_size: int = option(
+        1, "Ranks that share each layer: on CPU processes of this machine, each with its share of the cores."
+    )
+    pipeline_parallel_size: int = option(1, "Stages: groups of layers on ranks of their own.")
+    pipeline_layers: str | None = option(
+        None, "Layers of each stage, as in 12,10,8. Default: as even as whole layers allow."
+    )
+    pipeline_batching: Literal["asynchronous", "synchronous", "hybrid"] = option(
+        "asynchronous",
+        "How requests share a pipeline. asynchronous: every microbatch is made anew when the first stage is free; "
+        "hybrid: a request stays in one lane of as many as there are stages; synchronous: requests join and leave "
+        "only when the pipeline is empty.",
+    )
+    expert_parallel_size: int | None = option(
+        None,
+        "Groups of a stage's ranks that share out the experts; within a group each expert is cut. Default: one "
+        "group, or one per rank where experts are too small to be cut.",
+    )
+    plan: str | None = option(
+        None, "JSON file that says which rank holds what, instead of the sizes; docs/plans.md describes it."
+    )
+    collective_timeout: float = option(
+        60.0, "Seconds that a rank waits for the others within a step before the replica is given up."
+    )
     data_parallel_size: int = option(
         1,
         "Copies of the model, each on a GPU (or, on CPU, a share of the cores) of its own. A request goes to the one "
@@ -99,6 +121,31 @@ class DeviceConfig:
     enforce_eager: bool = option(
         False, "Launch a GPU's kernels one by one instead of replaying steps of decodes as CUDA graphs."
     )
+
+    def layers_of_stages(self) -> tuple[int, ...]:
+        """`--pipeline-layers`, parsed. Raises `ConfigError`."""
+        try:
+            return tuple(int(part) for part in self.pipeline_layers.split(",")) if self.pipeline_layers else ()
+        except ValueError:
+            text = f"--pipeline-layers {self.pipeline_layers}: must be numbers with commas between, as in 12,10,8"
+            raise ConfigError(text) from None
+
+    def check_plan_alone(self) -> None:
+        """A plan says all that the sizes say: together they contradict each other."""
+        if self.plan is None:
+            return
+        default = DeviceConfig()
+        for name in (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "data_parallel_size",
+            "expert_parallel_size",
+            "pipeline_layers",
+            "pipeline_batching",
+        ):
+            if getattr(self, name) != getattr(default, name):
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"--plan {self.plan}: says what {flag} would say; give one of them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +227,9 @@ class ServeConfig:
             ("--max-logprobs", self.model.max_logprobs, 0),
             ("--cpu-threads", self.device.cpu_threads, 1),
             ("--data-parallel-size", self.device.data_parallel_size, 1),
+            ("--tensor-parallel-size", self.device.tensor_parallel_size, 1),
+            ("--pipeline-parallel-size", self.device.pipeline_parallel_size, 1),
+            ("--expert-parallel-size", self.device.expert_parallel_size, 1),
             ("--block-size", self.cache.block_size, 1),
             ("--kv-cache-memory-bytes", self.cache.kv_cache_memory_bytes, 1),
             ("--max-num-seqs", self.scheduler.max_num_seqs, 1),
@@ -199,6 +249,8 @@ class ServeConfig:
         for flag, value, most in (
             ("--port", self.server.port, 65535),
             ("--data-parallel-size", self.device.data_parallel_size, 64),
+            ("--tensor-parallel-size", self.device.tensor_parallel_size, 64),
+            ("--pipeline-parallel-size", self.device.pipeline_parallel_size, 64),
             ("--block-size", self.cache.block_size, 4096),
             ("--max-num-batched-tokens", self.scheduler.max_num_batched_tokens, 1 << 20),
         ):
@@ -213,9 +265,7 @@ class ServeConfig:
                 f"--max-num-batched-tokens {self.scheduler.max_num_batched_tokens}: must be at least --max-num-seqs "
                 f"({self.scheduler.max_num_seqs}), so that every running request can take one token per step"
             )
-        for flag, degree in (
-            ("--tensor-parallel-size", self.device.tensor_parallel_size),
-            ("--pipeline-parallel-size", self.device.pipeline_parallel_size),
-        ):
-            if degree != 1:
-                raise ConfigError(f"{flag} {degree}: not supported yet; this version runs a model on one device")
+        if not 0.1 <= self.device.collective_timeout <= MOST:
+            raise ConfigError(f"--collective-timeout {self.device.collective_timeout}: must be at least 0.1")
+        self.device.layers_of_stages()
+        self.device.check_plan_alone()

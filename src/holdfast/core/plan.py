@@ -76,6 +76,11 @@ class Place:
     """Among the ranks of its stage."""
 
     @property
+    def name(self) -> str:
+        """stage.index, as in the names of processes."""
+        return f"{self.stage}.{self.index}"
+
+    @property
     def layers(self) -> Range:
         return self.replica.stages[self.stage].layers
 

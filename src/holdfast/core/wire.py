@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from holdfast.core.config import ServeConfig
+from holdfast.core.plan import Plan
 from holdfast.core.request import SamplingParams, TokenLogprobs
 from holdfast.core.spec import ModelInfo
 
@@ -71,6 +72,22 @@ class TokenOutput(_Message, frozen=True):
     error: str | None = None
 
 
+class RankStats(_Message, frozen=True):
+    """What a rank has done with the others since it started. Seconds."""
+
+    rank: str
+    steps: int
+    exchanges: int
+    bytes_read: int
+    """Of other ranks' numbers."""
+    step_seconds: float
+    """All of its steps, waits included."""
+    waited_seconds: float
+    """Of them: for the ranks of its own stage."""
+    idle_seconds: float
+    """Of them: for the stage before, or for room in the next."""
+
+
 class EngineStats(_Message, frozen=True):
     """Gauges are now, counters since the engine's start."""
 
@@ -84,6 +101,8 @@ class EngineStats(_Message, frozen=True):
     prefix_hits: int
     """Counter: prompt tokens found there."""
     preemptions: int
+    ranks: list[RankStats] = []
+    """Of a replica that has several."""
 
 
 class Outputs(_Message, frozen=True):
@@ -236,6 +255,7 @@ class Boot(msgspec.Struct, frozen=True):
     config: ServeConfig
     model: ModelInfo
     endpoints: Endpoints
+    plan: Plan
 
 
 class Progress(_Message, frozen=True):

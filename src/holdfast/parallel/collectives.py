@@ -63,6 +63,10 @@ class Collectives(Protocol):
         """It, from the stage before."""
         ...
 
+    def count_step(self, seconds: float) -> None:
+        """Note how long a step of this rank took, waits included."""
+        ...
+
     def abort(self) -> None:
         """End every exchange, on every rank, from any thread; for good."""
         ...

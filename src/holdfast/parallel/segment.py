@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from dataclasses import dataclass
 from itertools import accumulate
 
+from holdfast.core.config import SchedulerConfig
 from holdfast.core.plan import ReplicaPlan
 from holdfast.core.spec import DecoderSpec
 from holdfast.parallel.shards import Tree, expert_groups, head_shards, num_expert_shards, num_mlp_shards, tree_of
@@ -47,11 +49,18 @@ class StageTrees:
         return cls(
             attention=tree_of(heads, len(head_shards(spec))),
             mlp=tree_of([shard.mlp_shards for shard in ranks], num_mlp_shards(spec)),
-            experts=None
-            if spec.moe is None
-            else tree_of([shard.expert_shards for shard in group], num_expert_shards(spec)),
+            experts=experts,
             embedding=tree_of([(index, index + 1) for index in range(len(ranks))], len(ranks)),
         )
+
+
+LOGIT_ROWS = 64
+"""Prompt positions whose logits are held at once for prompt logprobs: 64 · 150k vocabulary · 4 bytes = 38 MB."""
+
+
+def layout_of(replica: ReplicaPlan, spec: DecoderSpec, config: SchedulerConfig) -> Layout:
+    """Of a replica that is served: the same in every process."""
+    return Layout(replica, spec, config.max_num_batched_tokens, max(config.max_num_seqs, LOGIT_ROWS))
 
 
 class Layout:
@@ -137,18 +146,17 @@ def attach(descriptor: int, layout: Layout) -> mmap.mmap:
 
 @dataclass(frozen=True, slots=True)
 class RankTally:
-    """What one rank has exchanged since it started."""
+    """What one rank has done with the others since it started; see `core.wire.RankStats`."""
 
+    steps: int
     exchanges: int
     bytes_read: int
-    """Of other ranks' numbers."""
+    step_seconds: float
     waited_seconds: float
-    """For the ranks of its stage."""
     idle_seconds: float
-    """For the stage before, or for room in the next."""
 
 
 def read_tally(memory: mmap.mmap, layout: Layout, stage: int, index: int) -> RankTally:
     at = layout.tally_at(stage, index)
-    words = memoryview(memory)[at : at + 32].cast("q")
-    return RankTally(words[0], words[1], words[2] / 1e9, words[3] / 1e9)
+    exchanges, bytes_read, waited, idle, steps, step = struct.unpack_from("<6q", memory, at)
+    return RankTally(steps, exchanges, bytes_read, step / 1e9, waited / 1e9, idle / 1e9)

@@ -117,11 +117,11 @@ def _count_joins(node: Range, pieces: set[Range], joins: list[int]) -> None:
 
 
 def split(count: int, weights: Sequence[int]) -> list[Range]:
-    """`count` things in consecutive ranges, as near to the weights as whole things allow; every part gets one at
-    least when there are enough."""
+    """`count` things in consecutive ranges, as near to the weights as whole things allow, what is left over in the
+    first; every part gets one at least when there are enough."""
     total, least = sum(weights), min(1, count // len(weights))
     spare = count - least * len(weights)
-    ends = [round(spare * part / total) + least * (i + 1) for i, part in enumerate(accumulate(weights))]
+    ends = [-(-spare * part // total) + least * (i + 1) for i, part in enumerate(accumulate(weights))]
     return list(pairwise((0, *ends)))
 
 

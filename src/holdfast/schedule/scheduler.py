@@ -16,7 +16,6 @@ from heapq import heapify, heappop, heappush
 
 from holdfast.cache.blocks import BlockPool
 from holdfast.core.config import SchedulerConfig
-from holdfast.core.errors import ConfigError
 from holdfast.core.request import TokenLogprobs
 from holdfast.core.wire import (
     ContinuedRequest,
@@ -28,28 +27,8 @@ from holdfast.core.wire import (
     Submit,
     TokenOutput,
 )
+from holdfast.schedule.batching import AllAtOnce, Batching
 from holdfast.schedule.sequence import Sequence
-
-
-def fit_model_len(wanted: int | None, max_positions: int, num_blocks: int, block_size: int) -> int:
-    """The tokens one request may hold: `--max-model-len`, or all that model and cache allow.
-
-    Raises `ConfigError` if `wanted` exceeds either.
-    """
-    capacity = num_blocks * block_size
-    if wanted is None:
-        if capacity < 2:
-            raise ConfigError("--kv-cache-memory-bytes: the KV cache has no room for a single block")
-        return min(max_positions, capacity)
-    if wanted > max_positions:
-        raise ConfigError(f"--max-model-len {wanted}: the model knows {max_positions} positions")
-    if wanted > capacity:
-        raise ConfigError(
-            f"--max-model-len {wanted}: the KV cache holds {capacity} tokens "
-            f"({num_blocks} blocks of {block_size}); lower it or raise --kv-cache-memory-bytes"
-        )
-    return wanted
-
 
 RECOVERY_STEPS = 100
 """Steps after which those that had to be made smaller may be twice as large."""
@@ -68,6 +47,7 @@ class _Part:
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     step_id: int
+    lane: int
     parts: list[_Part]
 
 
@@ -88,6 +68,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         prefix_caching: bool = True,
+        batching: Batching | None = None,
     ) -> None:
         assert max_model_len <= pool.num_blocks * pool.block_size, "one request alone must fit"
         self.config = config
@@ -95,6 +76,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.prefix_caching = prefix_caching
+        self.batching = batching or AllAtOnce(1, config.max_num_seqs)
         self.running: list[Sequence] = []
         self._waiting: list[tuple[int, int, Sequence]] = []
         """Heap of (rank, order of submission, sequence)."""
@@ -148,20 +130,32 @@ class Scheduler:
         """The next step, or None when there is nothing to compute (until a step in flight is done). Running requests
         go before waiting ones; among them those that need one token before those in mid-prompt, so a long prompt
         stalls nobody."""
+        for _ in range(self.batching.num_lanes):  # a lane may find no room for any of its own
+            self._form()
+            if self._forming:
+                return self._step()
+        return None
+
+    def _form(self) -> None:
+        """Put into the step what the batching mode picks for it, as far as blocks and budget reach."""
         preemptions = self._preemptions
         budget = self._budget
-        for sequence in sorted(self.running, key=lambda s: (s.num_missing > 1, s.rank)):
+        lanes = [step.lane for step in self._in_flight]
+        ready, room = self.batching.pick(self.running, len(self._waiting), lanes)
+        for sequence in sorted(ready, key=lambda s: (s.num_missing > 1, s.rank)):
             count = 0 if self._ends_by_itself(sequence) else min(sequence.num_missing, budget)
             if count and sequence.block_ids and (freed := self._make_room(sequence, count)) is not None:
                 self._forming[sequence] = count
                 budget += freed - count
-        while self._waiting and budget and self._preemptions == preemptions:
-            count = self._admit(self._waiting[0][2], budget)
+        while self._waiting and budget and room > 0 and self._preemptions == preemptions:
+            sequence = self._waiting[0][2]
+            count = self._admit(sequence, budget)
             if not count:
                 break
             heappop(self._waiting)
+            self.batching.let_in(sequence)
             budget -= count
-        return self._step() if self._forming else None
+            room -= 1
 
     def _ends_by_itself(self, sequence: Sequence) -> bool:
         """Whether the tokens that are pending are its last, whatever they are."""
@@ -200,8 +194,6 @@ class Scheduler:
         It is let in only if all its tokens fit, and a block more for every running request: else it would soon
         preempt or be preempted.
         """
-        if len(self.running) >= self.config.max_num_seqs:
-            return 0
         cached = self._cached_prefix(sequence)
         num_cached = len(cached) * self.pool.block_size
         wanted = self.pool.blocks_for(sequence.num_tokens) - len(cached) + self.pool.num_idle(cached)
@@ -241,7 +233,7 @@ class Scheduler:
                 new.append((news, count))
             else:
                 continued.append((news, count))
-        self._in_flight.append(_InFlight(self._steps, parts))
+        self._in_flight.append(_InFlight(self._steps, self.batching.lane, parts))
         dropped, self._dropped = self._dropped, []
         return Step(
             self._steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -13,12 +14,10 @@ from torch import Tensor
 from holdfast.cache.pages import KVPages
 from holdfast.core.wire import NewRequest, PromptLogprobs, SampledToken, Step, StepResult
 from holdfast.models.decoder import Decoder
+from holdfast.parallel.segment import LOGIT_ROWS
 from holdfast.worker.batch import UNKNOWN, Drawn, Requests, Work, layout
 from holdfast.worker.sampler import Choice, Sampler, Scores, score
 from holdfast.worker.transfer import upload
-
-LOGIT_ROWS = 64
-"""Prompt positions whose logits are held at once for prompt logprobs: 64 · 150k vocabulary · 4 bytes = 38 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +74,13 @@ class Runner:
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Begin a step. At most one other may be unfinished."""
+        begun = time.perf_counter()
+        launched = self._launch(step)
+        if self.decoder.collectives is not None:
+            self.decoder.collectives.count_step(time.perf_counter() - begun)
+        return launched
+
+    def _launch(self, step: Step) -> Launched:
         work = self.requests.apply(step)
         if self._unfinished and any(part.request.params.needs_history for part in work):
             self._settle(self._unfinished)  # penalties count tokens on the host
@@ -82,6 +88,8 @@ class Runner:
             return Launched(step.step_id, [], None, [])
         token_ids, batch = layout(work, self.pages.block_size, self.device, self._drawn())
         hidden = self.forward(token_ids, batch)
+        if not self.decoder.place.is_last:
+            return Launched(step.step_id, [], None, [])
         ends = list(accumulate(batch.query_lens))
         scores = self._score_prompts(hidden, work, ends)
         launched = Launched(step.step_id, *self._sample(hidden, work, ends), scores)
@@ -105,6 +113,11 @@ class Runner:
             for request_id, parts in launched.prompt_scores
         ]
         return StepResult(launched.step_id, sampled, scores)
+
+    def abort(self) -> None:
+        """Let no other rank wait for this one any longer."""
+        if self.decoder.collectives is not None:
+            self.decoder.collectives.abort()
 
     def forget(self, step: Step) -> None:
         """Drop the requests of a step that raised."""

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from holdfast.cache.pages import KVPages, bytes_per_block
+from holdfast.cache.pages import bytes_per_block
 from holdfast.core.config import DeviceConfig, ServeConfig
 from holdfast.core.errors import ConfigError
+from holdfast.core.plan import Place, Plan, places
 from holdfast.core.request import SamplingParams
 from holdfast.core.spec import ModelInfo
 from holdfast.core.wire import NewRequest, Step
 from holdfast.hardware.host import available_memory, usable_cores
-from holdfast.kernels.interface import Capturing
+from holdfast.kernels.cpu.kernels import CpuKernels
+from holdfast.kernels.interface import Capturing, Kernels
 from holdfast.kernels.select import select_kernels
 from holdfast.models.load import load_decoder
+from holdfast.parallel.collectives import Collectives
+from holdfast.parallel.segment import attach, layout_of
+from holdfast.parallel.shards import make_plan
+from holdfast.parallel.shared import SharedCollectives
 from holdfast.worker.batch import Requests
 from holdfast.worker.runner import Runner
 from holdfast.worker.sampler import Sampler
@@ -25,18 +33,53 @@ CPU_CACHE_LIMIT = 4_000_000_000
 CPU_CACHE_SHARE = 0.4
 
 
+@dataclass(frozen=True, slots=True)
+class Post:
+    """What one worker is there for. `memory`: the descriptor of what it shares with the other ranks of its
+    replica."""
+
+    plan: Plan
+    replica: int
+    place: Place
+    memory: int | None = None
+
+    @classmethod
+    def alone(cls, model: ModelInfo) -> Post:
+        """All of the model on one device."""
+        plan = make_plan(model.spec)
+        return cls(plan, 0, places(plan.replicas[0])[0])
+
+    @property
+    def number(self) -> int:
+        """Counting the ranks of all replicas."""
+        before = self.plan.replicas[: self.replica]
+        return sum(replica.num_ranks for replica in before) + self.place.shard.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all replicas."""
+        return sum(replica.num_ranks for replica in self.plan.replicas)
+
+
 def start_runner(
-    config: ServeConfig, model: ModelInfo, progress: Callable[[str, float | None], None], replica: int = 0
+    config: ServeConfig,
+    model: ModelInfo,
+    progress: Callable[[str, float | None], None],
+    post: Post | None = None,
 ) -> Runner:
-    """Load `model` on the device of a replica. `progress(text, fraction)` tells the user how far it is.
+    """Load `model`, or the share of it that belongs to a post, on its device. `progress(text, fraction)` tells the
+    user how far it is.
 
     Raises `ConfigError` when the device or its memory is not there, `ModelError` when the checkpoint is bad.
     """
-    device = pick_device(config.device, replica)
-    if device.type == "cpu" and config.device.data_parallel_size > 1:
-        os.sched_setaffinity(0, _share_of_cores(replica, config.device.data_parallel_size))
-    dtype = pick_dtype(config.model.dtype, model, device)
+    post = post or Post.alone(model)
+    device = pick_device(config.device, post.number, post.num_ranks)
     threads, pinned = _num_threads(config.device), config.device.pin_cpu_threads
+    if device.type == "cpu" and post.num_ranks > 1:
+        os.sched_setaffinity(0, _share_of_cores(post.number, post.num_ranks))
+        crowded = len(os.sched_getaffinity(0)) < post.num_ranks  # all share all cores: one thread each is plenty
+        threads = config.device.cpu_threads or (1 if crowded else usable_cores())
+    dtype = pick_dtype(config.model.dtype, model, device)
     if device.type == "cpu":
         torch.set_num_threads(threads)
     bits = {"int8": 8, "int16": 16}[config.model.quantized_activations]
@@ -46,6 +89,7 @@ def start_runner(
         raise ConfigError(
             f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
         )
+    collectives = _join_replica(config, model, kernels, post)
     decoder = load_decoder(
         model,
         kernels,
@@ -53,17 +97,19 @@ def start_runner(
         device,
         progress=lambda fraction: progress("loading weights", fraction),
         max_positions=longest_request(config, model),
+        place=post.place,
+        collectives=collectives,
     )
     runner = Runner(
         decoder,
-        _pages(config, model, dtype, device, num_blocks=1),
+        decoder.allocate_pages(1, config.cache.block_size),
         Sampler(kernels, model.eos_token_ids),
         device,
         config.scheduler.max_num_batched_tokens,
         runs_ahead=device.type == "cuda" and config.scheduler.runs_ahead(device.type),
     )
-    num_blocks = _num_blocks(config, model, dtype, device, runner)
-    runner.use_pages(_pages(config, model, dtype, device, num_blocks))
+    num_blocks = _num_blocks(config, model, runner, post)
+    runner.use_pages(decoder.allocate_pages(num_blocks, config.cache.block_size))
     if isinstance(runner.forward, Capturing) and not config.device.enforce_eager:
         requests, size = config.scheduler.max_num_seqs, config.cache.block_size
         length = min(longest_request(config, model), num_blocks * size)
@@ -72,6 +118,19 @@ def start_runner(
     place = kernels.name if device.type == "cpu" else device.type
     progress(f"{place}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
     return runner
+
+
+def _join_replica(config: ServeConfig, model: ModelInfo, kernels: Kernels[Any], post: Post) -> Collectives | None:
+    """The way to the other ranks; None where there are none."""
+    if post.place.is_alone:
+        return None
+    if not isinstance(kernels, CpuKernels):
+        raise ConfigError(f"a model cut over ranks runs on the cpu kernels only so far, not on {kernels.name}")
+    assert post.memory is not None, "ranks share memory"
+    layout = layout_of(post.place.replica, model.spec, config.scheduler)
+    memory = attach(post.memory, layout)
+    timeout = config.device.collective_timeout
+    return SharedCollectives(kernels, model.spec, post.place, layout, memory, timeout)
 
 
 def longest_request(config: ServeConfig, model: ModelInfo) -> int:
@@ -90,25 +149,25 @@ def _num_threads(config: DeviceConfig) -> int:
     return wanted or usable_cores()
 
 
-def _share_of_cores(replica: int, num_replicas: int) -> set[int]:
+def _share_of_cores(number: int, num_ranks: int) -> set[int]:
     """Of the cores this process may use; those that are too few are shared by all."""
     cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < num_replicas:
+    if len(cores) < num_ranks:
         return set(cores)
-    return set(cores[len(cores) * replica // num_replicas : len(cores) * (replica + 1) // num_replicas])
+    return set(cores[len(cores) * number // num_ranks : len(cores) * (number + 1) // num_ranks])
 
 
-def pick_device(config: DeviceConfig, replica: int = 0) -> torch.device:
-    """The torch device for `--device`; a GPU that is asked for must be there, and one for every replica."""
+def pick_device(config: DeviceConfig, number: int = 0, num_ranks: int = 1) -> torch.device:
+    """The torch device for `--device`; a GPU that is asked for must be there, and one for every rank."""
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError("--device cuda: torch finds no CUDA device on this machine")
     if not available or config.device == "cpu":
         return torch.device("cpu")
-    count, replicas = torch.cuda.device_count(), config.data_parallel_size
-    if replicas > count and not config.allow_shared_gpu:
-        raise ConfigError(f"--data-parallel-size {replicas}: there are {count} GPUs; --allow-shared-gpu shares them")
-    device = torch.device("cuda", replica % count)
+    count = torch.cuda.device_count()
+    if num_ranks > count and not config.allow_shared_gpu:
+        raise ConfigError(f"{num_ranks} ranks: there are {count} GPUs; --allow-shared-gpu shares them")
+    device = torch.device("cuda", number % count)
     torch.cuda.set_device(device)
     return device
 
@@ -122,14 +181,15 @@ def pick_dtype(wanted: str, model: ModelInfo, device: torch.device) -> torch.dty
     return dtype
 
 
-def _num_blocks(
-    config: ServeConfig, model: ModelInfo, dtype: torch.dtype, device: torch.device, runner: Runner
-) -> int:
-    spec, cache = model.spec, config.cache
-    per_block = bytes_per_block(spec.num_layers, spec.num_kv_heads, spec.head_dim, cache.block_size, dtype)
+def _num_blocks(config: ServeConfig, model: ModelInfo, runner: Runner, post: Post) -> int:
+    spec, cache, device = model.spec, config.cache, runner.device
+    (first, last), (first_head, last_head) = post.place.layers, post.place.shard.kv_heads
+    per_block = bytes_per_block(
+        last - first, last_head - first_head, spec.head_dim, cache.block_size, runner.decoder.dtype
+    )
     longest = longest_request(config, model)
     enough = config.scheduler.max_num_seqs * -(-longest // cache.block_size)
-    free = _free_cuda_memory(config, model, device, runner) if device.type == "cuda" else available_memory()
+    free = _free_cuda_memory(config, model, runner, post) if device.type == "cuda" else available_memory()
     if cache.kv_cache_memory_bytes is not None:
         budget = cache.kv_cache_memory_bytes
         if budget > free:
@@ -137,15 +197,16 @@ def _num_blocks(
     elif device.type == "cuda":
         budget = free
     else:
-        budget = min(CPU_CACHE_LIMIT, int(CPU_CACHE_SHARE * free)) // config.device.data_parallel_size
+        budget = min(CPU_CACHE_LIMIT, int(CPU_CACHE_SHARE * free)) // post.num_ranks
     if budget < per_block:
         raise ConfigError(f"the KV cache gets {max(budget, 0)} bytes on {device.type}, a block needs {per_block}")
     return min(enough, budget // per_block)
 
 
-def _free_cuda_memory(config: ServeConfig, model: ModelInfo, device: torch.device, runner: Runner) -> int:
+def _free_cuda_memory(config: ServeConfig, model: ModelInfo, runner: Runner, post: Post) -> int:
     """Bytes left for the KV cache: `--gpu-memory-utilization` of the card, less what others hold, less the weights
     and the peak workspace of the largest step, measured by running one."""
+    device = runner.device
     torch.cuda.reset_peak_memory_stats(device)
     runner.run(largest_step(config, longest_request(config, model)))
     for tokens in (1, 2, 17, 33, 65):  # kernels are compiled for a few numbers of rows: now, not when a request waits
@@ -154,7 +215,7 @@ def _free_cuda_memory(config: ServeConfig, model: ModelInfo, device: torch.devic
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    sharing = -(-config.device.data_parallel_size // torch.cuda.device_count())
+    sharing = -(-post.num_ranks // torch.cuda.device_count())
     if sharing > 1:  # what the others hold is theirs, and still growing
         return min(int(total * config.cache.gpu_memory_utilization) // sharing - peak, free)
     others = total - free - torch.cuda.memory_reserved(device)
@@ -177,18 +238,3 @@ def largest_step(
         for i, length in enumerate(lengths)
     ]
     return Step(0, requests, [], lengths, [])
-
-
-def _pages(
-    config: ServeConfig, model: ModelInfo, dtype: torch.dtype, device: torch.device, num_blocks: int
-) -> KVPages:
-    spec = model.spec
-    return KVPages.allocate(
-        num_layers=spec.num_layers,
-        num_blocks=num_blocks,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        block_size=config.cache.block_size,
-        dtype=dtype,
-        device=device,
-    )

@@ -1,0 +1,203 @@
+"""A model cut over processes, served: the same answers as from one, logprobs too, under a load that preempts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from holdfast.models.inspect import inspect_model
+from holdfast.parallel.shards import make_plan
+from support.builds import builds
+from support.checkpoints import random_model, save
+from support.service import Service
+from support.tiny import byte_tokenizer
+
+pytestmark = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 144,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 384,
+    "num_hidden_layers": 5,
+    "max_position_embeddings": 1024,
+}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 1024,
+}
+FLAGS = ("--served-model-name", "m", "--max-model-len", "512", "--max-num-batched-tokens", "128")
+
+Answers = list[dict[str, object]]
+
+
+def write(config: dict[str, object], folder: Path) -> str:
+    size = byte_tokenizer(folder)
+    return save(random_model(**config, vocab_size=size), folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {
+        "llama": write(LLAMA, tmp_path_factory.mktemp("llama")),
+        "mixtral": write(MIXTRAL, tmp_path_factory.mktemp("mixtral")),
+    }
+
+
+def bodies() -> Answers:
+    """24 at once, of all kinds; some share their beginning."""
+    kinds = (
+        {"temperature": 0, "logprobs": 2},
+        {"temperature": 0.8, "logprobs": 1},
+        {"n": 2, "temperature": 1.0, "top_p": 0.8},
+        {"temperature": 0.7, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+        {"echo": True, "logprobs": 1, "temperature": 0},
+    )
+    return [
+        {"model": "m", "prompt": "a ship and its boats " * (1 + i % 9) + str(i), "max_tokens": 60, "seed": i}
+        | kinds[i % 5]
+        for i in range(24)
+    ]
+
+
+async def ask(url: str) -> Answers:
+    async with httpx.AsyncClient(base_url=url, timeout=240) as client:
+        replies = await asyncio.gather(*[client.post("/v1/completions", json=body) for body in bodies()])
+    assert {reply.status_code for reply in replies} == {200}, [reply.text for reply in replies][:2]
+    return [reply.json()["choices"] for reply in replies]
+
+
+def answers(model: str, log: Path, *flags: str) -> tuple[Answers, dict[str, float]]:
+    service = Service(model, *FLAGS, *flags, log=log).wait_ready()
+    try:
+        return asyncio.run(ask(service.url)), service.metrics()
+    finally:
+        assert service.stop() == 0, service.text()[-3000:]
+        assert not service.living_children()
+
+
+@pytest.fixture(scope="module")
+def alone(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answers]:
+    """From one process with memory enough."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: answers(path, folder / name)[0] for name, path in models.items()}
+
+
+TP, PP, DP, EP, LAYERS, MODE = (
+    "--tensor-parallel-size",
+    "--pipeline-parallel-size",
+    "--data-parallel-size",
+    "--expert-parallel-size",
+    "--pipeline-layers",
+    "--pipeline-batching",
+)
+PLANS = {
+    "TP2": ("llama", 5, 2, (TP, "2")),
+    "TP4, one KV head shared": ("llama", 5, 1, (TP, "4")),
+    "PP2, asynchronous": ("llama", 3, 3, (PP, "2")),
+    "PP3, hybrid": ("llama", 3, 3, (PP, "3", LAYERS, "1,3,1", MODE, "hybrid")),
+    "PP5, synchronous": ("llama", 1, 3, (PP, "5", MODE, "synchronous")),
+    "TP2 x PP2 x DP2": ("llama", 3, 2, (TP, "2", PP, "2", DP, "2")),
+    "EP4": ("mixtral", 4, 1, (TP, "4", EP, "4")),
+    "EP2 x TP2 x PP2": ("mixtral", 2, 1, (TP, "4", EP, "2", PP, "2", MODE, "hybrid")),
+}
+"""The model, most layers and KV heads of a rank, the flags."""
+HEAD_DIM = {"llama": 16, "mixtral": 8}
+BLOCKS = 34
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_served_answers_of_plans(models: dict[str, str], alone: dict[str, Answers], name: str, tmp_path: Path):
+    model, layers, heads, flags = PLANS[name]
+    memory = BLOCKS * 2 * layers * heads * HEAD_DIM[model] * 16 * 4
+    found, metrics = answers(models[model], tmp_path / "log", *flags, "--kv-cache-memory-bytes", str(memory))
+    assert found == alone[model]
+    assert metrics["holdfast:num_preemptions_total"] > 0, "the load was to preempt"
+
+
+def test_an_uneven_plan_from_a_file(models: dict[str, str], alone: dict[str, Answers], tmp_path: Path):
+    """Stages of unequal degrees; a plan that is written is read as the same."""
+    plan = make_plan(inspect_model(models["llama"]).spec, tensor=(1, 3), pipeline=2, layers=(2, 3))
+    file = tmp_path / "plan.json"
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
+    found, _ = answers(models["llama"], tmp_path / "log", "--plan", str(file))
+    assert found == alone["llama"]
+
+
+@pytest.mark.parametrize("victim", ["0.1", "1.0"])
+def test_a_rank_that_dies_ends_its_replica(models: dict[str, str], victim: str, tmp_path: Path):
+    """No rank waits for the dead: the service ends at once, and leaves no process."""
+    service = Service(
+        *(models["llama"], *FLAGS, "--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"),
+        log=tmp_path / "log",
+    ).wait_ready()
+    service.child(f"holdfast worker 0.{victim}").send_signal(signal.SIGKILL)
+    assert service.wait_end() == 1
+    assert "killed by SIGKILL" in service.text()
+    assert not service.living_children()
+
+
+def broken(plan: dict[str, object]) -> dict[str, str]:
+    """What is wrong → the plan as text."""
+    text = json.dumps(plan)
+
+    def change(old: str, new: str) -> str:
+        assert old in text, text
+        return text.replace(old, new, 1)
+
+    return {
+        "rank 0 is there 2 times": change('"rank": 1', '"rank": 0'),
+        "layers end at 4: the model has 5": change('"layers": [0, 5]', '"layers": [0, 4]'),
+        "Object contains unknown field `colour`": change('"rank": 0', '"colour": 3, "rank": 0'),
+        "Input data was truncated": text[: len(text) // 2],
+        "more than one KV head's must be whole": change('"query_heads": [0, 6]', '"query_heads": [0, 4]').replace(
+            "[6, 9]", "[4, 9]"
+        ),
+        "kv_heads (0, 1): its query heads read (0, 2)": change('"kv_heads": [0, 2]', '"kv_heads": [0, 1]'),
+        "must begin at": change('"mlp_shards": [4, 8]', '"mlp_shards": [5, 8]'),
+        "has experts, the model has none": change('"experts": []', '"experts": [1]'),
+    }
+
+
+def test_bad_plans_are_refused_by_name(models: dict[str, str], tmp_path: Path):
+    plan = make_plan(inspect_model(models["llama"]).spec, tensor=2)
+    for index, (complaint, text) in enumerate(broken(msgspec.to_builtins(plan)).items()):
+        file = tmp_path / f"{index}.json"
+        file.write_text(text)
+        service = Service(models["llama"], "--plan", str(file), log=tmp_path / f"{index}.log")
+        assert service.wait_end() == 2
+        assert complaint in service.text().replace("\n", " "), (complaint, service.text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--tensor-parallel-size", "9"), "--tensor-parallel-size 9: must be at least 1 and at most 8"),
+        (("--pipeline-parallel-size", "6"), "--pipeline-parallel-size 6: the model has 5 layers"),
+        (("--pipeline-parallel-size", "2", "--pipeline-layers", "2,2"), "--pipeline-layers 2,2: must be 2 numbers"),
+        (("--pipeline-layers", "2;3"), "must be numbers with commas between"),
+        (("--expert-parallel-size", "2"), "--expert-parallel-size 2: the model has no experts"),
+        (("--plan", "/nowhere.json"), "--plan /nowhere.json: cannot be read"),
+        (("--plan", "x", "--tensor-parallel-size", "2"), "says what --tensor-parallel-size would say"),
+    ],
+)
+def test_bad_degrees_are_refused_by_name(
+    models: dict[str, str], flags: tuple[str, ...], complaint: str, tmp_path: Path
+):
+    service = Service(models["llama"], *flags, log=tmp_path / "log")
+    assert service.wait_end() == 2
+    assert complaint in " ".join(service.text().split()), service.text()
