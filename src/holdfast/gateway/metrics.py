@@ -18,6 +18,16 @@ _PER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15,
 _REQUEST_SECONDS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 
+_RANKS = {
+    "steps": ("steps", "Steps of a rank that has others beside it"),
+    "step_seconds": ("step_seconds", "Time in these steps, waits included"),
+    "waited_seconds": ("waited_seconds", "Of it: waiting for the ranks of the same stage"),
+    "idle_seconds": ("idle_seconds", "Of it: waiting for the stage before, or for room in the next"),
+    "exchanges": ("exchanges", "Collectives, and messages between stages"),
+    "bytes_read": ("exchanged_bytes", "Bytes of other ranks' numbers that were read"),
+}
+"""By the fields of `core.wire.RankStats`."""
+
 
 class Metrics:
     """All metrics of one gateway, labelled with the model's name."""
@@ -49,6 +59,10 @@ class Metrics:
         self.latency = self._histogram("e2e_request_latency_seconds", "Time from arrival to end", _REQUEST_SECONDS)
         self.request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens per request", _TOKENS)
         self.request_generation = self._histogram("request_generation_tokens", "Output tokens per request", _TOKENS)
+        self._ranks = {
+            field: Counter(f"holdfast:rank_{name}", text, ("model_name", "rank"), registry=self._registry)
+            for field, (name, text) in _RANKS.items()
+        }
         self._last_stats: dict[int, EngineStats] = {}
 
     def request_ended(self, reason: str) -> None:
@@ -62,6 +76,11 @@ class Metrics:
         self.prefix_queries.inc(stats.prefix_queries - (last.prefix_queries if last else 0))
         self.prefix_hits.inc(stats.prefix_hits - (last.prefix_hits if last else 0))
         self.preemptions.inc(stats.preemptions - (last.preemptions if last else 0))
+        before = {rank.rank: rank for rank in last.ranks} if last else {}
+        for rank in stats.ranks:
+            for field, counter in self._ranks.items():
+                grown = getattr(rank, field) - getattr(before.get(rank.rank), field, 0)
+                counter.labels(self._model_name, rank.rank).inc(grown)
 
     def engine_lost(self, replica: int) -> None:
         """It holds nothing any more, and its successor counts from zero again."""

@@ -184,6 +184,7 @@ def _mlp_packings(name: str, spec: DecoderSpec, shards: tuple[int, ...]) -> Iter
 def packings_at(spec: DecoderSpec, place: Place) -> dict[str, Packing]:
     """Those of `packings` that the rank at `place` holds, with its share of each."""
     tied = spec.tie_embeddings
+    trees = StageTrees.of(place.replica, place.stage, spec)
     held = {}
     for name, packing in _packings(spec):
         first, last = place.layers
@@ -192,17 +193,16 @@ def packings_at(spec: DecoderSpec, place: Place) -> dict[str, Packing]:
             here = first <= int(parts[1]) < last
         else:
             here = place.is_last if name == "head" else place.is_first or (name == "embed" and tied and place.is_last)
-        if here and (share := _share(spec, place, parts, packing)):
+        if here and (share := _share(spec, place, trees, parts, packing)):
             held[name] = share
     return held
 
 
-def _share(spec: DecoderSpec, place: Place, parts: list[str], packing: Packing) -> Packing | None:
+def _share(spec: DecoderSpec, place: Place, trees: StageTrees, parts: list[str], packing: Packing) -> Packing | None:
     """What of a packing, whose name consists of `parts`, belongs to a rank."""
     shard, head_dim = place.shard, spec.head_dim
     if len(place.ranks) == 1:
         return packing
-    trees = StageTrees.of(place.replica, place.stage, spec)
     if parts[0] in {"embed", "head"}:
         return replace(packing, rows=(shard.vocab,))
     if parts[-1] == "qkv":

@@ -47,7 +47,8 @@ class Watch:
 
 class SharedCollectives:
     """`Collectives` of the rank at `place`, over the memory that `layout` describes. `timeout`: seconds that a
-    step may wait for other ranks."""
+    step may wait for other ranks. `pace`: nanoseconds that a stage
+    takes beside its work, per step and per token."""
 
     def __init__(  # noqa: PLR0917 - what it stands on
         self,
@@ -57,7 +58,9 @@ class SharedCollectives:
         layout: Layout,
         memory: mmap.mmap,
         timeout: float,
+        pace: tuple[int, int] | None = None,
     ) -> None:
+        self._pace = pace
         self.place = place
         self.trees = layout.trees[place.stage]
         self._kernels = kernels
@@ -207,6 +210,8 @@ class SharedCollectives:
         receivers = len(place.replica.stages[place.stage + 1].ranks)
         taken = [self._base + layout.taken_at(place.stage + 1, index) for index in range(receivers)]
         rows = x.shape[0]
+        if place.is_first:
+            self._pause(rows)
         self._meet(rows, taken, clock=self._sent, ahead=1 - layout.depth, idle=True)
         self._put(x, self._ring(place.stage, self._sent), part=place.index, parts=len(place.ranks))
         self._meet(rows, [], own=self._sent, clock=self._sent)
@@ -219,7 +224,12 @@ class SharedCollectives:
         self._meet(rows, sent, clock=self._taken, ahead=1, idle=True)
         self._put(x, self._ring(place.stage - 1, self._taken), take=True)
         self._meet(rows, [], own=self._taken, clock=self._taken)
+        self._pause(rows)
         return x
+
+    def _pause(self, rows: int) -> None:
+        if self._pace is not None:
+            self._run(structs.Pause(ns=self._pace[0], row_ns=self._pace[1]), rows)
 
     def _ring(self, stage: int, clock: int) -> structs.Slots:
         """Between `stage` and the next."""

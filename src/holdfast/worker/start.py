@@ -29,6 +29,9 @@ from holdfast.worker.batch import Requests
 from holdfast.worker.runner import Runner
 from holdfast.worker.sampler import Sampler
 
+PACE_VARIABLE = "HOLDFAST_STAGE_PACE"
+"""Microseconds that a pipeline's stage takes beside its work, per step and per token, as in 2000,50. For measuring
+the pipeline where there are fewer cores than stages."""
 CPU_CACHE_LIMIT = 4_000_000_000
 CPU_CACHE_SHARE = 0.4
 
@@ -130,7 +133,19 @@ def _join_replica(config: ServeConfig, model: ModelInfo, kernels: Kernels[Any], 
     layout = layout_of(post.place.replica, model.spec, config.scheduler)
     memory = attach(post.memory, layout)
     timeout = config.device.collective_timeout
-    return SharedCollectives(kernels, model.spec, post.place, layout, memory, timeout)
+    return SharedCollectives(kernels, model.spec, post.place, layout, memory, timeout, _pace())
+
+
+def _pace() -> tuple[int, int] | None:
+    """`HOLDFAST_STAGE_PACE` in nanoseconds. Raises `ConfigError`."""
+    text = os.environ.get(PACE_VARIABLE)
+    if not text:
+        return None
+    try:
+        step, token = (int(float(part) * 1000) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{PACE_VARIABLE}={text}: must be two numbers of microseconds, as in 2000,50") from None
+    return step, token
 
 
 def longest_request(config: ServeConfig, model: ModelInfo) -> int:

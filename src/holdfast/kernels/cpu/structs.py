@@ -331,6 +331,10 @@ class Reunite(Structure):
     ]
 
 
+class Pause(Structure):
+    _fields_ = [("ns", c_int64), ("row_ns", c_int64)]
+
+
 OPERATIONS: tuple[type[Structure], ...] = (
     Linear,
     Quantize,
@@ -354,6 +358,7 @@ OPERATIONS: tuple[type[Structure], ...] = (
     Collect,
     Deal,
     Reunite,
+    Pause,
 )
 """In the order of OPERATIONS in ops.h."""
 

@@ -68,6 +68,11 @@ void meet(const struct meet_op *op) {
     if (!op->end->failed && __atomic_load_n(op->end->aborted, __ATOMIC_ACQUIRE)) op->end->failed = FAILED_ABORTED;
 }
 
+void take_time(int64_t ns) {
+    struct timespec left = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
+    while (nanosleep(&left, &left)) {}
+}
+
 void give_up(uint32_t *aborted, struct counter *counters, int64_t count) {
     __atomic_store_n(aborted, 1, __ATOMIC_SEQ_CST);
     for (int64_t i = 0; i < count; i++) syscall(SYS_futex, &counters[i].count, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);

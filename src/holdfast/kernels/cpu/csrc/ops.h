@@ -219,6 +219,11 @@ struct meet_op {
     int64_t idle;  // what is waited for: a stage, or (0) the ranks of one's own
 };
 
+// Take at least so long: for measuring a pipeline instead of the processor.
+struct pause_op {
+    int64_t ns, row_ns;
+};
+
 // Rows from x into shared memory, or (`take`) the other way: float32 [T, width], those from T · part / parts on.
 struct move_op {
     struct rows x;
@@ -300,7 +305,7 @@ struct filter_op {
 
 #define OPERATIONS(X)                                                                                               \
     X(linear) X(quantize) X(embedding) X(norm) X(convert) X(softcap) X(store_kv) X(attention) X(merge) X(route)   \
-    X(sort) X(gather) X(combine) X(argmax) X(noise) X(filter) X(meet) X(move) X(join) X(collect) X(deal) X(reunite)
+    X(sort) X(gather) X(combine) X(argmax) X(noise) X(filter) X(meet) X(move) X(join) X(collect) X(deal) X(reunite) X(pause)
 
 #define KIND(name) OP_##name,
 enum op_kind { OPERATIONS(KIND) OP_COUNT };
@@ -330,6 +335,7 @@ struct op {
         struct collect_op collect;
         struct deal_op deal;
         struct reunite_op reunite;
+        struct pause_op pause;
     };
 };
 

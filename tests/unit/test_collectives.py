@@ -1,0 +1,190 @@
+"""What ranks do together over shared memory: right sums, counted bytes, and nobody who waits for the dead. The
+ranks are threads here, each with kernels of its own; as processes they are in tests/multiprocess."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_shards import spec
+
+from holdfast.core.errors import CollectiveFailed
+from holdfast.core.plan import Plan, places
+from holdfast.core.spec import DecoderSpec
+from holdfast.kernels.cpu.kernels import CpuKernels
+from holdfast.parallel.segment import Layout, attach, create, read_tally
+from holdfast.parallel.shards import make_plan, tree_of
+from holdfast.parallel.shared import SharedCollectives
+from support.builds import builds
+
+pytestmark = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
+
+
+class Ranks:
+    """The collectives of every rank of a plan's first replica."""
+
+    def __init__(self, model: DecoderSpec, plan: Plan, timeout: float = 30.0, max_tokens: int = 64) -> None:
+        self.replica = plan.replicas[0]
+        self.layout = Layout(self.replica, model, max_tokens, max_tokens)
+        self.descriptor = create(self.layout.num_bytes)
+        self.memories = [attach(self.descriptor, self.layout) for _ in places(self.replica)]
+        self.all = [
+            SharedCollectives(CpuKernels(threads=1), model, place, self.layout, memory, timeout)
+            for place, memory in zip(places(self.replica), self.memories, strict=True)
+        ]
+
+    def run(self, *bodies) -> list[object]:
+        """One body per rank, at once; what each returned or raised."""
+        results: list[object] = [None] * len(bodies)
+
+        def call(index: int) -> None:
+            try:
+                results[index] = bodies[index]()
+            except CollectiveFailed as error:
+                results[index] = error
+
+        threads = [threading.Thread(target=call, args=(index,)) for index in range(len(bodies))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+@contextmanager
+def ranks_of(model: DecoderSpec, plan: Plan, **options: float) -> Iterator[Ranks]:
+    ranks = Ranks(model, plan, **options)
+    try:
+        yield ranks
+    finally:
+        os.close(ranks.descriptor)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 20), st.integers(1, 70), st.integers(0, 1000))
+def test_a_sum_over_ranks(degree: int, total: int, width: int, seed: int):
+    """In the order of the tree, twice in a row with other numbers, for ranks that come early and late."""
+    dice, total = random.Random(seed), max(total, degree)
+    cuts = sorted(dice.sample(range(1, total), degree - 1))
+    tree = tree_of(list(pairwise((0, *cuts, total))), total)
+    torch.manual_seed(seed)
+    model = spec()
+    numbers = {
+        (turn, rank, index): torch.randn(7, width)
+        for turn in range(3)
+        for rank, pieces in enumerate(tree.pieces)
+        for index in range(len(pieces))
+    }
+    bias, residual = torch.randn(width), torch.randn(7, width)
+
+    def expected(turn: int) -> torch.Tensor:
+        sums: list[torch.Tensor] = []
+        joins = iter(tree.joins)
+        for rank, pieces in enumerate(tree.pieces):
+            for index in range(len(pieces)):
+                sums.append(numbers[turn, rank, index])
+                for _ in range(next(joins)):
+                    right = sums.pop()
+                    sums[-1] = sums[-1] + right
+        return sums[0] + bias + residual
+
+    def body(rank: int):
+        def run() -> list[torch.Tensor]:
+            results = []
+            for turn in range(3):
+                mine = [numbers[turn, rank, index].clone() for index in range(len(tree.pieces[rank]))]
+                y = residual.clone()
+                results.append(ranks.all[rank].all_reduce(mine, tree, bias=bias, add_to=y))
+            return results
+
+        return run
+
+    # room for as many pieces: the layout's is for the model's own trees
+    with ranks_of(model, make_plan(model, tensor=degree), max_tokens=640) as ranks:
+        for results in ranks.run(*[body(rank) for rank in range(degree)]):
+            for turn, y in enumerate(results):
+                assert torch.equal(y, expected(turn))
+
+
+def test_bytes_are_counted():
+    """One-shot: each rank reads every piece that is another's, 4 · T · M bytes each."""
+    model = spec()
+    with ranks_of(model, make_plan(model, tensor=4)) as ranks:
+        tree = ranks.all[0].trees.mlp
+        partials = [torch.zeros(5, 64) for _ in range(4)]
+        ranks.run(*[lambda rank=rank: ranks.all[rank].all_reduce([partials[rank]], tree) for rank in range(4)])
+        for place in places(ranks.replica):
+            tally = read_tally(ranks.memories[0], ranks.layout, place.stage, place.index)
+            assert tally.bytes_read == 3 * 4 * 5 * 64
+            assert tally.exchanges == 1
+
+
+def test_nobody_waits_for_a_rank_that_gives_up():
+    """Within 0.1 s; and nothing goes on afterwards."""
+    model = spec()
+    with ranks_of(model, make_plan(model, tensor=3)) as ranks:
+        tree = ranks.all[0].trees.mlp
+        left: list[float] = []
+
+        def wait(rank: int):
+            def run() -> object:
+                partials = [torch.zeros(1, 64) for _ in tree.pieces[rank]]
+                try:
+                    return ranks.all[rank].all_reduce(partials, tree)
+                finally:
+                    left.append(time.perf_counter())
+
+            return run
+
+        def give_up() -> float:
+            time.sleep(0.3)  # the others are asleep by then, or will find the flag
+            begun = time.perf_counter()
+            ranks.all[2].abort()
+            return begun
+
+        *failed, begun = ranks.run(wait(0), wait(1), give_up)
+        assert all(isinstance(error, CollectiveFailed) for error in failed)
+        assert max(left) - begun < 0.1
+        with pytest.raises(CollectiveFailed, match="gave up"):
+            ranks.all[0].all_reduce([torch.zeros(1, 64)] * len(tree.pieces[0]), tree)
+
+
+def test_nobody_waits_longer_than_the_deadline():
+    model = spec()
+    with ranks_of(model, make_plan(model, pipeline=2), timeout=0.2) as ranks:
+        begun = time.perf_counter()
+        with pytest.raises(CollectiveFailed, match=r"within 0\.2 s"):
+            ranks.all[1].receive(3)
+        assert 0.2 <= time.perf_counter() - begun < 1.0
+
+
+@pytest.mark.parametrize("degrees", [(1, 1), (2, 1), (1, 3), (3, 2)])
+def test_rows_cross_stages(degrees: tuple[int, int]):
+    """More messages than the ring has slots, with a receiver that is late; each rank sends its share of the rows."""
+    model = spec(9, 3)
+    with ranks_of(model, make_plan(model, tensor=degrees, pipeline=2)) as ranks:
+        rows = [torch.full((1 + turn % 5, 64), float(turn)) for turn in range(20)]
+
+        def send(rank: int):
+            return lambda: [ranks.all[rank].send(x) for x in rows]
+
+        def receive(rank: int):
+            def run() -> list[torch.Tensor]:
+                time.sleep(0.05)  # so that the ring is full
+                return [ranks.all[rank].receive(x.shape[0]).clone() for x in rows]
+
+            return run
+
+        senders = [send(rank) for rank in range(degrees[0])]
+        receivers = [receive(rank) for rank in range(degrees[0], sum(degrees))]
+        for received in ranks.run(*senders, *receivers)[degrees[0] :]:
+            assert all(torch.equal(x, y) for x, y in zip(rows, received, strict=True))
