@@ -21,7 +21,8 @@ from holdfast.core.config import SchedulerConfig
 from holdfast.core.errors import ConfigError
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import NewRequest, SampledToken, Step, StepResult, Submit, TokenOutput
-from holdfast.schedule.scheduler import RECOVERY_STEPS, Scheduler, fit_model_len
+from holdfast.schedule.fit import fit_model_len
+from holdfast.schedule.scheduler import RECOVERY_STEPS, Scheduler
 
 EOS = 3
 

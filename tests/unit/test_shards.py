@@ -7,12 +7,14 @@ from itertools import pairwise
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Plan, Range, places
 from holdfast.core.spec import DecoderSpec, LayerSpec, MoeSpec
+from holdfast.models.load import weight_bytes
 from holdfast.models.parameters import packings, packings_at
 from holdfast.parallel.segment import PAGE, Layout
 from holdfast.parallel.shards import (
@@ -200,3 +202,27 @@ def test_nothing_shares_a_byte():
     assert all(one[1] <= other[0] for one, other in pairwise(spans))
     assert spans[-1][1] == layout.num_bytes
     assert num_mlp_shards(model) == 8
+
+
+@given(
+    st.sampled_from([(9, 3), (8, 8), (8, 2), (16, 1)]),
+    st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    st.sampled_from([0, 16]),
+)
+def test_shares_of_the_weights_sum_to_all(heads: tuple[int, int], degrees: list[int], experts: int):
+    """To the byte: all of the matrices, but that KV heads which several ranks hold count for each, and the router and
+    norms for every rank of the stage."""
+    model = spec(*heads, experts=experts)
+    degrees = [min(degree, max_degree(model)) for degree in degrees]
+    plan = make_plan(model, tensor=degrees, pipeline=len(degrees))
+    whole = weight_bytes(model, torch.bfloat16, places(make_plan(model).replicas[0])[0])
+    together = sum(weight_bytes(model, torch.bfloat16, place) for place in places(plan.replicas[0]))
+    expected, hidden = whole, model.hidden_size
+    for stage in plan.replicas[0].stages:
+        layers = stage.layers[1] - stage.layers[0]
+        shared = sum(last - first for first, last in (rank.kv_heads for rank in stage.ranks)) - model.num_kv_heads
+        others = len(stage.ranks) - 1
+        expected += layers * (shared * 2 * model.head_dim * hidden * 2 + others * 2 * hidden * 4)
+        expected += layers * others * experts * hidden * 2  # routers
+    expected += (len(plan.replicas[0].stages[-1].ranks) - 1) * hidden * 4  # the final norm
+    assert together == expected

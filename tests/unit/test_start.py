@@ -9,11 +9,14 @@ import torch
 
 from holdfast.core.config import DeviceConfig, ModelConfig, SchedulerConfig, ServeConfig
 from holdfast.core.errors import ConfigError
+from holdfast.core.plan import places
 from holdfast.core.spec import RopeSpec
 from holdfast.hardware import host
 from holdfast.models.inspect import inspect_model
 from holdfast.models.rope import rope_table
-from holdfast.worker.start import largest_step, longest_request, start_runner
+from holdfast.parallel.shards import make_plan
+from holdfast.worker import start
+from holdfast.worker.start import Post, largest_step, longest_request, start_runner
 from support.checkpoints import random_model, save
 from support.local import LocalEngine
 from support.tiny import tiny_model
@@ -82,3 +85,13 @@ def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "memory.max").write_text("max\n")
     assert host.usable_cores() == cores
     assert host.available_memory() == pytest.approx(unlimited, rel=0.2)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before any is read; those of all ranks count."""
+    info = inspect_model(tiny_model(tmp_path))
+    plan = make_plan(info.spec, pipeline=3)
+    post = Post(plan, 0, places(plan.replicas[0])[1])
+    monkeypatch.setattr(start, "available_memory", lambda: 100_000)
+    with pytest.raises(ConfigError, match=r"the weights of 3 ranks take 0\.\d+ GB, 0\.000 GB of memory are free"):
+        start_runner(ServeConfig(), info, lambda text, fraction: None, post)

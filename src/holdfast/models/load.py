@@ -18,7 +18,7 @@ from holdfast.kernels.interface import FP8_GROUP, GROUP, Kernels, Matrix
 from holdfast.models.checkpoint import Checkpoint, Format
 from holdfast.models.decoder import Decoder
 from holdfast.models.layers import Pieces, Weights
-from holdfast.models.parameters import Packing, Parameter, norms_at, packings_at, parameters
+from holdfast.models.parameters import Packing, Parameter, norms_at, packings_at, parameters, share_of
 from holdfast.parallel.collectives import Collectives
 from holdfast.parallel.shards import make_plan
 
@@ -63,7 +63,7 @@ def load_weights(  # noqa: PLR0917
     repeated = "head" in packs and "embed" in packs and loader.checkpoint.equal("embed.weight", "head.weight")
     if repeated:
         del packs["head"]
-    sizes = {name: loader.numbers(packing) for name, packing in packs.items()}
+    sizes = {name: share_of(packing, loader.wanted) for name, packing in packs.items()}
     sizes |= {name: _numel(loader.wanted[name]) for name in norms}
 
     def load(name: str) -> Any:
@@ -112,15 +112,6 @@ class _Loader:
         columns = tuple((first - spans[0][0], last - spans[0][0]) for first, last in spans)
         return Pieces(packed, columns, biases[0] if biases else None)
 
-    def numbers(self, packing: Packing) -> int:
-        """Weights that are read."""
-        shapes = [self.wanted[name].shape for name in _matrices(packing)]
-        if packing.pieces is not None:
-            borders = (0, *(packing.shards or (shapes[0][1],)))
-            return shapes[0][0] * (borders[packing.pieces[-1][1]] - borders[packing.pieces[0][0]])
-        rows = [packing.rows_of(index) or (0, shape[0]) for index, shape in enumerate(shapes)]
-        return sum((last - first) * shape[1] for (first, last), shape in zip(rows, shapes, strict=True))
-
     def _columns(self, packing: Packing) -> int:
         return self.wanted[_matrices(packing)[0]].shape[1]
 
@@ -166,14 +157,12 @@ def _matrices(packing: Packing) -> list[str]:
     return [f"{module}.weight" for module in packing.modules]
 
 
-def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
-    """Bytes the weights take when none is quantized; a tied head counts once."""
-    return sum(_numel(parameter) * _itemsize(parameter, dtype) for parameter in parameters(spec).values())
+def weight_bytes(spec: DecoderSpec, dtype: torch.dtype, place: Place) -> int:
+    """Bytes of the share of the weights that belongs to `place`, when none is quantized; a tied head counts once."""
+    wanted = parameters(spec)
+    packed = sum(share_of(packing, wanted) for packing in packings_at(spec, place).values())
+    return packed * dtype.itemsize + 4 * sum(_numel(wanted[name]) for name in norms_at(spec, place))
 
 
 def _numel(parameter: Parameter) -> int:
     return torch.Size(parameter.shape).numel()
-
-
-def _itemsize(parameter: Parameter, dtype: torch.dtype) -> int:
-    return 4 if parameter.norm else dtype.itemsize

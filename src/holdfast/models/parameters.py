@@ -230,6 +230,20 @@ def _share(spec: DecoderSpec, place: Place, trees: StageTrees, parts: list[str],
     return replace(packing, rows=(columns_of(shards, mlp_shards(columns), columns),) * len(packing.modules))
 
 
+def share_of(packing: Packing, wanted: Mapping[str, Parameter]) -> int:
+    """Numbers, biases counted, that a packing takes of the parameters."""
+    total = 0
+    for index, module in enumerate(packing.modules):
+        rows, columns = wanted[f"{module}.weight"].shape
+        if (some := packing.rows_of(index)) is not None:
+            rows = some[1] - some[0]
+        if packing.pieces is not None:
+            borders = (0, *(packing.shards or (columns,)))
+            columns = borders[packing.pieces[-1][1]] - borders[packing.pieces[0][0]]
+        total += rows * columns + (rows if f"{module}.bias" in wanted else 0)
+    return total
+
+
 def norms_at(spec: DecoderSpec, place: Place) -> list[str]:
     """Norms that the rank at `place` holds, by the names of `parameters`."""
 

@@ -20,7 +20,7 @@ from holdfast.hardware.host import available_memory, usable_cores
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.kernels.interface import Capturing, Kernels
 from holdfast.kernels.select import select_kernels
-from holdfast.models.load import load_decoder
+from holdfast.models.load import load_decoder, weight_bytes
 from holdfast.parallel.collectives import Collectives
 from holdfast.parallel.segment import attach, layout_of
 from holdfast.parallel.shards import make_plan
@@ -92,6 +92,8 @@ def start_runner(
         raise ConfigError(
             f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
         )
+    if device.type == "cpu":
+        _check_memory(model, dtype, post)
     collectives = _join_replica(config, model, kernels, post)
     decoder = load_decoder(
         model,
@@ -121,6 +123,17 @@ def start_runner(
     place = kernels.name if device.type == "cpu" else device.type
     progress(f"{place}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
     return runner
+
+
+def _check_memory(model: ModelInfo, dtype: torch.dtype, post: Post) -> None:
+    """That the weights of all ranks fit this machine: better said now than by the system, which kills."""
+    everywhere = [place for replica in post.plan.replicas for place in places(replica)]
+    needed = sum(weight_bytes(model.spec, dtype, place) for place in everywhere)
+    if model.format == "gguf":  # what is quantized mostly stays so
+        needed = min(needed, len(post.plan.replicas) * os.path.getsize(model.path))
+    if needed > (free := available_memory()):
+        text = f"the weights of {len(everywhere)} ranks take {needed / 1e9:.3f} GB"
+        raise ConfigError(f"{text}, {free / 1e9:.3f} GB of memory are free")
 
 
 def _join_replica(config: ServeConfig, model: ModelInfo, kernels: Kernels[Any], post: Post) -> Collectives | None:
