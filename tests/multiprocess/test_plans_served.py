@@ -138,6 +138,28 @@ def test_an_uneven_plan_from_a_file(models: dict[str, str], alone: dict[str, Ans
     assert found == alone["llama"]
 
 
+def test_ranks_without_our_kernels_meet_by_gloo(models: dict[str, str], tmp_path: Path):
+    """float16 runs on torch's kernels, which promise no exactness: the same requests end, and most with the same
+    text."""
+    found = []
+    for index, flags in enumerate(((), (TP, "2", PP, "2"))):
+        service = Service(
+            models["llama"], *FLAGS, "--dtype", "float16", *flags, log=tmp_path / str(index)
+        ).wait_ready()
+        try:
+            found.append(asyncio.run(ask(service.url)))
+        finally:
+            assert service.stop() == 0, service.text()[-3000:]
+    one, several = ([choice["text"] for choices in answers for choice in choices] for answers in found)
+    assert sum(x == y for x, y in zip(one, several, strict=True)) > len(one) / 2
+
+
+def test_experts_without_our_kernels_are_refused(models: dict[str, str], tmp_path: Path):
+    service = Service(models["mixtral"], "--dtype", "float16", TP, "2", log=tmp_path / "log")
+    assert service.wait_end() == 2
+    assert "experts over several ranks run on the cpu kernels only so far" in service.text()
+
+
 @pytest.mark.parametrize("victim", ["0.1", "1.0"])
 def test_a_rank_that_dies_ends_its_replica(models: dict[str, str], victim: str, tmp_path: Path):
     """No rank waits for the dead: the service ends at once, and leaves no process."""

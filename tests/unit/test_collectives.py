@@ -8,23 +8,30 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import spec
 
 from holdfast.core.errors import CollectiveFailed
-from holdfast.core.plan import Plan, places
+from holdfast.core.plan import Place, Plan, places
 from holdfast.core.spec import DecoderSpec
 from holdfast.kernels.cpu.kernels import CpuKernels
+from holdfast.models.inspect import inspect_model
+from holdfast.models.load import load_decoder
+from holdfast.parallel.distributed import DistributedCollectives
 from holdfast.parallel.segment import Layout, attach, create, read_tally
 from holdfast.parallel.shards import make_plan, tree_of
 from holdfast.parallel.shared import SharedCollectives
 from support.builds import builds
+from support.checkpoints import random_model, run_interleaved, save
 
 pytestmark = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
 
@@ -188,3 +195,36 @@ def test_rows_cross_stages(degrees: tuple[int, int]):
         receivers = [receive(rank) for rank in range(degrees[0], sum(degrees))]
         for received in ranks.run(*senders, *receivers)[degrees[0] :]:
             assert all(torch.equal(x, y) for x, y in zip(rows, received, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"tensor": 3}, {"tensor": (2, 1, 3), "pipeline": 3}, {"pipeline": 2}])
+def test_torch_distributed_gives_the_same_bits(options: dict[str, object], tmp_path: Path):
+    """Gloo between ranks whose kernels are the CPU's, against one rank: the order of the sums is ours."""
+    info = inspect_model(
+        save(random_model(model_type="llama", num_key_value_heads=3, num_attention_heads=9, hidden_size=72), tmp_path)
+    )
+    plan, store = make_plan(info.spec, **options), dist.HashStore()
+    requests, held = [[5, 6, 7, 8, 9, 10, 11], [20] * 17], []
+
+    def run(place: Place) -> list[torch.Tensor]:
+        collectives = None
+        if not place.is_alone:
+            collectives = DistributedCollectives(info.spec, place, torch.device("cpu"), store, 30.0)
+            held.append(collectives)  # who leaves early closes what the others still read from
+        kernels = CpuKernels(threads=1)
+        decoder = load_decoder(info, kernels, torch.float32, "cpu", place=place, collectives=collectives)
+        return run_interleaved(decoder, requests)
+
+    def everywhere(plan: Plan) -> list[list[torch.Tensor]]:
+        with ThreadPoolExecutor(8) as pool:
+            return [logits for logits in pool.map(run, places(plan.replicas[0])) if logits]
+
+    (alone,) = everywhere(make_plan(info.spec))
+    for logits in everywhere(plan):
+        assert all(torch.equal(x, y) for x, y in zip(alone, logits, strict=True))
+
+
+def test_torch_distributed_ends_at_the_deadline():
+    place = places(make_plan(spec(), tensor=2).replicas[0])[0]
+    with pytest.raises(CollectiveFailed):
+        DistributedCollectives(spec(), place, torch.device("cpu"), dist.HashStore(), 0.3)

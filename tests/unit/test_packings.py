@@ -44,7 +44,7 @@ def test_parts_of_a_packing_fit_and_shards_end_where_the_matrix_does(config: dic
         assert len({f"{module}.bias" in wanted for module in packing.modules}) == 1, "biases for all parts or none"
         assert packing.shards == tuple(sorted(set(packing.shards)))
         assert packing.shards == () or packing.shards[-1] == columns
-        assert packing.shards == () or name.endswith((".attn.o", ".mlp.down"))
+        assert packing.shards == () or name.endswith((".attn.o", ".down"))
         assert packing.gated == (len(packing.modules) == 2)
 
 
@@ -52,7 +52,7 @@ def test_the_packings_of_a_layer():
     """The order of the parts is the kernels': q, k, v, and gate before up."""
     packs = packings(spec_of({"model_type": "llama", "num_key_value_heads": 2, "intermediate_size": 64}))
     assert packs["layers.1.attn.qkv"].modules == ("layers.1.attn.q", "layers.1.attn.k", "layers.1.attn.v")
-    assert packs["layers.1.attn.o"].shards == (24, 48)
+    assert packs["layers.1.attn.o"].shards == (8, 16, 24, 32, 40, 48)
     up, down = packs["layers.1.mlp.up"], packs["layers.1.mlp.down"]
     assert (up.modules, up.activation, up.gated) == (("layers.1.mlp.gate", "layers.1.mlp.up"), "silu", True)
     assert (down.activation, down.gated, down.shards) == (None, False, (32, 64))
@@ -63,11 +63,10 @@ def test_a_plain_mlp_has_its_activation_in_its_only_part():
     assert (up.modules, up.activation, up.gated, up.shards) == (("layers.0.mlp.up",), "gelu_tanh", False, ())
 
 
-def test_experts_are_whole():
+def test_experts_are_cut_like_any_mlp():
     config = {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 5, "intermediate_size": 512}
     packs = packings(spec_of(config))
-    assert packs["layers.0.moe.experts.4.down"].shards == ()
-    assert packs["layers.0.attn.o"].shards == (24, 48)
+    assert packs["layers.0.moe.experts.4.down"].shards == tuple(range(64, 513, 64))
 
 
 @pytest.mark.parametrize(
@@ -103,11 +102,17 @@ def test_mlp_shards_are_few_even_and_complete(columns: int):
     assert max(widths) - min(widths) <= unit
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "ends"), [(6, 3, (16, 32, 48)), (6, 6, (8, 16, 24, 32, 40, 48))])
-def test_the_attention_output_is_cut_at_groups_of_heads(heads: int, kv_heads: int, ends: tuple[int, ...]):
-    config = {"model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    assert attention_shards(spec_of(config)) == ends
-
-
-def test_one_kv_head_cannot_be_shared():
-    assert attention_shards(spec_of({"model_type": "llama", "num_key_value_heads": 1})) == ()
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "ends"),
+    [
+        (6, 6, 8, (8, 16, 24, 32, 40, 48)),
+        (6, 3, 8, (8, 16, 24, 32, 40, 48)),  # half a KV head's query heads each
+        (6, 1, 64, (64, 128, 192, 256, 320, 384)),
+        (8, 2, 16, (32, 64, 96, 128)),  # two heads of 16 share the scales of quantized columns
+        (16, 8, 64, tuple(range(128, 1025, 128))),  # KV heads enough: theirs stay together
+        (1, 1, 64, ()),
+    ],
+)
+def test_where_the_attention_output_is_cut(heads: int, kv_heads: int, head_dim: int, ends: tuple[int, ...]):
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    assert attention_shards(spec_of({"model_type": "llama", **config})) == ends

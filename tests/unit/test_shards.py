@@ -204,6 +204,7 @@ def test_nothing_shares_a_byte():
     assert num_mlp_shards(model) == 8
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([(9, 3), (8, 8), (8, 2), (16, 1)]),
     st.lists(st.integers(1, 8), min_size=1, max_size=3),

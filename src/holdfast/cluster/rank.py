@@ -26,7 +26,8 @@ def run(boot: wire.Boot, control: Control) -> None:
     """Load the model, report for duty, run steps until told to stop."""
     rank = sys.argv[1].removeprefix("worker ")
     replica, stage, index = (int(part) for part in rank.split("."))
-    post = Post(boot.plan, replica, Place(boot.plan.replicas[replica], stage, index), shared_memory())
+    place, meeting = Place(boot.plan.replicas[replica], stage, index), boot.endpoints.meeting(replica)
+    post = Post(boot.plan, replica, place, shared_memory(), meeting)
 
     def progress(text: str, fraction: float | None) -> None:
         control.send(wire.encode(wire.Progress(text, fraction)))

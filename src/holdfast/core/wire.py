@@ -248,6 +248,10 @@ class Endpoints(msgspec.Struct, frozen=True):
         """PULL bound by the worker; its engine pushes `ToWorker`."""
         return f"ipc://{self.folder}/worker-{rank}"
 
+    def meeting(self, replica: int) -> str:
+        """File through which the ranks of a replica find each other, where they share no memory."""
+        return f"{self.folder}/meeting-{replica}"
+
 
 class Boot(msgspec.Struct, frozen=True):
     """What every child reads when it starts (`boot.json` in the run folder)."""

@@ -42,7 +42,6 @@ def load_decoder(
     `progress` is called with the fraction of the weights done, in (0, 1]. `max_positions`: the longest request, when
     that is less than the model allows. Raises `ModelError` for a file that has been damaged since it was inspected.
     """
-    place = place or places(make_plan(info.spec).replicas[0])[0]
     return Decoder(
         load_weights(info, kernels, dtype, torch.device(device), progress, place, collectives), max_positions
     )
@@ -54,10 +53,11 @@ def load_weights(  # noqa: PLR0917
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[float], None],
-    place: Place,
+    place: Place | None = None,
     collectives: Collectives | None = None,
 ) -> Weights:
     """Every matrix packed, and every norm. A head that only repeats the embeddings is not held twice."""
+    place = place or places(make_plan(info.spec).replicas[0])[0]
     loader = _Loader(Checkpoint(info), kernels, dtype, device, parameters(info.spec))
     packs, norms = packings_at(info.spec, place), norms_at(info.spec, place)
     repeated = "head" in packs and "embed" in packs and loader.checkpoint.equal("embed.weight", "head.weight")

@@ -8,6 +8,7 @@ whatever the ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -30,12 +31,13 @@ _VOCAB_UNIT = 64
 
 def head_shards(spec: DecoderSpec) -> tuple[int, ...]:
     """Ends of the virtual shards of the attention output, in query heads: those of one KV head each, and, with few KV
-    heads, cut further."""
+    heads, cut further, but not within 32 columns where quantized ones share a scale."""
     per_group = spec.num_heads // spec.num_kv_heads
-    cuts = min(-(-MLP_SHARDS // spec.num_kv_heads), per_group)
-    return tuple(
-        group * per_group + per_group * (cut + 1) // cuts for group in range(spec.num_kv_heads) for cut in range(cuts)
-    )
+    whole = per_group * spec.head_dim % _SHARD_UNIT == 0
+    unit = _SHARD_UNIT // math.gcd(_SHARD_UNIT, spec.head_dim) if whole else 1
+    cuts = min(-(-MLP_SHARDS // spec.num_kv_heads), per_group // unit)
+    ends = [per_group // unit * (cut + 1) // cuts * unit for cut in range(cuts)]
+    return tuple(group * per_group + end for group in range(spec.num_kv_heads) for end in ends)
 
 
 def attention_shards(spec: DecoderSpec) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from holdfast.kernels.interface import Capturing, Kernels
 from holdfast.kernels.select import select_kernels
 from holdfast.models.load import load_decoder, weight_bytes
 from holdfast.parallel.collectives import Collectives
+from holdfast.parallel.distributed import DistributedCollectives, FileStore, takes
 from holdfast.parallel.segment import attach, layout_of
 from holdfast.parallel.shards import make_plan
 from holdfast.parallel.shared import SharedCollectives
@@ -39,12 +40,13 @@ CPU_CACHE_SHARE = 0.4
 @dataclass(frozen=True, slots=True)
 class Post:
     """What one worker is there for. `memory`: the descriptor of what it shares with the other ranks of its
-    replica."""
+    replica. `meeting`: the path of a file through which ranks that do not share memory find each other."""
 
     plan: Plan
     replica: int
     place: Place
     memory: int | None = None
+    meeting: str = ""
 
     @classmethod
     def alone(cls, model: ModelInfo) -> Post:
@@ -94,7 +96,7 @@ def start_runner(
         )
     if device.type == "cpu":
         _check_memory(model, dtype, post)
-    collectives = _join_replica(config, model, kernels, post)
+    collectives = _join_replica(config, model, kernels, device, post)
     decoder = load_decoder(
         model,
         kernels,
@@ -115,7 +117,8 @@ def start_runner(
     )
     num_blocks = _num_blocks(config, model, runner, post)
     runner.use_pages(decoder.allocate_pages(num_blocks, config.cache.block_size))
-    if isinstance(runner.forward, Capturing) and not config.device.enforce_eager:
+    capture = collectives is None and not config.device.enforce_eager  # what ranks exchange is not captured yet
+    if isinstance(runner.forward, Capturing) and capture:
         requests, size = config.scheduler.max_num_seqs, config.cache.block_size
         length = min(longest_request(config, model), num_blocks * size)
         runner.forward.capture(requests, length, size, lambda done: progress("capturing graphs", done))
@@ -136,16 +139,21 @@ def _check_memory(model: ModelInfo, dtype: torch.dtype, post: Post) -> None:
         raise ConfigError(f"{text}, {free / 1e9:.3f} GB of memory are free")
 
 
-def _join_replica(config: ServeConfig, model: ModelInfo, kernels: Kernels[Any], post: Post) -> Collectives | None:
+def _join_replica(
+    config: ServeConfig, model: ModelInfo, kernels: Kernels[Any], device: torch.device, post: Post
+) -> Collectives | None:
     """The way to the other ranks; None where there are none."""
     if post.place.is_alone:
         return None
+    timeout = config.device.collective_timeout
     if not isinstance(kernels, CpuKernels):
-        raise ConfigError(f"a model cut over ranks runs on the cpu kernels only so far, not on {kernels.name}")
+        if not takes(model.spec, post.place):
+            raise ConfigError(f"experts over several ranks run on the cpu kernels only so far, not on {kernels.name}")
+        store = FileStore(post.meeting, post.place.replica.num_ranks)
+        return DistributedCollectives(model.spec, post.place, device, store, timeout)
     assert post.memory is not None, "ranks share memory"
     layout = layout_of(post.place.replica, model.spec, config.scheduler)
     memory = attach(post.memory, layout)
-    timeout = config.device.collective_timeout
     return SharedCollectives(kernels, model.spec, post.place, layout, memory, timeout, _pace())
 
 
