@@ -128,7 +128,7 @@ def check_logits(
     judge, decoder = (
         load(path, CpuKernels(dtype_of(held), threads, isa=isa, activation_bits=bits)) for threads in (1, THREADS)
     )
-    weights = (decoder.embed, decoder.blocks[0].attention.qkv.weight, decoder.blocks[0].attention.o.weight)
+    weights = (decoder.embed.table, decoder.blocks[0].attention.qkv.weight, decoder.blocks[0].attention.o.weight)
     assert {weight.format for weight in weights} == {held}
     assert ways_that_differ(judge, decoder, requests, **options) == []
 
