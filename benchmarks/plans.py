@@ -1,10 +1,9 @@
 """`make bench-plans`: what it costs to cut a model, and what pipelines lose, on the CPU processes of this machine.
 
-    python -m benchmarks.plans [--model FOLDER] [--rounds N] [--part tensor,pipeline,collectives]
+    python -m benchmarks.plans [--model FOLDER] [--rounds N] [--part tensor,pipeline]
 
     tensor       one rank with two threads against two ranks with one, decoding at 1, 8 and 32 streams, and prefill
     pipeline     the three batching modes on four stages whose time is a calibrated wait: idle time, beside theory
-    collectives  microseconds of an all-reduce between two processes, by size, beside Gloo
 
 Prints tables; what is worth keeping goes into benchmarks/RESULTS.md by hand.
 """
@@ -28,7 +27,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from tests.support.tiny import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast.bench.config import BenchConfig, LoadConfig, RequestsConfig, TargetConfig
@@ -36,6 +34,7 @@ from holdfast.bench.load import measure
 from holdfast.bench.measure import Summary
 from holdfast.bench.report import summary_of
 from holdfast.worker.start import PACE_VARIABLE
+from support.tiny import byte_tokenizer
 
 from .cpu.checkpoints import make
 from .cpu.processes import free_port
@@ -192,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a folder; by default random weights of the shape of Llama 3.2 1B")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--part", default="tensor")
+    parser.add_argument("--part", default="tensor,pipeline")
     chosen = parser.parse_args()
     shape = all_models()["llama-1b"]
     make(shape)

@@ -177,3 +177,16 @@ def test_a_lane_keeps_its_requests():
                 assert lanes.setdefault(request.request_id, scheduler.batching.lane) == scheduler.batching.lane
         pipeline.finish_one()
     assert set(lanes.values()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_long_prompt_stalls_no_decode(mode: str):
+    """One that came before, and needs many steps: what decodes gets a token in every lap nevertheless."""
+    scheduler = scheduler_of(mode, 2)
+    scheduler.add(submit(0, 160, 4))
+    scheduler.add(submit(1, 3, 8))
+    pipeline = Pipeline(scheduler, 2)
+    while "r0" not in pipeline.outputs:
+        pipeline.fill()
+        pipeline.finish_one()
+    assert len(pipeline.outputs["r1"]) >= 3, "its prompt takes five steps"

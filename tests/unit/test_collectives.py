@@ -23,7 +23,9 @@ from test_shards import spec
 from holdfast.core.errors import CollectiveFailed
 from holdfast.core.plan import Place, Plan, places
 from holdfast.core.spec import DecoderSpec
+from holdfast.kernels.cpu import structs
 from holdfast.kernels.cpu.kernels import CpuKernels
+from holdfast.kernels.interface import BatchLayout
 from holdfast.models.inspect import inspect_model
 from holdfast.models.load import load_decoder
 from holdfast.parallel.distributed import DistributedCollectives
@@ -228,3 +230,31 @@ def test_torch_distributed_ends_at_the_deadline():
     place = places(make_plan(spec(), tensor=2).replicas[0])[0]
     with pytest.raises(CollectiveFailed):
         DistributedCollectives(spec(), place, torch.device("cpu"), dist.HashStore(), 0.3)
+
+
+def test_a_step_may_take_longer_than_a_wait():
+    """The deadline is that of an exchange: ranks that compute for long are not late."""
+    model = spec()
+    with ranks_of(model, make_plan(model, tensor=2), timeout=0.15) as ranks:
+        tree = ranks.all[0].trees.mlp
+
+        def run(rank: int):
+            kernels = ranks.all[rank]._kernels
+            place = structs.Pause(ns=int(0.1e9), row_ns=0)
+
+            def body() -> object:
+                def forward(token_ids: torch.Tensor, batch: BatchLayout) -> torch.Tensor:
+                    for _ in range(4):
+                        kernels.executor.run(place, token_ids.shape[0])
+                        y = ranks.all[rank].all_reduce(
+                            [kernels.executor.new(token_ids.shape[0], 64, torch.float32)], tree
+                        )
+                    return y
+
+                program = kernels.record(forward, 4)
+                positions, tables = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int32)
+                return program(positions, BatchLayout((1,), (1,), positions, positions, tables))
+
+            return body
+
+        assert not any(isinstance(result, CollectiveFailed) for result in ranks.run(run(0), run(1)))

@@ -7,15 +7,13 @@ from itertools import pairwise
 
 import msgspec
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Plan, Range, places
 from holdfast.core.spec import DecoderSpec, LayerSpec, MoeSpec
-from holdfast.models.load import weight_bytes
-from holdfast.models.parameters import packings, packings_at
+from holdfast.models.parameters import packings, packings_at, weight_bytes
 from holdfast.parallel.segment import PAGE, Layout
 from holdfast.parallel.shards import (
     check_plan,
@@ -216,8 +214,8 @@ def test_shares_of_the_weights_sum_to_all(heads: tuple[int, int], degrees: list[
     model = spec(*heads, experts=experts)
     degrees = [min(degree, max_degree(model)) for degree in degrees]
     plan = make_plan(model, tensor=degrees, pipeline=len(degrees))
-    whole = weight_bytes(model, torch.bfloat16, places(make_plan(model).replicas[0])[0])
-    together = sum(weight_bytes(model, torch.bfloat16, place) for place in places(plan.replicas[0]))
+    whole = weight_bytes(model, 2, places(make_plan(model).replicas[0])[0])
+    together = sum(weight_bytes(model, 2, place) for place in places(plan.replicas[0]))
     expected, hidden = whole, model.hidden_size
     for stage in plan.replicas[0].stages:
         layers = stage.layers[1] - stage.layers[0]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from holdfast.cluster import plans
 from holdfast.core.config import DeviceConfig, ModelConfig, SchedulerConfig, ServeConfig
 from holdfast.core.errors import ConfigError
-from holdfast.core.plan import places
 from holdfast.core.spec import RopeSpec
 from holdfast.hardware import host
 from holdfast.models.inspect import inspect_model
 from holdfast.models.rope import rope_table
 from holdfast.parallel.shards import make_plan
 from holdfast.worker import start
-from holdfast.worker.start import Post, largest_step, longest_request, start_runner
+from holdfast.worker.start import largest_step, longest_request, start_runner
 from support.checkpoints import random_model, save
 from support.local import LocalEngine
 from support.tiny import tiny_model
@@ -88,10 +89,23 @@ def test_container_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Before any is read; those of all ranks count."""
+    """Before any process starts; those of all ranks count."""
     info = inspect_model(tiny_model(tmp_path))
-    plan = make_plan(info.spec, pipeline=3)
-    post = Post(plan, 0, places(plan.replicas[0])[1])
-    monkeypatch.setattr(start, "available_memory", lambda: 100_000)
-    with pytest.raises(ConfigError, match=r"the weights of 3 ranks take 0\.\d+ GB, 0\.000 GB of memory are free"):
-        start_runner(ServeConfig(), info, lambda text, fraction: None, post)
+    monkeypatch.setattr(plans, "available_memory", lambda: 100_000)
+    with pytest.raises(ConfigError, match=r"the weights of 3 ranks take 0\.\d+ GB at least, 0\.000 GB of memory are"):
+        plans.check_memory(ServeConfig(), info, make_plan(info.spec, pipeline=3))
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads"), [(16, 8, 2), (8, 4, 2), (6, 3, 2), (2, 4, 1), (2, 2, 1), (5, 2, 2), (2, 1, 2)]
+)
+def test_ranks_share_the_cores(cores: int, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch):
+    """No rank has another's, unless there are too few for all."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(start, "usable_cores", lambda: cores)
+    most = max(1, start.usable_cores() // ranks)
+    assert start._num_threads(ServeConfig().device, most) == threads
+    shares = [start._share_of_cores(number, ranks) for number in range(ranks)]
+    if cores >= ranks:
+        assert sum(map(len, shares)) == len(set().union(*shares)) == cores

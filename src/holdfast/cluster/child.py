@@ -23,7 +23,7 @@ import setproctitle
 import zmq
 
 from holdfast.core import wire
-from holdfast.core.errors import UserError
+from holdfast.core.errors import CollectiveFailed, UserError
 from holdfast.core.logs import setup_logging
 
 Control = zmq.Socket[bytes]
@@ -56,7 +56,9 @@ def run_child(body: Body) -> None:
         body(boot, control)
     except Exception as error:  # noqa: BLE001 - the process border: reported, then the process ends
         status = 1
-        control.send(wire.encode(wire.Failed(str(error), isinstance(error, UserError), traceback.format_exc())))
+        follows = isinstance(error, CollectiveFailed)
+        failed = wire.Failed(str(error), isinstance(error, UserError), traceback.format_exc(), follows)
+        control.send(wire.encode(failed))
     context.destroy()
     sys.exit(status)
 

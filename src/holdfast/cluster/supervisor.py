@@ -27,17 +27,17 @@ import msgspec
 import setproctitle
 import zmq
 
+from holdfast.cluster.plans import check_memory, plan_of
 from holdfast.cluster.process import Child
 from holdfast.core import wire
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError, HoldfastError, ProcessDied, StartupError
 from holdfast.core.logs import setup_logging
-from holdfast.core.plan import Plan, places, read_plan
+from holdfast.core.plan import Plan, places
 from holdfast.core.spec import ModelInfo
 from holdfast.models.hub import resolve_model
 from holdfast.models.inspect import inspect_model
 from holdfast.parallel.segment import create, layout_of
-from holdfast.parallel.shards import check_plan, make_plan
 
 log = logging.getLogger(__name__)
 
@@ -106,31 +106,14 @@ def serve(model: str, config: ServeConfig) -> int:
     info = msgspec.structs.replace(info, sampling_defaults=defaults)
     name = config.model.served_model_name or Path(model).absolute().name.removesuffix(".gguf")
     config = replace(config, model=replace(config.model, served_model_name=name))
-    folder = tempfile.mkdtemp(prefix="holdfast-")
     plan = plan_of(config, info)
+    check_memory(config, info, plan)
+    folder = tempfile.mkdtemp(prefix="holdfast-")
     try:
         with Supervisor(folder, config, plan) as supervisor:
             return supervisor.run(info)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def plan_of(config: ServeConfig, model: ModelInfo) -> Plan:
-    """The plan of `--plan`, or the one that the sizes ask for. Raises `ConfigError`, which names what is wrong."""
-    device = config.device
-    if device.plan is not None:
-        plan = read_plan(device.plan)
-        check_plan(plan, model.spec, f"--plan {device.plan}")
-        return plan
-    return make_plan(
-        model.spec,
-        tensor=device.tensor_parallel_size,
-        pipeline=device.pipeline_parallel_size,
-        data=device.data_parallel_size,
-        expert=device.expert_parallel_size,
-        layers=device.layers_of_stages(),
-        pipeline_batching=device.pipeline_batching,
-    )
 
 
 class Supervisor:
@@ -143,6 +126,8 @@ class Supervisor:
         self.children: dict[str, Child] = {}
         self._started = time.monotonic()
         self._ended: set[str] = set()
+        self._failures: dict[int, str] = {}
+        """Replica → what its first process to fail by itself said."""
         self._replicas = set(range(len(plan.replicas)))
         """Those that are alive."""
         self._decode = wire.decoder(wire.ToSupervisor).decode
@@ -259,23 +244,37 @@ class Supervisor:
                     log.info("%s: draining", signal.Signals(number).name)
                     return True
                 case Said(name, wire.Failed() as failed):
-                    log.error("%s failed: %s", name, failed.traceback)
+                    self._note_failure(name, failed)
                 case Ended(name):
                     self._lose(name)
         raise AssertionError("events never end")
+
+    def _note_failure(self, name: str, failed: wire.Failed) -> None:
+        """The others of its replica fail because of it, and may end before it."""
+        log.error("%s failed: %s", name, failed.traceback)
+        replica = replica_of(name)
+        if replica is not None and not failed.follows:
+            self._failures.setdefault(replica, f"{name} died ({failed.error})")
 
     def _lose(self, name: str) -> None:
         """A child has ended that should not. The rest of its replica is killed, and the gateway has its requests go
         on in the others; the last one's end, like the gateway's, is that of the service: raises `ProcessDied`."""
         replica, reason = replica_of(name), f"{name} died ({self.children[name].how_it_ended()})"
-        if replica is None or self._replicas == {replica}:
+        if replica is None:
             raise ProcessDied(reason)
         if replica not in self._replicas:
             return  # one of those that were killed because of the first
+        reason = self._failures.get(replica, reason)
+        if self._replicas == {replica}:
+            self._kill_replica(replica)  # its other ranks may wait for the dead one, and hear nothing
+            raise ProcessDied(reason)
         self._replicas.remove(replica)
         left = len(self._replicas)
         log.error("%s: replica %d is lost, %d %s on", reason, replica, left, "go" if left > 1 else "goes")
         self._send(GATEWAY, wire.ReplicaLost(replica, reason))
+        self._kill_replica(replica)
+
+    def _kill_replica(self, replica: int) -> None:
         for child in self.children.values():
             if replica_of(child.name) == replica:
                 child.kill()

@@ -22,6 +22,9 @@ def option(default: Any, help: str, **extra: Any) -> Any:
 MOST = 10**15
 """No flag takes a larger number; as seconds, it still fits into the milliseconds of every poll."""
 
+LOGIT_ROWS = 64
+"""Prompt positions whose logits are held at once for prompt logprobs: 64 · 150k vocabulary · 4 bytes = 38 MB."""
+
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model or the user may recommend for requests that do not say."""
 
@@ -81,7 +84,7 @@ class DeviceConfig:
         "plenty; where the gateway has to share them, the system places threads better.",
     )
     tensor_parallel_size: int = option(
-        1, "Ranks that share each layer: on CPU processes of this machine, each with its share of the cores."
+        1, "Ranks that share each layer: a GPU each, or processes that each have their share of this machine's cores."
     )
     pipeline_parallel_size: int = option(1, "Stages: groups of layers on ranks of their own.")
     pipeline_layers: str | None = option(
@@ -90,7 +93,7 @@ class DeviceConfig:
     pipeline_batching: Literal["asynchronous", "synchronous", "hybrid"] = option(
         "asynchronous",
         "How requests share a pipeline. asynchronous: every microbatch is made anew when the first stage is free; "
-        "hybrid: a request stays in one lane of as many as there are stages; synchronous: requests join and leave "
+        "hybrid: a request stays in one lane of as many as steps are in flight; synchronous: requests join and leave "
         "only when the pipeline is empty.",
     )
     expert_parallel_size: int | None = option(
@@ -102,7 +105,7 @@ class DeviceConfig:
         None, "JSON file that says which rank holds what, instead of the sizes; docs/plans.md describes it."
     )
     collective_timeout: float = option(
-        60.0, "Seconds that a rank waits for the others within a step before the replica is given up."
+        60.0, "Seconds that a rank waits for another in one exchange before the replica is given up."
     )
     data_parallel_size: int = option(
         1,
@@ -158,7 +161,7 @@ class CacheConfig:
     )
     kv_cache_memory_bytes: int | None = option(
         None,
-        "Memory for the KV cache in bytes; 512M, 4G and the like are understood (SI). "
+        "Memory for the KV cache of each rank in bytes; 512M, 4G and the like are understood (SI). "
         "Default on CPU: what --max-num-seqs full requests need, at most 4G and 40 % of the free memory; "
         "on cuda: from --gpu-memory-utilization.",
         bytes=True,
@@ -265,7 +268,9 @@ class ServeConfig:
                 f"--max-num-batched-tokens {self.scheduler.max_num_batched_tokens}: must be at least --max-num-seqs "
                 f"({self.scheduler.max_num_seqs}), so that every running request can take one token per step"
             )
-        if not 0.1 <= self.device.collective_timeout <= MOST:
-            raise ConfigError(f"--collective-timeout {self.device.collective_timeout}: must be at least 0.1")
+        if not 0.1 <= self.device.collective_timeout <= 1e6:
+            raise ConfigError(
+                f"--collective-timeout {self.device.collective_timeout}: must be at least 0.1 and at most 1e6"
+            )
         self.device.layers_of_stages()
         self.device.check_plan_alone()

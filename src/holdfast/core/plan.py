@@ -60,7 +60,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replicas: tuple[ReplicaPlan, ...]
     pipeline_batching: PipelineBatching = "asynchronous"
     microbatches: int = 0
-    """Steps in flight in a replica; 0: as many as it has stages."""
+    """Steps in flight in a pipeline; 0: as many as it has stages."""
 
     def steps_in_flight(self, replica: int) -> int:
         return self.microbatches or len(self.replicas[replica].stages)

@@ -81,7 +81,7 @@ class RankStats(_Message, frozen=True):
     bytes_read: int
     """Of other ranks' numbers."""
     step_seconds: float
-    """All of its steps, waits included."""
+    """All of its steps, waits included; on CPUs."""
     waited_seconds: float
     """Of them: for the ranks of its own stage."""
     idle_seconds: float
@@ -282,6 +282,8 @@ class Failed(_Message, frozen=True):
     user_error: bool
     """What the user did wrong (no traceback shown), or what the machine did."""
     traceback: str = ""
+    follows: bool = False
+    """Only because another process did."""
 
 
 ToSupervisor = Progress | Ready | Failed

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.plan import Place, Range, places
-from holdfast.core.spec import DecoderSpec, ModelInfo
+from holdfast.core.spec import ModelInfo
 from holdfast.kernels.interface import FP8_GROUP, GROUP, Kernels, Matrix
 from holdfast.models.checkpoint import Checkpoint, Format
 from holdfast.models.decoder import Decoder
@@ -155,13 +155,6 @@ def _format(checkpoint: Checkpoint, packing: Packing) -> Format | None:
 
 def _matrices(packing: Packing) -> list[str]:
     return [f"{module}.weight" for module in packing.modules]
-
-
-def weight_bytes(spec: DecoderSpec, dtype: torch.dtype, place: Place) -> int:
-    """Bytes of the share of the weights that belongs to `place`, when none is quantized; a tied head counts once."""
-    wanted = parameters(spec)
-    packed = sum(share_of(packing, wanted) for packing in packings_at(spec, place).values())
-    return packed * dtype.itemsize + 4 * sum(_numel(wanted[name]) for name in norms_at(spec, place))
 
 
 def _numel(parameter: Parameter) -> int:

@@ -5,6 +5,7 @@ All data: the loader reads by them, a rank of a plan only its share.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -242,6 +243,15 @@ def share_of(packing: Packing, wanted: Mapping[str, Parameter]) -> int:
             columns = borders[packing.pieces[-1][1]] - borders[packing.pieces[0][0]]
         total += rows * columns + (rows if f"{module}.bias" in wanted else 0)
     return total
+
+
+def weight_bytes(spec: DecoderSpec, itemsize: int, place: Place) -> int:
+    """Bytes of the share of the weights that belongs to `place`, in numbers of so many bytes; norms take 4. A tied
+    head counts once."""
+    wanted = parameters(spec)
+    packed = sum(share_of(packing, wanted) for packing in packings_at(spec, place).values())
+    norms = sum(math.prod(wanted[name].shape) for name in norms_at(spec, place))
+    return packed * itemsize + 4 * norms
 
 
 def norms_at(spec: DecoderSpec, place: Place) -> list[str]:

@@ -29,7 +29,8 @@ __all__ = ["DistributedCollectives", "FileStore", "takes"]
 
 class DistributedCollectives:
     """`Collectives` of the rank at `place`. The ranks find each other through `store`; `timeout`: seconds that each
-    exchange may take. Raises `CollectiveFailed` when they do not meet."""
+    exchange may take. Raises `CollectiveFailed` when they do not meet; between GPUs nobody waits on the host, and
+    what ends an exchange there is NCCL's own watchdog, with the process. Steps are not counted."""
 
     def __init__(self, spec: DecoderSpec, place: Place, device: torch.device, store: Store, timeout: float) -> None:
         self.place = place
@@ -63,7 +64,7 @@ class DistributedCollectives:
         if self._device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
-            return dist.ProcessGroupNCCL(where, rank, size, options)
+            return self._try(lambda: dist.ProcessGroupNCCL(where, rank, size, options))
         return self._try(lambda: dist.ProcessGroupGloo(where, rank, size, self._timeout))
 
     # --- the ranks of a stage ---

@@ -1,6 +1,6 @@
 """The memory that the ranks of one replica share, when they are processes of one machine: what lies where in it.
 
-    head: aborted, epoch │ a tally per rank │ counters │ per stage: two slots per rank │ per border: a ring of slots
+    head: aborted │ a tally per rank │ counters │ per stage: two slots per rank │ per border: a ring of slots
 
 A file without a name (memfd): the supervisor makes it and its children inherit it, so nothing is left of it when they
 are gone. Only pages that are written to take memory.
@@ -14,7 +14,8 @@ import struct
 from dataclasses import dataclass
 from itertools import accumulate
 
-from holdfast.core.config import SchedulerConfig
+from holdfast.core.config import LOGIT_ROWS, SchedulerConfig
+from holdfast.core.errors import StartupError
 from holdfast.core.plan import ReplicaPlan
 from holdfast.core.spec import DecoderSpec
 from holdfast.parallel.shards import Tree, expert_groups, head_shards, num_expert_shards, num_mlp_shards, tree_of
@@ -22,7 +23,7 @@ from holdfast.parallel.shards import Tree, expert_groups, head_shards, num_exper
 PAGE = 4096
 LINE = 64
 """Bytes of a counter and of a tally: each has a cache line of its own."""
-ABORTED_AT, EPOCH_AT = 0, 8
+ABORTED_AT = 0
 SLOTS = 2
 """Of each rank in the exchanges of its stage, used by turns."""
 
@@ -54,10 +55,6 @@ class StageTrees:
         )
 
 
-LOGIT_ROWS = 64
-"""Prompt positions whose logits are held at once for prompt logprobs: 64 · 150k vocabulary · 4 bytes = 38 MB."""
-
-
 def layout_of(replica: ReplicaPlan, spec: DecoderSpec, config: SchedulerConfig) -> Layout:
     """Of a replica that is served: the same in every process."""
     return Layout(replica, spec, config.max_num_batched_tokens, max(config.max_num_seqs, LOGIT_ROWS))
@@ -74,8 +71,9 @@ class Layout:
         """Of each stage, counting through all of them."""
         self.row_bytes = spec.hidden_size * 4
         self.max_tokens = max_tokens
-        self.depth = len(stages) + 1
-        """Slots of a ring: microbatches that a stage may be ahead of the next."""
+        self.depth = 1 << len(stages).bit_length()
+        """Slots of a ring: microbatches that a stage may be ahead of the next. A power of two, so that counters,
+        which have 32 bits, may wrap."""
         self.trees = [StageTrees.of(replica, index, spec) for index in range(len(stages))]
         end = PAGE + LINE * self.num_ranks
         self.num_counters = 3 * self.num_ranks
@@ -140,7 +138,8 @@ def create(num_bytes: int) -> int:
 def attach(descriptor: int, layout: Layout) -> mmap.mmap:
     """The memory of a descriptor, which must be as large as the layout says."""
     found = os.fstat(descriptor).st_size
-    assert found == layout.num_bytes, f"{found} bytes of shared memory, the plan needs {layout.num_bytes}"
+    if found != layout.num_bytes:
+        raise StartupError(f"{found} bytes of shared memory, the plan needs {layout.num_bytes}")
     return mmap.mmap(descriptor, found)
 
 

@@ -220,7 +220,12 @@ def _expert_shards(spec: DecoderSpec, degree: int, expert: int | None) -> list[t
             raise ConfigError(f"--expert-parallel-size {expert}: the model has no experts")
         return [((), (0, 0))] * degree
     if expert is None:
-        expert = 1 if degree <= num_expert_shards(spec) else degree
+        expert = _fewest_groups(degree, num_expert_shards(spec))
+        if expert > spec.moe.num_experts:
+            raise ConfigError(
+                f"--tensor-parallel-size {degree}: {spec.moe.num_experts} experts, which can be cut in "
+                f"{num_expert_shards(spec)}, are not enough for so many ranks"
+            )
     if degree // max(expert, 1) > num_expert_shards(spec):
         raise ConfigError(
             f"--expert-parallel-size {expert}: leaves {degree // max(expert, 1)} ranks for each expert, "
@@ -234,6 +239,11 @@ def _expert_shards(spec: DecoderSpec, degree: int, expert: int | None) -> list[t
     shards = split(num_expert_shards(spec), [1] * (degree // expert))
     owned = split(spec.moe.num_experts, [1] * expert)
     return [(tuple(range(*some)), shard) for some in owned for shard in shards]
+
+
+def _fewest_groups(degree: int, most_ranks: int) -> int:
+    """Even groups of `degree` ranks, of up to `most_ranks` each."""
+    return next(groups for groups in range(1, degree + 1) if degree % groups == 0 and degree // groups <= most_ranks)
 
 
 # --- what a plan must be ---
@@ -295,8 +305,11 @@ def _check_experts(stage: StagePlan, spec: DecoderSpec, where: str) -> None:
     if len(cuts) > 1:
         raise ConfigError(f"{where}: expert_shards differ from group to group of ranks")
     _cover(cuts.pop(), num_expert_shards(spec), f"{where}: expert_shards")
-    if spec.mlp_bias and any(len(shards) > 1 for shards in groups.values()):
-        raise ConfigError(f"{where}: experts with biases cannot be cut, only shared out")
+    if spec.mlp_bias and len(stage.ranks) > 1:
+        raise ConfigError(f"{where}: experts with biases cannot be held by several ranks")
+    for shard in stage.ranks:
+        if list(shard.experts) != sorted(set(shard.experts)):
+            raise ConfigError(f"{where}: rank {shard.rank}: experts {list(shard.experts)} are not in ascending order")
 
 
 def expert_groups(stage: StagePlan) -> dict[tuple[int, ...], list[RankShard]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import time
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -28,14 +27,13 @@ assert ctypes.sizeof(structs.Counter) == ctypes.sizeof(structs.Tally) == LINE
 
 
 class Watch:
-    """`Guard` of the CPU kernels: no program waits for longer than `timeout` seconds, or for ranks that gave up."""
+    """`Guard` of the CPU kernels: no exchange waits for longer than `timeout` seconds, or for ranks that gave up."""
 
     def __init__(self, aborted: int, tally: int, timeout: float) -> None:
-        self.end = structs.Endpoint(aborted=aborted, tally=tally)
+        self.end = structs.Endpoint(aborted=aborted, tally=tally, timeout_ns=int(timeout * 1e9))
         self.timeout = timeout
 
     def arm(self) -> int:
-        self.end.deadline_ns = time.monotonic_ns() + int(self.timeout * 1e9)
         return ctypes.addressof(self.end) + structs.Endpoint.failed.offset
 
     def check(self) -> None:

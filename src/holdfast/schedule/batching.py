@@ -51,7 +51,8 @@ class AllAtOnce:
 
 
 class Asynchronous:
-    """Every step is composed anew of what is ready, its even share of all requests."""
+    """Every step is composed anew of what is ready, its even share of all requests; those in mid-prompt, which are
+    always ready, come last."""
 
     lane = 0
 
@@ -62,7 +63,7 @@ class Asynchronous:
         self, running: Sequence[Request], num_waiting: int, in_flight: Iterable[int]
     ) -> tuple[list[Request], int]:
         share = -(-min(len(running) + num_waiting, self.most) // self.num_lanes)
-        ready = sorted((r for r in running if not r.num_pending), key=lambda r: r.rank)[:share]
+        ready = sorted((r for r in running if not r.num_pending), key=lambda r: (r.num_missing > 1, r.rank))[:share]
         return ready, min(share - len(ready), self.most - len(running))
 
     def let_in(self, request: Request) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from holdfast.cache.pages import KVPages
+from holdfast.core.config import LOGIT_ROWS
 from holdfast.core.wire import NewRequest, PromptLogprobs, SampledToken, Step, StepResult
 from holdfast.models.decoder import Decoder
-from holdfast.parallel.segment import LOGIT_ROWS
 from holdfast.worker.batch import UNKNOWN, Drawn, Requests, Work, layout
 from holdfast.worker.sampler import Choice, Sampler, Scores, score
 from holdfast.worker.transfer import upload

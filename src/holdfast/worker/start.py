@@ -20,7 +20,7 @@ from holdfast.hardware.host import available_memory, usable_cores
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.kernels.interface import Capturing, Kernels
 from holdfast.kernels.select import select_kernels
-from holdfast.models.load import load_decoder, weight_bytes
+from holdfast.models.load import load_decoder
 from holdfast.parallel.collectives import Collectives
 from holdfast.parallel.distributed import DistributedCollectives, FileStore, takes
 from holdfast.parallel.segment import attach, layout_of
@@ -79,11 +79,11 @@ def start_runner(
     """
     post = post or Post.alone(model)
     device = pick_device(config.device, post.number, post.num_ranks)
-    threads, pinned = _num_threads(config.device), config.device.pin_cpu_threads
+    most, crowded = max(1, usable_cores() // post.num_ranks), len(os.sched_getaffinity(0)) < post.num_ranks
     if device.type == "cpu" and post.num_ranks > 1:
         os.sched_setaffinity(0, _share_of_cores(post.number, post.num_ranks))
-        crowded = len(os.sched_getaffinity(0)) < post.num_ranks  # all share all cores: one thread each is plenty
-        threads = config.device.cpu_threads or (1 if crowded else usable_cores())
+    threads = _num_threads(config.device, most)
+    pinned = config.device.pin_cpu_threads and not crowded  # ranks that share their cores would all take the first
     dtype = pick_dtype(config.model.dtype, model, device)
     if device.type == "cpu":
         torch.set_num_threads(threads)
@@ -94,8 +94,6 @@ def start_runner(
         raise ConfigError(
             f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
         )
-    if device.type == "cpu":
-        _check_memory(model, dtype, post)
     collectives = _join_replica(config, model, kernels, device, post)
     decoder = load_decoder(
         model,
@@ -126,17 +124,6 @@ def start_runner(
     place = kernels.name if device.type == "cpu" else device.type
     progress(f"{place}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
     return runner
-
-
-def _check_memory(model: ModelInfo, dtype: torch.dtype, post: Post) -> None:
-    """That the weights of all ranks fit this machine: better said now than by the system, which kills."""
-    everywhere = [place for replica in post.plan.replicas for place in places(replica)]
-    needed = sum(weight_bytes(model.spec, dtype, place) for place in everywhere)
-    if model.format == "gguf":  # what is quantized mostly stays so
-        needed = min(needed, len(post.plan.replicas) * os.path.getsize(model.path))
-    if needed > (free := available_memory()):
-        text = f"the weights of {len(everywhere)} ranks take {needed / 1e9:.3f} GB"
-        raise ConfigError(f"{text}, {free / 1e9:.3f} GB of memory are free")
 
 
 def _join_replica(
@@ -174,15 +161,15 @@ def longest_request(config: ServeConfig, model: ModelInfo) -> int:
     return min(config.model.max_model_len or model.spec.max_positions, model.spec.max_positions)
 
 
-def _num_threads(config: DeviceConfig) -> int:
-    """`--cpu-threads`, or as many as there are cores for us. Raises `ConfigError` for more than the machine has, or,
-    when each gets a core of its own, than this process may use."""
+def _num_threads(config: DeviceConfig, most: int) -> int:
+    """`--cpu-threads`, or `most`, as many as there are cores for us. Raises `ConfigError` for more than the
+    machine has, or, when each gets a core of its own, than this process may use."""
     wanted, there, ours = config.cpu_threads, os.cpu_count() or 1, len(os.sched_getaffinity(0))
     if wanted is not None and wanted > there:
         raise ConfigError(f"--cpu-threads {wanted}: must be at most {there}, what this machine has")
     if config.pin_cpu_threads and (wanted or 0) > ours:
         raise ConfigError(f"--cpu-threads {wanted} with --pin-cpu-threads: must be at most {ours}")
-    return wanted or usable_cores()
+    return wanted or most
 
 
 def _share_of_cores(number: int, num_ranks: int) -> set[int]:
@@ -226,10 +213,13 @@ def _num_blocks(config: ServeConfig, model: ModelInfo, runner: Runner, post: Pos
     longest = longest_request(config, model)
     enough = config.scheduler.max_num_seqs * -(-longest // cache.block_size)
     free = _free_cuda_memory(config, model, runner, post) if device.type == "cuda" else available_memory()
+    if device.type == "cpu" and not post.place.is_alone:  # what is exchanged lies in memory as well
+        free = max(free - layout_of(post.place.replica, spec, config.scheduler).num_bytes, 0)
     if cache.kv_cache_memory_bytes is not None:
-        budget = cache.kv_cache_memory_bytes
-        if budget > free:
-            raise ConfigError(f"--kv-cache-memory-bytes {budget}: only {free} bytes are free on {device.type}")
+        budget, sharing = cache.kv_cache_memory_bytes, post.num_ranks if device.type == "cpu" else 1
+        if budget * sharing > free:
+            each = f" for {sharing} ranks" if sharing > 1 else ""
+            raise ConfigError(f"--kv-cache-memory-bytes {budget}: only {free} bytes are free on {device.type}{each}")
     elif device.type == "cuda":
         budget = free
     else:

@@ -234,7 +234,7 @@ class Endpoint(Structure):
     _fields_ = [
         ("aborted", c_void_p),
         ("tally", c_void_p),
-        ("deadline_ns", c_int64),
+        ("timeout_ns", c_int64),
         ("failed", c_int64),
     ]
 

@@ -7,7 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SPINS 2000       // looks at a counter before we lay ourselves to sleep: some 20 µs
+#define SPINS 2000       // looks at a counter before we lay ourselves to sleep: tens of µs
 #define NAP_NS 20000000  // the longest sleep: then we look whether anybody has given up
 
 static int64_t now_ns(void) {
@@ -36,13 +36,13 @@ static int64_t wait_for(struct endpoint *end, struct counter *counter, uint32_t 
         if (reached(counter, target)) return FAILED_NOT;
         relax();
     }
-    int64_t failed = FAILED_NOT;
+    int64_t failed = FAILED_NOT, deadline = now_ns() + end->timeout_ns;
     __atomic_fetch_add(&counter->sleepers, 1, __ATOMIC_SEQ_CST);
     while (!failed) {
         uint32_t seen = __atomic_load_n(&counter->count, __ATOMIC_SEQ_CST);
         if ((int32_t)(seen - target) >= 0) break;
         if (__atomic_load_n(end->aborted, __ATOMIC_ACQUIRE)) failed = FAILED_ABORTED;
-        else if (now_ns() > end->deadline_ns) failed = FAILED_LATE;
+        else if (now_ns() > deadline) failed = FAILED_LATE;
         else syscall(SYS_futex, &counter->count, FUTEX_WAIT, seen, &(struct timespec){.tv_nsec = NAP_NS}, NULL, 0);
     }
     __atomic_fetch_sub(&counter->sleepers, 1, __ATOMIC_SEQ_CST);

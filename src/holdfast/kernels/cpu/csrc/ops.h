@@ -192,9 +192,9 @@ struct tally {
 
 // One process's end of all exchanges.
 struct endpoint {
-    const uint32_t *aborted;  // shared: no exchange of this epoch goes on
+    const uint32_t *aborted;  // shared: no exchange goes on
     struct tally *tally;
-    int64_t deadline_ns;      // CLOCK_MONOTONIC
+    int64_t timeout_ns;       // of a single wait
     int64_t failed;           // FAILED_…; what is left of a program is not run then
 };
 enum { FAILED_NOT, FAILED_ABORTED, FAILED_LATE };

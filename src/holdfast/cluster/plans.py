@@ -1,0 +1,49 @@
+"""Which plan is served, and whether this machine can hold it: found out before any process starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from holdfast.core.config import ServeConfig
+from holdfast.core.errors import ConfigError
+from holdfast.core.plan import Plan, places, read_plan
+from holdfast.core.spec import ModelInfo
+from holdfast.hardware.host import available_memory
+from holdfast.models.parameters import weight_bytes
+from holdfast.parallel.shards import check_plan, make_plan
+
+
+def plan_of(config: ServeConfig, model: ModelInfo) -> Plan:
+    """The plan of `--plan`, or the one that the sizes ask for. Raises `ConfigError`, which names what is wrong."""
+    device = config.device
+    if device.plan is not None:
+        plan = read_plan(device.plan)
+        check_plan(plan, model.spec, f"--plan {device.plan}")
+        return plan
+    return make_plan(
+        model.spec,
+        tensor=device.tensor_parallel_size,
+        pipeline=device.pipeline_parallel_size,
+        data=device.data_parallel_size,
+        expert=device.expert_parallel_size,
+        layers=device.layers_of_stages(),
+        pipeline_batching=device.pipeline_batching,
+    )
+
+
+def check_memory(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
+    """That the weights of all ranks fit this machine, where they are to be on its CPUs: better said now than by the
+    system, which kills. What stays quantized is bounded by the size of its files. Raises `ConfigError`."""
+    if config.device.device == "cuda" or (config.device.device == "auto" and Path("/dev/nvidiactl").exists()):
+        return
+    name = model.dtype if config.model.dtype == "auto" else config.model.dtype
+    everywhere = [place for replica in plan.replicas for place in places(replica)]
+    needed = sum(weight_bytes(model.spec, 4 if name == "float32" else 2, place) for place in everywhere)
+    path = Path(model.path)
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    needed = min(needed, len(plan.replicas) * sum(file.stat().st_size for file in files))
+    if needed > (free := available_memory()):
+        raise ConfigError(
+            f"the weights of {len(everywhere)} ranks take {needed / 1e9:.3f} GB at least, "
+            f"{free / 1e9:.3f} GB of memory are free"
+        )
