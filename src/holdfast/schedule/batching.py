@@ -51,8 +51,8 @@ class AllAtOnce:
 
 
 class Asynchronous:
-    """Every step is composed anew of what is ready, its even share of all requests; those in mid-prompt, which are
-    always ready, come last."""
+    """Every step is composed anew of what is ready, its even share of all requests. One in mid-prompt has its next
+    tokens computed while earlier ones are in flight, but only in a place that nobody else can take."""
 
     lane = 0
 
@@ -63,8 +63,11 @@ class Asynchronous:
         self, running: Sequence[Request], num_waiting: int, in_flight: Iterable[int]
     ) -> tuple[list[Request], int]:
         share = -(-min(len(running) + num_waiting, self.most) // self.num_lanes)
-        ready = sorted((r for r in running if not r.num_pending), key=lambda r: (r.num_missing > 1, r.rank))[:share]
-        return ready, min(share - len(ready), self.most - len(running))
+        known = sorted((r for r in running if not r.num_pending), key=lambda r: (r.num_missing > 1, r.rank))
+        ready = [r for r in known if r.num_scheduled == r.num_computed][:share]
+        room = min(share - len(ready), self.most - len(running), num_waiting)
+        again = [r for r in known if r.num_scheduled > r.num_computed]
+        return ready + again[: share - len(ready) - room], room
 
     def let_in(self, request: Request) -> None:
         pass

@@ -130,10 +130,13 @@ class Scheduler:
         """The next step, or None when there is nothing to compute (until a step in flight is done). Running requests
         go before waiting ones; among them those that need one token before those in mid-prompt, so a long prompt
         stalls nobody."""
-        for _ in range(self.batching.num_lanes):  # a lane may find no room for any of its own
+        tries = 0
+        while tries < self.batching.num_lanes:  # a lane may find no room for any of its own
+            preemptions = self._preemptions
             self._form()
             if self._forming:
                 return self._step()
+            tries = tries + 1 if self._preemptions == preemptions else 0
         return None
 
     def _form(self) -> None:
