@@ -173,6 +173,21 @@ def test_a_rank_that_dies_ends_its_replica(models: dict[str, str], victim: str, 
     assert not service.living_children()
 
 
+@pytest.mark.parametrize("victim", ["0.0", "1.0"])
+def test_a_rank_that_stands_still_is_noticed(models: dict[str, str], victim: str, tmp_path: Path):
+    """A stopped process neither ends nor answers. Requests get their definite error, and the service ends."""
+    service = Service(
+        *(models["llama"], *FLAGS, "--pipeline-parallel-size", "2", "--collective-timeout", "1.5"),
+        log=tmp_path / "log",
+    ).wait_ready()
+    asyncio.run(ask(service.url))
+    service.child(f"holdfast worker 0.{victim}").send_signal(signal.SIGSTOP)
+    reply = httpx.post(f"{service.url}/v1/completions", json=bodies()[0], timeout=20)
+    assert reply.status_code == 503, reply.text
+    assert service.wait_end() == 1
+    assert not service.living_children()
+
+
 def broken(plan: dict[str, object]) -> dict[str, str]:
     """What is wrong → the plan as text."""
     text = json.dumps(plan)
@@ -191,6 +206,9 @@ def broken(plan: dict[str, object]) -> dict[str, str]:
         ),
         "kv_heads (0, 1): its query heads read (0, 2)": change('"kv_heads": [0, 2]', '"kv_heads": [0, 1]'),
         "must begin at": change('"mlp_shards": [4, 8]', '"mlp_shards": [5, 8]'),
+        "65 replicas: must be at least 1 and at most 64": msgspec.json.encode(
+            {**plan, "replicas": plan["replicas"] * 65}
+        ).decode(),
         "has experts, the model has none": change('"experts": []', '"experts": [1]'),
     }
 
@@ -211,6 +229,7 @@ def test_bad_plans_are_refused_by_name(models: dict[str, str], tmp_path: Path):
         (("--tensor-parallel-size", "9"), "--tensor-parallel-size 9: must be at least 1 and at most 8"),
         (("--pipeline-parallel-size", "6"), "--pipeline-parallel-size 6: the model has 5 layers"),
         (("--pipeline-parallel-size", "2", "--pipeline-layers", "2,2"), "--pipeline-layers 2,2: must be 2 numbers"),
+        (("--pipeline-layers", ""), "must be numbers with commas between"),
         (("--pipeline-layers", "2;3"), "must be numbers with commas between"),
         (("--expert-parallel-size", "2"), "--expert-parallel-size 2: the model has no experts"),
         (("--plan", "/nowhere.json"), "--plan /nowhere.json: cannot be read"),

@@ -172,14 +172,22 @@ def test_experts_too_small_to_be_cut_are_shared_out():
     assert [shard.experts for shard in shards] == [tuple(range(at, at + 4)) for at in (0, 4, 8, 12)]
 
 
-def test_a_plan_that_lacks_experts_is_refused():
+@pytest.mark.parametrize(
+    ("experts", "complaint"),
+    [
+        (tuple(range(8, 15)), "each of 16 must be in one group"),
+        ((), "rank 1: has no experts"),
+        (tuple(range(15, 7, -1)), "not in ascending order"),
+    ],
+)
+def test_a_plan_that_lacks_experts_is_refused(experts: tuple[int, ...], complaint: str):
     model = spec(experts=16)
     plan = make_plan(model, tensor=2, expert=2)
     stage = plan.replicas[0].stages[0]
-    ranks = (stage.ranks[0], msgspec.structs.replace(stage.ranks[1], experts=tuple(range(8, 15))))
+    ranks = (stage.ranks[0], msgspec.structs.replace(stage.ranks[1], experts=experts))
     broken = msgspec.structs.replace(stage, ranks=ranks)
     replica = msgspec.structs.replace(plan.replicas[0], stages=(broken,))
-    with pytest.raises(ConfigError, match="each of 16 must be in one group"):
+    with pytest.raises(ConfigError, match=complaint):
         check_plan(msgspec.structs.replace(plan, replicas=(replica,)), model, "p")
 
 

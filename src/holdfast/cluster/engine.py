@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import astuple
 
@@ -13,6 +14,7 @@ import zmq
 from holdfast.cache.blocks import BlockPool
 from holdfast.cluster.child import Control, run_child, shared_memory
 from holdfast.core import wire
+from holdfast.core.errors import StepFailed
 from holdfast.core.plan import places
 from holdfast.parallel.segment import RankTally, attach, layout_of, read_tally
 from holdfast.schedule.batching import batching_of
@@ -145,11 +147,20 @@ class Engine:
         return settle(self.scheduler, self._decode_result(self.results.recv()))
 
     def _wait_for(self, *sockets: zmq.Socket[bytes]) -> bool:
-        """Until one of them has a message; True when told to stop instead."""
+        """Until one of them has a message; True when told to stop instead. Raises `StepFailed` when the ranks of a
+        replica stand still with a step in flight."""
         poller = zmq.Poller()
         for socket in (self.control, *sockets):
             poller.register(socket, zmq.POLLIN)
-        return self.control in dict(poller.poll())
+        timeout, begun, seen = self.boot.config.device.collective_timeout, time.monotonic(), self.counters()
+        while not (readable := dict(poller.poll(None if self.is_alone else int(timeout * 500)))):
+            if self.requests in sockets and len(sockets) == 1:
+                continue  # nothing is in flight
+            if (now := self.counters()) != seen:
+                begun, seen = time.monotonic(), now
+            elif time.monotonic() - begun > timeout and any(tally.exchanges for tally in now):
+                raise StepFailed(f"no rank of replica {self.replica} has come further for {timeout:g} s")
+        return self.control in readable
 
 
 def settle(scheduler: Scheduler, result: wire.StepResult | wire.StepError) -> list[wire.TokenOutput]:

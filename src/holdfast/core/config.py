@@ -127,8 +127,10 @@ class DeviceConfig:
 
     def layers_of_stages(self) -> tuple[int, ...]:
         """`--pipeline-layers`, parsed. Raises `ConfigError`."""
+        if self.pipeline_layers is None:
+            return ()
         try:
-            return tuple(int(part) for part in self.pipeline_layers.split(",")) if self.pipeline_layers else ()
+            return tuple(int(part) for part in self.pipeline_layers.split(","))
         except ValueError:
             text = f"--pipeline-layers {self.pipeline_layers}: must be numbers with commas between, as in 12,10,8"
             raise ConfigError(text) from None

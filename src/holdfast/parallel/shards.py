@@ -9,6 +9,7 @@ whatever the ranks.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -20,6 +21,7 @@ from holdfast.core.spec import DecoderSpec
 MLP_SHARDS = 8
 """Virtual shards of an MLP's columns, and at least of the attention output where it has so many query heads: the
 largest tensor-parallel degree."""
+MOST_REPLICAS = 64
 _SHARD_UNIT = 32
 """Columns that stay together where they can: quantized ones share a scale, and vectors are whole."""
 _VOCAB_UNIT = 64
@@ -251,17 +253,17 @@ def _fewest_groups(degree: int, most_ranks: int) -> int:
 
 def check_plan(plan: Plan, spec: DecoderSpec, name: str) -> None:
     """Raise `ConfigError`, which names what is wrong, unless the plan holds all of the model, cut where it can be."""
-    if not plan.replicas:
-        raise ConfigError(f"{name}: has no replicas")
+    if not 1 <= len(plan.replicas) <= MOST_REPLICAS:
+        raise ConfigError(f"{name}: {len(plan.replicas)} replicas: must be at least 1 and at most {MOST_REPLICAS}")
     if not 0 <= plan.microbatches <= 64:
         raise ConfigError(f"{name}: microbatches {plan.microbatches}: must be at least 0 and at most 64")
     for number, replica in enumerate(plan.replicas):
         where = f"{name}: replica {number}"
         _cover([stage.layers for stage in replica.stages], spec.num_layers, f"{where}: layers")
         ranks = [shard.rank for stage in replica.stages for shard in stage.ranks]
-        for rank in ranks:
-            if ranks.count(rank) > 1:
-                raise ConfigError(f"{where}: rank {rank} is there {ranks.count(rank)} times")
+        for rank, count in Counter(ranks).items():
+            if count > 1:
+                raise ConfigError(f"{where}: rank {rank} is there {count} times")
         if sorted(ranks) != list(range(len(ranks))):
             raise ConfigError(f"{where}: ranks are {sorted(ranks)}, must be 0 to {len(ranks) - 1}")
         for index, stage in enumerate(replica.stages):
@@ -295,6 +297,9 @@ def _check_experts(stage: StagePlan, spec: DecoderSpec, where: str) -> None:
             if shard.experts or shard.expert_shards != (0, 0):
                 raise ConfigError(f"{where}: rank {shard.rank} has experts, the model has none")
         return
+    for shard in stage.ranks:
+        if not shard.experts:
+            raise ConfigError(f"{where}: rank {shard.rank}: has no experts")
     groups = expert_groups(stage)
     owners = [expert for experts in groups for expert in experts]
     if sorted(owners) != list(range(spec.moe.num_experts)):
