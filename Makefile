@@ -55,6 +55,7 @@ bench: $(VENV)/.installed-dev $(VENV)/.demo ## serve the demo model and measure 
 	@$(PY) benchmarks/serve_demo.py $(DEMO_FILE) $(ARGS)
 
 bench-plans: $(VENV)/.installed-dev $(VENV)/.demo ## what cutting a model costs, and what pipelines lose (ARGS="--part tensor,pipeline")
+	@$(PY) -m benchmarks.collectives
 	@PYTHONPATH=tests $(PY) -m benchmarks.plans $(ARGS)
 
 bench-gpu: $(VENV)/.installed-dev ## one GPU against its limits, cuBLAS and vLLM
