@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from holdfast.core.plan import places
 from holdfast.core.spec import DecoderSpec
-from holdfast.models.load import weight_bytes
-from holdfast.models.parameters import parameters
+from holdfast.models.parameters import parameters, weight_bytes
+from holdfast.parallel.shards import make_plan
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Limits:
         with each stream's row, whichever takes longer. KV reads are left out: small at these lengths."""
         matrices = [p.shape for p in parameters(spec).values() if len(p.shape) == 2]
         flop = 2 * streams * sum(torch.Size(shape).numel() for shape in matrices)
-        seconds = max(weight_bytes(spec, dtype) / self.read_bytes_per_second, flop / self.bf16_flop_per_second)
+        whole = places(make_plan(spec).replicas[0])[0]
+        read = weight_bytes(spec, dtype.itemsize, whole) / self.read_bytes_per_second
+        seconds = max(read, flop / self.bf16_flop_per_second)
         return streams / seconds
 
 
