@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "exchange.h"
+#include "relax.h"
 
 #include <limits.h>
 #include <linux/futex.h>
@@ -14,14 +15,6 @@ static int64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000000000ll + t.tv_nsec;
-}
-
-static void relax(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
 }
 
 // The counters lie in memory shared by processes, so the futexes are not private ones.

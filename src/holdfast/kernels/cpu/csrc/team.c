@@ -10,6 +10,7 @@
 // cannot end, so what it reads then (operations, batch) is the stage's own.
 #define _GNU_SOURCE
 #include "team.h"
+#include "relax.h"
 
 #include <fenv.h>
 #include <linux/futex.h>
@@ -52,14 +53,6 @@ struct team {
     pthread_mutex_t running;
     struct member members[];
 };
-
-static void relax(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
 
 static void wake(struct team *team) {
     if (atomic_load(&team->sleepers)) {
