@@ -25,8 +25,8 @@ from holdfast.core.plan import places
 from holdfast.core.spec import DecoderSpec, LayerSpec
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.kernels.interface import BatchLayout
+from holdfast.parallel.cuts import make_plan
 from holdfast.parallel.segment import Layout, attach, create
-from holdfast.parallel.shards import make_plan
 from holdfast.parallel.shared import SharedCollectives
 
 WIDTH, IN_A_ROW, ROUNDS = 2048, 100, 30

@@ -14,7 +14,7 @@ import torch
 from holdfast.core.plan import places
 from holdfast.core.spec import DecoderSpec
 from holdfast.models.parameters import parameters, weight_bytes
-from holdfast.parallel.shards import make_plan
+from holdfast.parallel.cuts import make_plan
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import msgspec
 import pytest
 
 from holdfast.models.inspect import inspect_model
-from holdfast.parallel.shards import make_plan
+from holdfast.parallel.cuts import make_plan
 from support.builds import builds
 from support.checkpoints import random_model, save
+from support.crowd import Answers, ask, bodies
 from support.service import Service
 from support.tiny import byte_tokenizer
 
@@ -42,8 +43,6 @@ MIXTRAL = {
 }
 FLAGS = ("--served-model-name", "m", "--max-model-len", "512", "--max-num-batched-tokens", "128")
 
-Answers = list[dict[str, object]]
-
 
 def write(config: dict[str, object], folder: Path) -> str:
     size = byte_tokenizer(folder)
@@ -56,29 +55,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "llama": write(LLAMA, tmp_path_factory.mktemp("llama")),
         "mixtral": write(MIXTRAL, tmp_path_factory.mktemp("mixtral")),
     }
-
-
-def bodies() -> Answers:
-    """24 at once, of all kinds; some share their beginning."""
-    kinds = (
-        {"temperature": 0, "logprobs": 2},
-        {"temperature": 0.8, "logprobs": 1},
-        {"n": 2, "temperature": 1.0, "top_p": 0.8},
-        {"temperature": 0.7, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
-        {"echo": True, "logprobs": 1, "temperature": 0},
-    )
-    return [
-        {"model": "m", "prompt": "a ship and its boats " * (1 + i % 9) + str(i), "max_tokens": 60, "seed": i}
-        | kinds[i % 5]
-        for i in range(24)
-    ]
-
-
-async def ask(url: str) -> Answers:
-    async with httpx.AsyncClient(base_url=url, timeout=240) as client:
-        replies = await asyncio.gather(*[client.post("/v1/completions", json=body) for body in bodies()])
-    assert {reply.status_code for reply in replies} == {200}, [reply.text for reply in replies][:2]
-    return [reply.json()["choices"] for reply in replies]
 
 
 def answers(model: str, log: Path, *flags: str) -> tuple[Answers, dict[str, float]]:

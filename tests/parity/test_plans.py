@@ -8,13 +8,15 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from holdfast.core.plan import Plan
+from holdfast.core.plan import ExpertPlacement, Plan, ReplicaPlan
 from holdfast.core.spec import DecoderSpec
 from holdfast.models.inspect import inspect_model
-from holdfast.parallel.shards import make_plan, max_degree
+from holdfast.parallel.cuts import check_plan, make_plan, max_degree
+from holdfast.parallel.placement import groups_of
 from support.builds import builds
 from support.cases import CASES, QUANTIZED
 from support.checkpoints import random_model, run_interleaved, save
@@ -124,6 +126,27 @@ EXPERT_PLANS = {
 @pytest.mark.parametrize("plan", EXPERT_PLANS)
 def test_logits_of_expert_plans(model: Models, plan: str, dtype: str):
     check(model("experts", ""), getattr(torch, dtype), lambda spec: make_plan(spec, **EXPERT_PLANS[plan]))
+
+
+@pytest.mark.parametrize("plan", [{"tensor": 4, "expert": 4}, {"tensor": 4, "expert": 2, "pipeline": 2}])
+def test_logits_of_experts_held_more_than_once(model: Models, plan: dict[str, int]):
+    """Each layer has its own owners, each expert up to as many as there are groups, who take its rows by turns."""
+
+    def make(spec: DecoderSpec) -> Plan:
+        even = make_plan(spec, **plan)
+        dice, stages = random.Random(1), []
+        for stage in even.replicas[0].stages:
+            groups = range(len(groups_of(stage)))
+            placements = [
+                ExpertPlacement(layer, tuple(tuple(dice.choices(groups, k=2 ** (e % 5))) for e in range(16)))
+                for layer in range(*stage.layers)
+            ]
+            stages.append(msgspec.structs.replace(stage, placements=tuple(placements)))
+        placed = Plan((ReplicaPlan(tuple(stages)),))
+        check_plan(placed, spec, "the plan")
+        return placed
+
+    check(model("experts", ""), torch.bfloat16, make)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -28,9 +28,10 @@ from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.kernels.interface import BatchLayout
 from holdfast.models.inspect import inspect_model
 from holdfast.models.load import load_decoder
+from holdfast.parallel.cuts import make_plan
 from holdfast.parallel.distributed import DistributedCollectives
 from holdfast.parallel.segment import Layout, attach, create, read_tally
-from holdfast.parallel.shards import make_plan, tree_of
+from holdfast.parallel.shards import tree_of
 from holdfast.parallel.shared import SharedCollectives
 from support.builds import builds
 from support.checkpoints import random_model, run_interleaved, save

@@ -14,16 +14,9 @@ from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Plan, Range, places
 from holdfast.core.spec import DecoderSpec, LayerSpec, MoeSpec
 from holdfast.models.parameters import packings, packings_at, weight_bytes
+from holdfast.parallel.cuts import check_plan, make_plan, max_degree, split
 from holdfast.parallel.segment import PAGE, Layout
-from holdfast.parallel.shards import (
-    check_plan,
-    head_shards,
-    make_plan,
-    max_degree,
-    num_mlp_shards,
-    split,
-    tree_of,
-)
+from holdfast.parallel.shards import head_shards, num_mlp_shards, tree_of
 
 
 def spec(heads: int = 8, kv_heads: int = 8, layers: int = 6, mlp: int = 512, experts: int = 0) -> DecoderSpec:

@@ -15,7 +15,7 @@ from holdfast.core.spec import RopeSpec
 from holdfast.hardware import host
 from holdfast.models.inspect import inspect_model
 from holdfast.models.rope import rope_table
-from holdfast.parallel.shards import make_plan
+from holdfast.parallel.cuts import make_plan
 from holdfast.worker import start
 from holdfast.worker.start import largest_step, longest_request, start_runner
 from support.checkpoints import random_model, save

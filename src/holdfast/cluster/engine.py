@@ -13,10 +13,11 @@ import zmq
 
 from holdfast.cache.blocks import BlockPool
 from holdfast.cluster.child import Control, run_child, shared_memory
+from holdfast.cluster.experts import ExpertBalancer
 from holdfast.core import wire
 from holdfast.core.errors import StepFailed
 from holdfast.core.plan import places
-from holdfast.parallel.segment import RankTally, attach, layout_of, read_tally
+from holdfast.parallel.segment import RankTally, attach, layout_of, read_chosen, read_tally
 from holdfast.schedule.batching import batching_of
 from holdfast.schedule.fit import fit_model_len
 from holdfast.schedule.scheduler import Scheduler
@@ -43,7 +44,7 @@ class Engine:
             worker = self._socket(zmq.PUSH)
             worker.connect(endpoints.worker(f"{replica}.{place.name}"))
             self.workers.append(worker)
-        self.counters = self._open_counters()
+        self._open_shared_memory()
         self.gateway = self._socket(zmq.PUSH)
         self.gateway.connect(endpoints.gateway)
         self._decode_request = wire.decoder(wire.ToEngine).decode
@@ -59,14 +60,14 @@ class Engine:
         """Serve until told to stop."""
         ready: list[wire.WorkerReady] = []
         while len(ready) < len(self.workers):
-            if self._wait_for(self.results):
+            if self._wait_for(self.results, busy=False):
                 return
             ready.append(self._decode_result(self.results.recv()))
         depth = self.boot.plan.steps_in_flight(self.replica)
         if self.is_alone:
             depth = 2 if ready[0].runs_ahead else 1
         self.scheduler = self._make_scheduler(min(each.num_blocks for each in ready), depth)
-        while not self._wait_for(*self._awaited(depth)):
+        while not self._wait_for(*self._awaited(depth), busy=self.scheduler.num_in_flight > 0):
             self._take_requests()
             outputs = self._take_result()
             while self.scheduler.num_in_flight < depth and (step := self.scheduler.schedule()):
@@ -109,14 +110,29 @@ class Engine:
         """Whether there is one worker, with nobody to exchange anything with."""
         return len(self.places) == 1
 
-    def _open_counters(self) -> Callable[[], list[RankTally]]:
-        """What reads the tallies of all ranks, in the order of `places`."""
-        descriptor = shared_memory()
+    def _open_shared_memory(self) -> None:
+        """`counters` reads the tallies of all ranks, in the order of `places`; `balancer` watches their experts."""
+        self.counters: Callable[[], list[RankTally]] = list
+        self.balancer: ExpertBalancer | None = None
+        descriptor, model, config = shared_memory(), self.boot.model, self.boot.config
         if descriptor is None:
-            return list
-        layout = layout_of(self.plan, self.boot.model.spec, self.boot.config.scheduler)
+            return
+        layout = layout_of(self.plan, model.spec, config.scheduler)
         memory = attach(descriptor, layout)
-        return lambda: [read_tally(memory, layout, place.stage, place.index) for place in self.places]
+        self.counters = lambda: [read_tally(memory, layout, place.stage, place.index) for place in self.places]
+        if config.device.enable_eplb:
+            worker_at = {
+                (place.stage, place.index): worker for place, worker in zip(self.places, self.workers, strict=True)
+            }
+            self.balancer = ExpertBalancer(
+                model.spec,
+                self.plan,
+                config.device.eplb_step_interval,
+                config.device.num_redundant_experts,
+                lambda stage: read_chosen(memory, layout, stage, self.plan.stages[stage]),
+                lambda place, message: worker_at[place.stage, place.index].send(wire.encode(message)),
+                self.replica,
+            )
 
     def _stats(self) -> wire.EngineStats:
         ranks = [
@@ -127,8 +143,6 @@ class Engine:
 
     def _awaited(self, depth: int) -> list[zmq.Socket[bytes]]:
         """Whose message lets the loop go on. A request can wait for a result when steps enough are in flight."""
-        if not self.scheduler.num_in_flight:
-            return [self.requests]
         return [self.results] if self.scheduler.num_in_flight == depth else [self.results, self.requests]
 
     def _take_requests(self) -> None:
@@ -144,18 +158,26 @@ class Engine:
         """What the oldest step in flight gave each request, if it is done."""
         if not self.results.poll(0):
             return []
-        return settle(self.scheduler, self._decode_result(self.results.recv()))
+        result = self._decode_result(self.results.recv())
+        if isinstance(result, wire.ExpertsLoaded):
+            assert self.balancer is not None, result
+            self.balancer.loaded(result)
+            return []
+        outputs = settle(self.scheduler, result)
+        if self.balancer is not None:
+            self.balancer.step_done()
+        return outputs
 
-    def _wait_for(self, *sockets: zmq.Socket[bytes]) -> bool:
+    def _wait_for(self, *sockets: zmq.Socket[bytes], busy: bool) -> bool:
         """Until one of them has a message; True when told to stop instead. Raises `StepFailed` when the ranks of a
-        replica stand still with a step in flight."""
+        replica stand still while they are `busy` with a step."""
         poller = zmq.Poller()
         for socket in (self.control, *sockets):
             poller.register(socket, zmq.POLLIN)
         timeout, begun, seen = self.boot.config.device.collective_timeout, time.monotonic(), self.counters()
         while not (readable := dict(poller.poll(None if self.is_alone else int(timeout * 500)))):
-            if self.requests in sockets and len(sockets) == 1:
-                continue  # nothing is in flight
+            if not busy:
+                continue
             if (now := self.counters()) != seen:
                 begun, seen = time.monotonic(), now
             elif time.monotonic() - begun > timeout and any(tally.exchanges for tally in now):

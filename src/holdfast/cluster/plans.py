@@ -10,7 +10,8 @@ from holdfast.core.plan import Plan, places, read_plan
 from holdfast.core.spec import ModelInfo
 from holdfast.hardware.host import available_memory
 from holdfast.models.parameters import weight_bytes
-from holdfast.parallel.shards import check_plan, make_plan
+from holdfast.parallel.cuts import check_plan, make_plan
+from holdfast.parallel.placement import groups_of
 
 
 def plan_of(config: ServeConfig, model: ModelInfo) -> Plan:
@@ -29,6 +30,22 @@ def plan_of(config: ServeConfig, model: ModelInfo) -> Plan:
         layers=device.layers_of_stages(),
         pipeline_batching=device.pipeline_batching,
     )
+
+
+def check_balancing(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
+    """That there is something for `--enable-eplb` to do. Raises `ConfigError`."""
+    redundant = config.device.num_redundant_experts
+    if not config.device.enable_eplb:
+        return
+    if model.spec.moe is None:
+        raise ConfigError("--enable-eplb: the model has no experts")
+    groups = max(len(groups_of(stage)) for replica in plan.replicas for stage in replica.stages)
+    if groups == 1:
+        raise ConfigError("--enable-eplb: no ranks share out experts that could move (--expert-parallel-size)")
+    if redundant > (most := (groups - 1) * model.spec.moe.num_experts):
+        raise ConfigError(
+            f"--num-redundant-experts {redundant}: must be at most {most}, when each of {groups} groups has all"
+        )
 
 
 def check_memory(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:

@@ -16,6 +16,7 @@ import zmq
 from holdfast.cluster.child import Control, run_child, shared_memory
 from holdfast.core import wire
 from holdfast.core.plan import Place
+from holdfast.worker.experts import ExpertMover
 from holdfast.worker.runner import Launched, Runner
 from holdfast.worker.start import Post, start_runner
 
@@ -41,6 +42,13 @@ def run(boot: wire.Boot, control: Control) -> None:
     results.send(wire.encode(wire.WorkerReady(rank, runner.pages.num_blocks, runs_ahead=ahead)))
     control.send(wire.encode(wire.Ready()))
 
+    def say(message: wire.ExpertsLoaded) -> None:
+        with control.context.socket(zmq.PUSH) as socket:  # of the thread that says it
+            socket.setsockopt(zmq.LINGER, 1000)
+            socket.connect(boot.endpoints.results(replica))
+            socket.send(wire.encode(message))
+
+    mover = ExpertMover(boot.model, runner, rank, say)
     speaks = post.place.speaks
     decode = wire.decoder(wire.ToWorker).decode
     launched: deque[tuple[wire.Step, Launched | wire.StepResult | wire.StepError]] = deque()
@@ -54,6 +62,12 @@ def run(boot: wire.Boot, control: Control) -> None:
             return  # the only word a worker is sent is Stop
         if steps in readable and len(launched) < (2 if runner.runs_ahead else 1):
             step = decode(steps.recv())
+            if isinstance(step, wire.PlaceExperts):
+                mover.place(step)
+                continue
+            if isinstance(step, wire.UseExperts):
+                mover.use(step)
+                continue
             launched.append((step, attempt(runner, step, rank, partial(runner.launch, step))))
             continue
         step, state = launched[0]

@@ -27,7 +27,7 @@ import msgspec
 import setproctitle
 import zmq
 
-from holdfast.cluster.plans import check_memory, plan_of
+from holdfast.cluster.plans import check_balancing, check_memory, plan_of
 from holdfast.cluster.process import Child
 from holdfast.core import wire
 from holdfast.core.config import ServeConfig
@@ -107,6 +107,7 @@ def serve(model: str, config: ServeConfig) -> int:
     name = config.model.served_model_name or Path(model).absolute().name.removesuffix(".gguf")
     config = replace(config, model=replace(config.model, served_model_name=name))
     plan = plan_of(config, info)
+    check_balancing(config, info, plan)
     check_memory(config, info, plan)
     folder = tempfile.mkdtemp(prefix="holdfast-")
     try:

@@ -101,6 +101,13 @@ class DeviceConfig:
         "Groups of a stage's ranks that share out the experts; within a group each expert is cut. Default: one "
         "group, or one per rank where experts are too small to be cut.",
     )
+    enable_eplb: bool = option(
+        False, "Measure how often each expert is chosen, and move experts between ranks, while serving, to spread it."
+    )
+    num_redundant_experts: int = option(
+        0, "With --enable-eplb: so many experts of each layer may be held by more than one group of ranks."
+    )
+    eplb_step_interval: int = option(1000, "With --enable-eplb: steps between two looks at the load.")
     plan: str | None = option(
         None, "JSON file that says which rank holds what, instead of the sizes; docs/plans.md describes it."
     )
@@ -235,6 +242,8 @@ class ServeConfig:
             ("--tensor-parallel-size", self.device.tensor_parallel_size, 1),
             ("--pipeline-parallel-size", self.device.pipeline_parallel_size, 1),
             ("--expert-parallel-size", self.device.expert_parallel_size, 1),
+            ("--num-redundant-experts", self.device.num_redundant_experts, 0),
+            ("--eplb-step-interval", self.device.eplb_step_interval, 1),
             ("--block-size", self.cache.block_size, 1),
             ("--kv-cache-memory-bytes", self.cache.kv_cache_memory_bytes, 1),
             ("--max-num-seqs", self.scheduler.max_num_seqs, 1),
@@ -276,3 +285,5 @@ class ServeConfig:
             )
         self.device.layers_of_stages()
         self.device.check_plan_alone()
+        if self.device.num_redundant_experts and not self.device.enable_eplb:
+            raise ConfigError("--num-redundant-experts: works with --enable-eplb")

@@ -31,17 +31,30 @@ class RankShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocab: Range
     """Rows of the embeddings and of the head."""
     experts: tuple[int, ...] = ()
-    """Ids, ascending: those this rank holds, of every layer with experts."""
+    """Ids, ascending: those this rank holds, of every layer whose experts are not placed otherwise."""
     expert_shards: Range = (0, 0)
     """Of the virtual shards of the columns of each."""
 
 
+Owners = tuple[tuple[int, ...], ...]
+"""Of each expert: the groups of ranks that hold it and take its rows by turns."""
+
+
+class ExpertPlacement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who holds and computes the experts of one layer; see `parallel.placement`."""
+
+    layer: int
+    owners: Owners
+
+
 class StagePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Consecutive layers and the ranks that share each of them. Together the ranks hold everything once, but for
-    KV heads that several read."""
+    KV heads that several read and experts that are placed twice."""
 
     layers: Range
     ranks: tuple[RankShard, ...]
+    placements: tuple[ExpertPlacement, ...] = ()
+    """Of layers whose experts are not placed as `ranks` say."""
 
 
 class ReplicaPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,13 +94,18 @@ class Place:
         return f"{self.stage}.{self.index}"
 
     @property
+    def plan(self) -> StagePlan:
+        """Of its stage."""
+        return self.replica.stages[self.stage]
+
+    @property
     def layers(self) -> Range:
-        return self.replica.stages[self.stage].layers
+        return self.plan.layers
 
     @property
     def ranks(self) -> tuple[RankShard, ...]:
         """Those of its stage."""
-        return self.replica.stages[self.stage].ranks
+        return self.plan.ranks
 
     @property
     def shard(self) -> RankShard:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from holdfast.core.config import ServeConfig
-from holdfast.core.plan import Plan
+from holdfast.core.plan import ExpertPlacement, Plan
 from holdfast.core.request import SamplingParams, TokenLogprobs
 from holdfast.core.spec import ModelInfo
 
@@ -80,6 +80,8 @@ class RankStats(_Message, frozen=True):
     exchanges: int
     bytes_read: int
     """Of other ranks' numbers."""
+    expert_rows: int
+    """Rows that went through experts of this rank, once for each."""
     step_seconds: float
     """All of its steps, waits included; on CPUs."""
     waited_seconds: float
@@ -168,8 +170,23 @@ class Step(_Message, frozen=True):
     """Requests the worker shall forget before it runs: finished, aborted or preempted."""
 
 
-ToWorker = Step
-"""There is but one word yet; Stop comes from the supervisor."""
+class PlaceExperts(_Message, frozen=True):
+    """Get ready for experts placed otherwise; go on meanwhile. `placements`: of this stage, as in its plan.
+    Answered by `ExpertsLoaded`."""
+
+    number: int
+    placements: tuple[ExpertPlacement, ...]
+
+
+class UseExperts(_Message, frozen=True):
+    """From the next step on the experts are as placed; or (`never`) what was loaded for it is not needed."""
+
+    number: int
+    never: bool = False
+
+
+ToWorker = Step | PlaceExperts | UseExperts
+"""Stop comes from the supervisor."""
 
 # --- worker → engine -------------------------------------------------------------------------------
 
@@ -216,7 +233,17 @@ class StepError(_Message, frozen=True):
     """The device had no room for the step: a smaller one may succeed."""
 
 
-ToEngineFromWorker = WorkerReady | StepResult | StepError
+class ExpertsLoaded(_Message, frozen=True):
+    """All that `PlaceExperts` asks for is here, or (`error`) cannot be."""
+
+    number: int
+    rank: str
+    num_loaded: int
+    """Experts, of all layers, that were not here before."""
+    error: str = ""
+
+
+ToEngineFromWorker = WorkerReady | StepResult | StepError | ExpertsLoaded
 
 # --- children ↔ supervisor -------------------------------------------------------------------------
 

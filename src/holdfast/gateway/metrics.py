@@ -25,6 +25,7 @@ _RANKS = {
     "idle_seconds": ("idle_seconds", "Of it: waiting for the stage before, or for room in the next"),
     "exchanges": ("exchanges", "Collectives, and messages between stages"),
     "bytes_read": ("exchanged_bytes", "Bytes of other ranks' numbers that were read"),
+    "expert_rows": ("expert_rows", "Rows that went through experts of the rank, once for each"),
 }
 """By the fields of `core.wire.RankStats`."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.cache.pages import KVPages
+from holdfast.core.plan import Place
 from holdfast.core.spec import DecoderSpec, LayerSpec
 from holdfast.kernels.interface import AttentionOptions, BatchLayout, Heads
 from holdfast.models.layers import Weights
@@ -60,7 +61,8 @@ class Block:
         self.dtype = weights.dtype
         self.arrangement = spec.block
         self.attention = Attention(spec, weights, f"{name}.attn", layer, shared)
-        self.mlp = MixtureOfExperts(spec, weights, f"{name}.moe") if layer.moe else MLP(weights, f"{name}.mlp")
+        self.mlp: MLP | MixtureOfExperts
+        self.mlp = MixtureOfExperts(spec, weights, index) if layer.moe else MLP(weights, f"{name}.mlp")
         self.attn_norm = weights.norm(f"{name}.attn_norm")
         one_norm = spec.block == "parallel" and spec.shared_parallel_norm
         self.mlp_norm = self.attn_norm if one_norm else weights.norm(f"{name}.mlp_norm")
@@ -109,7 +111,7 @@ class Decoder:
     def __init__(self, weights: Weights, max_positions: int | None = None) -> None:
         spec, place = weights.spec, weights.place
         self.spec = spec
-        self.place = place
+        self.weights = weights
         self.kernels = weights.kernels
         self.collectives = weights.collectives
         self.dtype = weights.dtype
@@ -123,6 +125,17 @@ class Decoder:
         if place.is_last:
             self.final_norm = weights.norm("final_norm") if spec.final_norm else None
             self.head = weights.head()
+
+    @property
+    def place(self) -> Place:
+        return self.weights.place
+
+    def use_experts(self, weights: Weights) -> None:
+        """Those of `weights` from now on; all else is the same there as here."""
+        self.weights = weights
+        for index, block in zip(range(*self.place.layers), self.blocks, strict=True):
+            if self.spec.layers[index].moe:
+                block.mlp = MixtureOfExperts(self.spec, weights, index)
 
     def allocate_pages(self, num_blocks: int, block_size: int) -> KVPages:
         """For the layers and KV heads that are here."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from holdfast.models.decoder import Decoder
 from holdfast.models.layers import Pieces, Weights
 from holdfast.models.parameters import Packing, Parameter, norms_at, packings_at, parameters, share_of
 from holdfast.parallel.collectives import Collectives
-from holdfast.parallel.shards import make_plan
+from holdfast.parallel.cuts import make_plan
 
 _MAX_THREADS = 8
 
@@ -81,6 +81,18 @@ def load_weights(  # noqa: PLR0917
         packed["head"] = packed["embed"]
     held_norms = {name: loaded[name] for name in norms}
     return Weights(info.spec, kernels, dtype, device, packed, held_norms, place, collectives)
+
+
+def move_experts(info: ModelInfo, weights: Weights, place: Place) -> Weights:
+    """The same weights with experts placed as the plan of `place` says: those that are here are kept, others read.
+    Raises `ModelError` as `load_decoder` does."""
+    loader = _Loader(Checkpoint(info), weights.kernels, weights.dtype, weights.device, parameters(info.spec))
+    packed = {name: matrix for name, matrix in weights.packed.items() if ".experts." not in name}
+    for name, packing in packings_at(info.spec, place).items():
+        if ".experts." in name:
+            held = weights.packed.get(name)
+            packed[name] = loader.packed(packing) if held is None else held
+    return replace(weights, packed=packed, place=place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from torch import Tensor
 from holdfast.core.spec import DecoderSpec
 from holdfast.kernels.interface import Routing
 from holdfast.models.layers import Weights
+from holdfast.parallel.collectives import LocalExperts
+from holdfast.parallel.placement import experts_at, owners_of, table_of
 
 
 class MLP:
@@ -24,20 +26,25 @@ class MLP:
 class MixtureOfExperts:
     """Each token goes through K of E experts; their weighted outputs are added in expert-id order, in float32."""
 
-    def __init__(self, spec: DecoderSpec, weights: Weights, name: str) -> None:
+    def __init__(self, spec: DecoderSpec, weights: Weights, layer: int) -> None:
         assert spec.moe is not None, "a layer with experts needs DecoderSpec.moe"
+        name, place = f"layers.{layer}.moe", weights.place
         self.kernels = weights.kernels
         self.routing = Routing(spec.moe.experts_per_token, spec.moe.renormalize)
         self.router = weights.linear(f"{name}.router")
         self.collectives = weights.stage_collectives
-        held = range(spec.moe.num_experts) if self.collectives is None else weights.place.shard.experts
-        self.up = [weights.packed[f"{name}.experts.{expert}.up"] for expert in held]
-        self.down = [weights.packed[f"{name}.experts.{expert}.down"] for expert in held]
+        ids = experts_at(place, layer)
+        self.up, self.down = (
+            [weights.packed[f"{name}.experts.{expert}.{half}"] for expert in ids] for half in ("up", "down")
+        )
+        if self.collectives is not None:
+            pieces = list(zip(*(down.packed for down in self.down), strict=True))
+            table = torch.from_numpy(table_of(owners_of(place.plan, layer)))
+            self.local = LocalExperts(layer, ids, self.up, pieces, table)
 
     def __call__(self, x: Tensor, *, add_to: Tensor | None = None) -> Tensor:
         # float32: rounded to bfloat16, different scores often become equal, and the choice one of ids
         scores = self.router(x, dtype=torch.float32)
         if self.collectives is None:
             return self.kernels.experts(x, scores, self.routing, self.up, self.down, add_to=add_to)
-        pieces = list(zip(*(down.packed for down in self.down), strict=True))
-        return self.collectives.experts(x, scores, self.routing, self.up, pieces, add_to=add_to)
+        return self.collectives.experts(x, scores, self.routing, self.local, add_to=add_to)

@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 from holdfast.core.plan import Place, Range
 from holdfast.core.spec import Activation, DecoderSpec
+from holdfast.parallel.placement import experts_at, group_of, groups_of
 from holdfast.parallel.segment import StageTrees
-from holdfast.parallel.shards import attention_shards, columns_of, expert_groups, mlp_shards
+from holdfast.parallel.shards import attention_shards, columns_of, mlp_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ def packings_at(spec: DecoderSpec, place: Place) -> dict[str, Packing]:
     """Those of `packings` that the rank at `place` holds, with its share of each."""
     tied = spec.tie_embeddings
     trees = StageTrees.of(place.replica, place.stage, spec)
+    experts = cache(lambda layer: frozenset(experts_at(place, layer)))
     held = {}
     for name, packing in _packings(spec):
         first, last = place.layers
@@ -194,13 +197,15 @@ def packings_at(spec: DecoderSpec, place: Place) -> dict[str, Packing]:
             here = first <= int(parts[1]) < last
         else:
             here = place.is_last if name == "head" else place.is_first or (name == "embed" and tied and place.is_last)
-        if here and (share := _share(spec, place, trees, parts, packing)):
-            held[name] = share
+        if "experts" in parts and here:
+            here = int(parts[parts.index("experts") + 1]) in experts(int(parts[1]))
+        if here:
+            held[name] = _share(spec, place, trees, parts, packing)
     return held
 
 
-def _share(spec: DecoderSpec, place: Place, trees: StageTrees, parts: list[str], packing: Packing) -> Packing | None:
-    """What of a packing, whose name consists of `parts`, belongs to a rank."""
+def _share(spec: DecoderSpec, place: Place, trees: StageTrees, parts: list[str], packing: Packing) -> Packing:
+    """What of a packing, whose name consists of `parts`, belongs to a rank that has some of it."""
     shard, head_dim = place.shard, spec.head_dim
     if len(place.ranks) == 1:
         return packing
@@ -214,14 +219,8 @@ def _share(spec: DecoderSpec, place: Place, trees: StageTrees, parts: list[str],
     if "experts" in parts:
         assert spec.moe is not None
         assert trees.experts is not None
-        if int(parts[parts.index("experts") + 1]) not in shard.experts:
-            return None
-        members = expert_groups(place.replica.stages[place.stage])[shard.experts]
-        pieces, columns, shards = (
-            trees.experts.pieces[members.index(shard)],
-            spec.moe.expert_mlp_size,
-            shard.expert_shards,
-        )
+        index = place.index - groups_of(place.plan)[group_of(place)].start
+        pieces, columns, shards = trees.experts.pieces[index], spec.moe.expert_mlp_size, shard.expert_shards
     elif "mlp" in parts:
         pieces, columns, shards = trees.mlp.pieces[place.index], spec.mlp_size, shard.mlp_shards
     else:

@@ -7,6 +7,7 @@ Raises `CollectiveFailed` when a rank gives up or does not come.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,21 @@ from holdfast.core.plan import Place
 from holdfast.kernels.interface import Routing
 from holdfast.parallel.segment import StageTrees
 from holdfast.parallel.shards import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class LocalExperts:
+    """Experts of one layer as a rank has them."""
+
+    layer: int
+    ids: tuple[int, ...]
+    """Ascending: those that are here."""
+    up: Sequence[Any]
+    """Packed, of each."""
+    down: Sequence[Sequence[Any]]
+    """Piece by piece of the tree `StageTrees.experts`: packed, of each."""
+    table: Tensor
+    """int64 [TURNS, E], of all: see `placement.table_of`."""
 
 
 class Collectives(Protocol):
@@ -46,13 +62,11 @@ class Collectives(Protocol):
         x: Tensor,
         router_logits: Tensor,
         routing: Routing,
-        up: Sequence[Any],
-        down: Sequence[Sequence[Any]],
+        local: LocalExperts,
         *,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        """`Kernels.experts` over the experts of all ranks. `up` and `down` hold those of this rank, `down` piece
-        by piece (of the tree `trees.experts`)."""
+        """`Kernels.experts` over the experts of all ranks."""
         ...
 
     def send(self, x: Tensor) -> None:

@@ -21,6 +21,7 @@ from holdfast.core.errors import CollectiveFailed
 from holdfast.core.plan import Place
 from holdfast.core.spec import DecoderSpec
 from holdfast.kernels.interface import Routing
+from holdfast.parallel.collectives import LocalExperts
 from holdfast.parallel.segment import StageTrees
 from holdfast.parallel.shards import Tree
 
@@ -115,8 +116,7 @@ class DistributedCollectives:
         x: Tensor,
         router_logits: Tensor,
         routing: Routing,
-        up: Sequence[Any],
-        down: Sequence[Sequence[Any]],
+        local: LocalExperts,
         *,
         add_to: Tensor | None = None,
     ) -> Tensor:

@@ -1,6 +1,7 @@
 """The memory that the ranks of one replica share, when they are processes of one machine: what lies where in it.
 
-    head: aborted │ a tally per rank │ counters │ per stage: two slots per rank │ per border: a ring of slots
+    head: aborted │ a tally per rank │ counters │ per stage: how often experts were chosen │ per stage: two slots per
+    rank │ per border: a ring of slots
 
 A file without a name (memfd): the supervisor makes it and its children inherit it, so nothing is left of it when they
 are gone. Only pages that are written to take memory.
@@ -14,11 +15,15 @@ import struct
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
+
 from holdfast.core.config import LOGIT_ROWS, SchedulerConfig
 from holdfast.core.errors import StartupError
-from holdfast.core.plan import ReplicaPlan
+from holdfast.core.plan import ReplicaPlan, StagePlan
 from holdfast.core.spec import DecoderSpec
-from holdfast.parallel.shards import Tree, expert_groups, head_shards, num_expert_shards, num_mlp_shards, tree_of
+from holdfast.parallel.placement import groups_of
+from holdfast.parallel.shards import Tree, head_shards, num_expert_shards, num_mlp_shards, tree_of
 
 PAGE = 4096
 LINE = 64
@@ -43,7 +48,7 @@ class StageTrees:
         ranks = replica.stages[stage].ranks
         shard_of = {end: index + 1 for index, end in enumerate(head_shards(spec))} | {0: 0}
         heads = [(shard_of[shard.query_heads[0]], shard_of[shard.query_heads[1]]) for shard in ranks]
-        group = next(iter(expert_groups(replica.stages[stage]).values()))
+        group = [ranks[index] for index in groups_of(replica.stages[stage])[0]]
         experts = None
         if spec.moe is not None:
             experts = tree_of([shard.expert_shards for shard in group], num_expert_shards(spec))
@@ -79,6 +84,11 @@ class Layout:
         self.num_counters = 3 * self.num_ranks
         self.counters_at = end
         end = _whole_pages(end + LINE * self.num_counters)
+        self.num_experts = spec.moe.num_experts if spec.moe else 0
+        self.chosen_at: list[int] = []
+        for stage in stages:
+            self.chosen_at.append(end)
+            end += _whole_pages(8 * self.num_experts * (stage.layers[1] - stage.layers[0]))
         self.slot_bytes, self.slots_at, self.ring_at = [], [], []
         for index, stage in enumerate(stages):
             vocab = max(last - first for first, last in (shard.vocab for shard in stage.ranks))
@@ -119,6 +129,10 @@ class Layout:
     def tally_at(self, stage: int, index: int) -> int:
         return PAGE + LINE * (self.first_rank[stage] + index)
 
+    def chosen_of(self, stage: int, layer: int) -> int:
+        """Of a layer of this stage, counting from its first: how often each expert was chosen, int64 [E]."""
+        return self.chosen_at[stage] + 8 * self.num_experts * layer
+
     def rank_slots_at(self, stage: int, index: int) -> int:
         """Its `SLOTS` slots, one after the other."""
         return self.slots_at[stage] + SLOTS * index * self.slot_bytes[stage]
@@ -150,6 +164,7 @@ class RankTally:
     steps: int
     exchanges: int
     bytes_read: int
+    expert_rows: int
     step_seconds: float
     waited_seconds: float
     idle_seconds: float
@@ -157,5 +172,12 @@ class RankTally:
 
 def read_tally(memory: mmap.mmap, layout: Layout, stage: int, index: int) -> RankTally:
     at = layout.tally_at(stage, index)
-    exchanges, bytes_read, waited, idle, steps, step = struct.unpack_from("<6q", memory, at)
-    return RankTally(steps, exchanges, bytes_read, step / 1e9, waited / 1e9, idle / 1e9)
+    exchanges, bytes_read, waited, idle, steps, step, expert_rows = struct.unpack_from("<7q", memory, at)
+    return RankTally(steps, exchanges, bytes_read, expert_rows, step / 1e9, waited / 1e9, idle / 1e9)
+
+
+def read_chosen(memory: mmap.mmap, layout: Layout, stage: int, plan: StagePlan) -> npt.NDArray[np.int64]:
+    """How often the experts of a stage's layers were chosen since the start: [layers, E]."""
+    at, num_layers = layout.chosen_at[stage], plan.layers[1] - plan.layers[0]
+    counts = np.frombuffer(memory, np.int64, layout.num_experts * num_layers, at)
+    return counts.reshape(num_layers, layout.num_experts).copy()

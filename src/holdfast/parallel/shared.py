@@ -15,13 +15,15 @@ from holdfast.core.errors import CollectiveFailed
 from holdfast.core.plan import Place
 from holdfast.core.spec import DecoderSpec
 from holdfast.kernels.cpu import structs
-from holdfast.kernels.cpu.experts import into_experts, out_of_experts, route
+from holdfast.kernels.cpu.experts import Ownership, Routed, into_experts, out_of_experts, route
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.kernels.cpu.operands import numbers, rows_of
 from holdfast.kernels.cpu.packing import PackedMatrix
 from holdfast.kernels.interface import Routing
+from holdfast.parallel.collectives import LocalExperts
+from holdfast.parallel.placement import group_of, groups_of
 from holdfast.parallel.segment import ABORTED_AT, LINE, SLOTS, Layout
-from holdfast.parallel.shards import Tree, expert_groups
+from holdfast.parallel.shards import Tree
 
 assert ctypes.sizeof(structs.Counter) == ctypes.sizeof(structs.Tally) == LINE
 
@@ -136,69 +138,77 @@ class SharedCollectives:
         x: Tensor,
         router_logits: Tensor,
         routing: Routing,
-        up: Sequence[PackedMatrix],
-        down: Sequence[Sequence[PackedMatrix]],
+        local: LocalExperts,
         *,
         add_to: Tensor | None = None,
     ) -> Tensor:
         """Every pair (row, expert) that is this rank's is computed and put into shared memory; then every rank
         adds up what each of its rows got, in expert-id order, wherever it was computed."""
-        tree, shard = self.trees.experts, self.place.shard
-        assert tree is not None
-        groups = list(expert_groups(self.place.replica.stages[self.place.stage]).items())
-        mine = next(index for index, (experts, _) in enumerate(groups) if experts == shard.experts)
-        owners = torch.empty(router_logits.shape[1], dtype=torch.int64)
-        for index, (experts, _) in enumerate(groups):
-            owners[list(experts)] = index
-        routed = route(self._kernels, router_logits, routing, owners, mine)
-        hidden = into_experts(self._kernels, x, routed, _of_all(up, shard.experts, routed.experts), down[0][0])
+        ownership = Ownership(
+            local.table,
+            group_of(self.place),
+            chosen=self._base + self._layout.chosen_of(self.place.stage, local.layer - self.place.layers[0])
+            if self.place.index == 0
+            else None,
+            own=self._tally + structs.Tally.expert_rows.offset,
+        )
+        routed = route(self._kernels, router_logits, routing, ownership)
+        up, down = _of_all(local.up, local.ids, routed.experts), local.down
+        hidden = into_experts(self._kernels, x, routed, up, down[0][0])
         piece_bytes = self._layout.max_tokens * routed.chosen * self._spec.hidden_size * 4
         first = 0
         for index, piece in enumerate(down):
             columns = slice(first, first := first + piece[0].c.k)
-            out = out_of_experts(
-                self._kernels, hidden[:, columns], routed, _of_all(piece, shard.experts, routed.experts)
-            )
-            deal = structs.Deal(
-                x=rows_of(out),
-                slots=self._slots(self.place.index, ahead=1, offset=index * piece_bytes),
-                ids=routed.ids.data_ptr(),
-                owners=owners.data_ptr(),
-                places=routed.places.data_ptr(),
-                width=out.shape[1],
-                chosen=routed.chosen,
-                self=mine,
-            )
-            self._run(deal, routed.rows, keep=(owners,))
+            out = out_of_experts(self._kernels, hidden[:, columns], routed, _of_all(piece, local.ids, routed.experts))
+            slots = self._slots(self.place.index, ahead=1, offset=index * piece_bytes)
+            self._deal(out, routed, ownership, slots)
         self._meet_stage(routed.rows)
-        ranks = {member.rank: index for index, member in enumerate(self.place.ranks)}
+        y = self._kernels.executor.result(routed.rows, down[0][0].columns, x.dtype, add_to)
+        self._reunite(y, routed, ownership, piece_bytes, add=add_to is not None)
+        return y
+
+    def _deal(self, out: Tensor, routed: Routed, ownership: Ownership, slots: structs.Slots) -> None:
+        """Our pairs' results, sorted, to where everyone finds them by row."""
+        deal = structs.Deal(
+            x=rows_of(out),
+            slots=slots,
+            ids=routed.ids.data_ptr(),
+            owners=ownership.c,
+            places=routed.places.data_ptr(),
+            width=out.shape[1],
+            chosen=routed.chosen,
+            self=ownership.mine,
+        )
+        self._run(deal, routed.rows, keep=(ownership,))
+
+    def _reunite(self, y: Tensor, routed: Routed, ownership: Ownership, piece_bytes: int, *, add: bool) -> None:
+        """Of every row, from whoever computed them: its experts' results, piece by piece."""
+        tree = self.trees.experts
+        assert tree is not None
         holders = [
-            (ranks[member.rank], index)
-            for _, members in groups
-            for member, pieces in zip(members, tree.pieces, strict=True)
+            (rank, index)
+            for group in groups_of(self.place.plan)
+            for rank, pieces in zip(group, tree.pieces, strict=True)
             for index in range(len(pieces))
         ]
         sources = _array([self._slots(rank, offset=index * piece_bytes) for rank, index in holders])
         is_mine = np.array([rank == self.place.index for rank, _ in holders], dtype=np.int64)
         joins = np.array(tree.joins, dtype=np.int64)
-        width = down[0][0].columns
-        y = self._kernels.executor.result(routed.rows, width, x.dtype, add_to)
         reunite = structs.Reunite(
             y=rows_of(y),
             sources=sources,
             is_mine=is_mine.ctypes.data,
             joins=joins.ctypes.data,
             ids=routed.ids.data_ptr(),
-            owners=owners.data_ptr(),
+            owners=ownership.c,
             shares=routed.shares.data_ptr(),
-            width=width,
+            width=y.shape[1],
             chosen=routed.chosen,
             pieces=len(joins),
             tally=self._tally,
-            add=add_to is not None,
+            add=add,
         )
-        self._run(reunite, routed.rows, keep=(sources, is_mine, joins, owners))
-        return y
+        self._run(reunite, routed.rows, keep=(sources, is_mine, joins, ownership))
 
     # --- the stages beside ---
 

@@ -15,6 +15,7 @@ from holdfast.cache.pages import KVPages
 from holdfast.core.config import LOGIT_ROWS
 from holdfast.core.wire import NewRequest, PromptLogprobs, SampledToken, Step, StepResult
 from holdfast.models.decoder import Decoder
+from holdfast.models.layers import Weights
 from holdfast.worker.batch import UNKNOWN, Drawn, Requests, Work, layout
 from holdfast.worker.sampler import Choice, Sampler, Scores, score
 from holdfast.worker.transfer import upload
@@ -62,10 +63,15 @@ class Runner:
         self.use_pages(pages)
 
     def use_pages(self, pages: KVPages) -> None:
-        """Keep keys and values in `pages` from now on; what was in the ones before is forgotten."""
+        """Keep keys and values in `pages` from now on; what was in other ones is forgotten."""
         self.pages = pages
         forward = partial(self.decoder.forward, kv=pages)
         self.forward = self.decoder.kernels.record(forward, self.max_tokens)
+
+    def use_experts(self, weights: Weights) -> None:
+        """Those of `weights`, from the next step on."""
+        self.decoder.use_experts(weights)
+        self.use_pages(self.pages)
 
     def run(self, step: Step) -> StepResult:
         """Compute the step's tokens; sample every request whose last token is among them."""

@@ -22,9 +22,9 @@ from holdfast.kernels.interface import Capturing, Kernels
 from holdfast.kernels.select import select_kernels
 from holdfast.models.load import load_decoder
 from holdfast.parallel.collectives import Collectives
+from holdfast.parallel.cuts import make_plan
 from holdfast.parallel.distributed import DistributedCollectives, FileStore, takes
 from holdfast.parallel.segment import attach, layout_of
-from holdfast.parallel.shards import make_plan
 from holdfast.parallel.shared import SharedCollectives
 from holdfast.worker.batch import Requests
 from holdfast.worker.runner import Runner

@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Ownership:
+    """Which pairs (row, expert) are whose: row t of expert e is group table[t % turns, e]'s; `mine` is our group.
+    `table`: int64 [turns, E]. `chosen`, `own`: addresses of counts to keep, see struct sort_op."""
+
+    table: Tensor
+    mine: int
+    chosen: int | None = None
+    own: int | None = None
+
+    @property
+    def c(self) -> structs.Owners:
+        turns, experts = self.table.shape
+        return structs.Owners(table=numbers(self.table, torch.int64), turns=turns, experts=experts)
+
+
+@dataclass(frozen=True, slots=True)
 class Routed:
     """Which experts the rows of a step go to, and where these pairs (row, expert) are once sorted by expert."""
 
@@ -40,10 +56,8 @@ class Routed:
         return self.ids.shape[0]
 
 
-def route(
-    kernels: CpuKernels, logits: Tensor, routing: Routing, owners: Tensor | None = None, mine: int = 0
-) -> Routed:
-    """By the router's logits [T, E]. With `owners`, int64 [E], only pairs of experts that are `mine` get places."""
+def route(kernels: CpuKernels, logits: Tensor, routing: Routing, ownership: Ownership | None = None) -> Routed:
+    """By the router's logits [T, E]. With an ownership, only pairs that are ours get places."""
     rows, experts = logits.shape
     chosen, new = routing.experts_per_token, kernels.executor.new
     assert 1 <= chosen <= experts
@@ -61,15 +75,17 @@ def route(
     kernels.executor.run(operation, rows)
     sort = structs.Sort(
         ids=ids.data_ptr(),
-        owners=numbers(owners, torch.int64, experts),
         offsets=offsets.data_ptr(),
         sources=sources.data_ptr(),
         places=places.data_ptr(),
         experts=experts,
         chosen=chosen,
-        self=mine,
     )
-    kernels.executor.run(sort, rows, keep=(owners,))
+    if ownership is not None:
+        assert ownership.table.shape[1] == experts, (ownership.table.shape, experts)
+        sort.owners, sort.self = ownership.c, ownership.mine
+        sort.chosen_counts, sort.own_count = ownership.chosen, ownership.own
+    kernels.executor.run(sort, rows, keep=(ownership,))
     return Routed(chosen, experts, ids, shares, offsets, sources, places)
 
 

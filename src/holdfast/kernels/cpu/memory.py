@@ -16,22 +16,31 @@ _ALIGNMENT = 64
 
 class Arena:
     """Memory for weights: cut from large pieces, so that the system can back it with huge pages (reading weights from
-    4 KB pages costs some 15 % of the bandwidth). numpy asks for them for large arrays by itself. Thread-safe."""
+    4 KB pages costs some 15 % of the bandwidth). numpy asks for them for large arrays by itself. What is no longer
+    referred to goes to the next that takes as much. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
         self._chunk = np.empty(0, dtype=np.uint8)
         self._used = 0
 
     def take(self, size: int) -> np.ndarray:
         """`size` bytes, uninitialised, on a cache line's border."""
         with self._lock:
+            if free := self._free[size]:
+                return self._lend(free.pop())
             start = self._used + -(self._chunk.ctypes.data + self._used) % _ALIGNMENT
             if start + size > self._chunk.size:
                 self._chunk = np.empty(max(_CHUNK, size + _ALIGNMENT), dtype=np.uint8)
                 start = -self._chunk.ctypes.data % _ALIGNMENT
             self._used = start + size
-            return self._chunk[start : start + size]
+            return self._lend(self._chunk[start : start + size])
+
+    def _lend(self, memory: np.ndarray) -> np.ndarray:
+        lent = memory.view()
+        weakref.finalize(lent, self._free[memory.size].append, memory).atexit = False
+        return lent
 
 
 class Workspace:

@@ -165,16 +165,22 @@ class Route(Structure):
     ]
 
 
+class Owners(Structure):
+    _fields_ = [("table", c_void_p), ("turns", c_int64), ("experts", c_int64)]
+
+
 class Sort(Structure):
     _fields_ = [
         ("ids", c_void_p),
-        ("owners", c_void_p),
+        ("owners", Owners),
         ("offsets", c_void_p),
         ("sources", c_void_p),
         ("places", c_void_p),
         ("experts", c_int64),
         ("chosen", c_int64),
         ("self", c_int64),
+        ("chosen_counts", c_void_p),
+        ("own_count", c_void_p),
     ]
 
 
@@ -226,7 +232,8 @@ class Tally(Structure):
         ("idle_ns", c_int64),
         ("steps", c_int64),
         ("step_ns", c_int64),
-        ("padding", c_int64 * 2),
+        ("expert_rows", c_int64),
+        ("padding", c_int64),
     ]
 
 
@@ -306,8 +313,8 @@ class Deal(Structure):
         ("x", Rows),
         ("slots", Slots),
         ("ids", c_void_p),
-        ("owners", c_void_p),
         ("places", c_void_p),
+        ("owners", Owners),
         ("width", c_int64),
         ("chosen", c_int64),
         ("self", c_int64),
@@ -321,7 +328,7 @@ class Reunite(Structure):
         ("is_mine", c_void_p),
         ("joins", c_void_p),
         ("ids", c_void_p),
-        ("owners", c_void_p),
+        ("owners", Owners),
         ("shares", c_void_p),
         ("width", c_int64),
         ("chosen", c_int64),

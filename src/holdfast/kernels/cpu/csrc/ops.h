@@ -148,13 +148,21 @@ struct route_op {
     int64_t renormalize;
 };
 
+// Groups of ranks that compute experts: row t of expert e is group table[t % turns, e]'s. Without a table, nobody's.
+struct owners {
+    const int64_t *table;
+    int64_t turns, experts;
+};
+
 // Sort the T · K (row, expert) pairs by expert: offsets [E + 1], `sources` [T · K] the row of each sorted place,
-// `places` [T, K] the sorted place of each pair. With `owners` [E], only the pairs of experts that are `self`'s; places
-// that are left over have row 0.
+// `places` [T, K] the sorted place of each pair. With owners, only the pairs that are `self`'s; places that are left over
+// have row 0. Both counts are optional: of pairs by expert, `chosen_counts` [E], whoever's; and how many were ours.
 struct sort_op {
-    const int64_t *ids, *owners;
+    const int64_t *ids;
+    struct owners owners;
     int64_t *offsets, *sources, *places;
     int64_t experts, chosen, self;
+    int64_t *chosen_counts, *own_count;
 };
 
 // y[i] = x[sources[i]] for T · K rows.
@@ -188,6 +196,7 @@ struct tally {
     int64_t waited_ns;   // for them, in collectives
     int64_t idle_ns;     // for the stage before, or for room in the next
     int64_t steps, step_ns;  // kept by Python: all of a step, waits included
+    int64_t expert_rows;     // through this rank's experts
 };
 
 // One process's end of all exchanges.
@@ -261,19 +270,21 @@ struct collect_op {
 struct deal_op {
     struct rows x;  // float32 [T · K, width]
     struct slots slots;
-    const int64_t *ids, *owners, *places;
+    const int64_t *ids, *places;
+    struct owners owners;
     int64_t width, chosen;
     int64_t self;
 };
 
 // combine, over experts of several groups of ranks: what pair (t, i) gives lies in rows t · K + i of the `pieces` sources
-// of the group owners[ids[t, i]], and is joined like those of join_op.
+// of the group that owns the pair, and is joined like those of join_op.
 struct reunite_op {
     struct rows y;
     const struct slots *sources;  // [groups][pieces]
     const int64_t *is_mine;       // [groups][pieces]
     const int64_t *joins;         // [pieces]
-    const int64_t *ids, *owners;
+    const int64_t *ids;
+    struct owners owners;
     const float *shares;
     int64_t width, chosen;
     int64_t pieces;
