@@ -1,8 +1,10 @@
 """`make bench-plans`: what it costs to cut a model, and what pipelines lose, on the CPU processes of this machine.
 
-    python -m benchmarks.plans [--model FOLDER] [--rounds N] [--part tensor,pipeline]
+    python -m benchmarks.plans [--model FOLDER] [--rounds N] [--part tensor,pipeline,weights,experts]
 
     tensor       one rank with two threads against two ranks with one, decoding at 1, 8 and 32 streams, and prefill
+    weights      two replicas that hold a copy of the weights each, against two that hold one together
+    experts      16 experts chosen by Zipf's law on 8 ranks: the busiest rank's load before and after they are moved
     pipeline     the three batching modes on four stages whose time is a calibrated wait: idle time, beside theory
 
 Prints tables; what is worth keeping goes into benchmarks/RESULTS.md by hand.
@@ -24,6 +26,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +37,8 @@ from holdfast.bench.load import measure
 from holdfast.bench.measure import Summary
 from holdfast.bench.report import summary_of
 from holdfast.worker.start import PACE_VARIABLE
+from support.checkpoints import save
+from support.skewed import skewed_mixtral
 from support.tiny import byte_tokenizer
 
 from .cpu.checkpoints import make
@@ -137,6 +142,54 @@ def compare_degrees(console: Console, model: str, rounds: int) -> None:
     console.print(table)
 
 
+def compare_weights(console: Console, model: str, rounds: int) -> None:
+    table = Table("weights", *JOBS, "memory of the workers", title="2 replicas, tokens/s, medians")
+    for name, flags in (("each its own", ()), ("held together", ("--shard-weights",))):
+        found: dict[str, list[float]] = {job: [] for job in JOBS}
+        with serving(model, "--max-model-len", "1024", "--data-parallel-size", "2", *flags) as url:
+            tokens_per_second(url, "decode 8", seed=1000)  # warm
+            for round_, job in product(range(rounds), JOBS):
+                found[job].append(tokens_per_second(url, job, round_))
+            port = url.rpartition(":")[2]
+            (server,) = [process for process in psutil.process_iter(["cmdline"]) if _listens(process, port)]
+            workers = [child for child in server.children(recursive=True) if "worker" in " ".join(child.cmdline())]
+            memory = sum(worker.memory_full_info().pss for worker in workers)
+        table.add_row(
+            name, *(f"{statistics.median(rates):.1f}" for rates in found.values()), f"{memory / 1e9:.2f} GB"
+        )
+    console.print(table)
+
+
+def _listens(process: psutil.Process, port: str) -> bool:
+    """Whether it is the `holdfast serve` of this port."""
+    line = process.info["cmdline"] or []
+    return "serve" in line and port in line
+
+
+def compare_placements(console: Console) -> None:
+    """Loads of the ranks before the experts are moved, and after."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 256}
+        experts = {"num_local_experts": 16, "num_experts_per_tok": 2, "max_position_embeddings": 1024}
+        size = byte_tokenizer(Path(folder))
+        model = skewed_mixtral(**config, **experts, num_hidden_layers=4, vocab_size=size)
+        path = save(model, Path(folder))
+        flags = ("--tensor-parallel-size", "8", "--expert-parallel-size", "8", "--max-model-len", "1024")
+        table = Table("redundant experts", "max/mean before", "after", title="16 experts by Zipf's law on 8 ranks")
+        for redundant in ("0", "8", "16"):
+            balanced = ("--enable-eplb", "--num-redundant-experts", redundant, "--eplb-step-interval", "150")
+            spreads = []
+            for more in ((), balanced):
+                with serving(path, *flags, *more) as url:
+                    load(url, 24, 64, 64, seed=0)  # in which they are moved
+                    before = counters(url)
+                    load(url, 24, 64, 64, seed=1)
+                    grown = [rows - before[key] for key, rows in counters(url).items() if key[0] == "expert_rows"]
+                    spreads.append(max(grown) / statistics.mean(grown))
+            table.add_row(redundant, *(f"{spread:.2f}" for spread in spreads))
+        console.print(table)
+
+
 @contextlib.contextmanager
 def sampled(url: str) -> Iterator[list[tuple[float, dict[tuple[str, str], float]]]]:
     """Readings of the counters, with their time, every fifth of a second meanwhile."""
@@ -191,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a folder; by default random weights of the shape of Llama 3.2 1B")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--part", default="tensor,pipeline")
+    parser.add_argument("--part", default="tensor,pipeline,weights,experts")
     chosen = parser.parse_args()
     shape = all_models()["llama-1b"]
     make(shape)
@@ -200,6 +253,10 @@ def main() -> None:
     parts = chosen.part.split(",")
     if "pipeline" in parts:
         compare_modes(console)
+    if "experts" in parts:
+        compare_placements(console)
+    if "weights" in parts:
+        compare_weights(console, model, chosen.rounds)
     if "tensor" in parts:
         compare_degrees(console, model, chosen.rounds)
 

@@ -88,6 +88,7 @@ PLANS = {
     "PP3, hybrid": ("llama", 3, 3, (PP, "3", LAYERS, "1,3,1", MODE, "hybrid")),
     "PP5, synchronous": ("llama", 1, 3, (PP, "5", MODE, "synchronous")),
     "TP2 x PP2 x DP2": ("llama", 3, 2, (TP, "2", PP, "2", DP, "2")),
+    "TP2 x DP2, weights held together": ("llama", 5, 2, (TP, "2", DP, "2", "--shard-weights")),
     "EP4": ("mixtral", 4, 1, (TP, "4", EP, "4")),
     "EP2 x TP2 x PP2": ("mixtral", 2, 1, (TP, "4", EP, "2", PP, "2", MODE, "hybrid")),
 }
@@ -209,6 +210,8 @@ def test_bad_plans_are_refused_by_name(models: dict[str, str], tmp_path: Path):
         (("--pipeline-layers", "2;3"), "must be numbers with commas between"),
         (("--expert-parallel-size", "2"), "--expert-parallel-size 2: the model has no experts"),
         (("--plan", "/nowhere.json"), "--plan /nowhere.json: cannot be read"),
+        (("--shard-weights",), "shard_weights: needs several replicas (--data-parallel-size), all cut alike"),
+        (("--shard-weights", DP, "2", "--dtype", "float16"), "--shard-weights: works with the cpu kernels only"),
         (("--plan", "x", "--tensor-parallel-size", "2"), "says what --tensor-parallel-size would say"),
     ],
 )

@@ -10,9 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from support.builds import builds
 from support.service import Service, wait_for
 from support.tiny import tiny_model
 
+NO_C = "Holdfast was installed without a C compiler"
 FLAGS = ("--served-model-name", "m", "--max-model-len", "512", "--kv-cache-memory-bytes", "4M", "--cpu-threads", "1")
 
 
@@ -54,11 +56,23 @@ def test_two_replicas_answer_as_one_does(model: str, tmp_path: Path):
     assert worked == [True, True]
 
 
-@pytest.mark.parametrize("victim", ["holdfast worker 1.0.0", "holdfast engine 1"])
-def test_requests_of_a_replica_that_dies_go_on_in_the_other(model: str, victim: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("victim", "more"),
+    [
+        ("holdfast worker 1.0.0", ()),
+        ("holdfast engine 1", ()),
+        pytest.param(
+            "holdfast worker 1.0.0", ("--shard-weights",), marks=pytest.mark.skipif(not builds(), reason=NO_C)
+        ),
+    ],
+    ids=["worker", "engine", "weights held together"],
+)
+def test_requests_of_a_replica_that_dies_go_on_in_the_other(
+    model: str, victim: str, more: tuple[str, ...], tmp_path: Path
+):
     """A request that is lost, or gets a token twice, not at all, or another one than it would have got. What is left
     serves on, and ends with 1 when it dies too."""
-    service = Service(model, *FLAGS, "--data-parallel-size", "2", log=tmp_path / "log").wait_ready()
+    service = Service(model, *FLAGS, "--data-parallel-size", "2", *more, log=tmp_path / "log").wait_ready()
     last = service.child("holdfast engine 0")
     kinds = ({}, {"temperature": 0}, {"frequency_penalty": 0.5, "logprobs": 1}, {"n": 2}, {"min_tokens": 100})
     asked = [

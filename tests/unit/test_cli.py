@@ -46,6 +46,8 @@ SERVE_FLAGS = [
     "--plan",
     "--collective-timeout",
     "--data-parallel-size",
+    "--shard-weights",
+    "--no-shard-weights",
     "--allow-shared-gpu",
     "--no-allow-shared-gpu",
     "--exactness",

@@ -1,6 +1,6 @@
 """What every child process does before and after its own work: title, logs, death pipe, and a last word.
 
-    python -m MODULE NAME BOOT_FILE DEATH_FD [MEMORY_FD]
+    python -m MODULE NAME BOOT_FILE DEATH_FD [WHAT=FD …]
 
 The child holds the read end of a pipe whose write end only the supervisor has. When the supervisor is gone,
 however it went, the read ends and so does the child: no orphan survives.
@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import setproctitle
@@ -63,10 +64,11 @@ def run_child(body: Body) -> None:
     sys.exit(status)
 
 
-def shared_memory() -> int | None:
-    """The descriptor of the memory that this process shares with the others of its replica, if it has several
-    ranks."""
-    return int(sys.argv[4]) if len(sys.argv) > 4 else None
+def shared_memory(what: Literal["replica", "weights"]) -> int | None:
+    """The descriptor of memory that this process shares with others, if there are any: with the rest of its replica,
+    or, for the weights, with the same rank of other replicas."""
+    found = dict(argument.split("=") for argument in sys.argv[4:])
+    return int(found[what]) if what in found else None
 
 
 def _die_with_parent(death_fd: int, folder: str) -> None:

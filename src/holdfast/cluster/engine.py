@@ -114,7 +114,7 @@ class Engine:
         """`counters` reads the tallies of all ranks, in the order of `places`; `balancer` watches their experts."""
         self.counters: Callable[[], list[RankTally]] = list
         self.balancer: ExpertBalancer | None = None
-        descriptor, model, config = shared_memory(), self.boot.model, self.boot.config
+        descriptor, model, config = shared_memory("replica"), self.boot.model, self.boot.config
         if descriptor is None:
             return
         layout = layout_of(self.plan, model.spec, config.scheduler)

@@ -29,12 +29,15 @@ def plan_of(config: ServeConfig, model: ModelInfo) -> Plan:
         expert=device.expert_parallel_size,
         layers=device.layers_of_stages(),
         pipeline_batching=device.pipeline_batching,
+        shard_weights=device.shard_weights,
     )
 
 
 def check_balancing(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
     """That there is something for `--enable-eplb` to do. Raises `ConfigError`."""
     redundant = config.device.num_redundant_experts
+    if config.device.enable_eplb and plan.shard_weights:
+        raise ConfigError("--enable-eplb: experts that replicas hold together (--shard-weights) cannot move yet")
     if not config.device.enable_eplb:
         return
     if model.spec.moe is None:
@@ -56,9 +59,11 @@ def check_memory(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
     name = model.dtype if config.model.dtype == "auto" else config.model.dtype
     everywhere = [place for replica in plan.replicas for place in places(replica)]
     needed = sum(weight_bytes(model.spec, 4 if name == "float32" else 2, place) for place in everywhere)
+    copies = 1 if plan.shard_weights else len(plan.replicas)
+    needed = needed * copies // len(plan.replicas)
     path = Path(model.path)
     files = [path] if path.is_file() else list(path.glob("*.safetensors"))
-    needed = min(needed, len(plan.replicas) * sum(file.stat().st_size for file in files))
+    needed = min(needed, copies * sum(file.stat().st_size for file in files))
     if needed > (free := available_memory()):
         raise ConfigError(
             f"the weights of {len(everywhere)} ranks take {needed / 1e9:.3f} GB at least, "

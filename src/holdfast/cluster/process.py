@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
@@ -27,15 +28,15 @@ class Child:
     ready: bool = False
 
     @classmethod
-    def start(cls, module: str, name: str, boot_file: str, memory: int | None = None) -> Child:
-        """`python -m module name boot_file fd [memory]`, in a process group of its own. `memory`: the descriptor of
-        memory that it shares with others."""
+    def start(cls, module: str, name: str, boot_file: str, memory: Mapping[str, int]) -> Child:
+        """`python -m module name boot_file fd`, in a process group of its own. `memory`: descriptors of what it
+        shares with others, by the names of `child.shared_memory`."""
         read_end, write_end = os.pipe()
-        inherited = [read_end] if memory is None else [read_end, memory]
+        shared = [f"{what}={descriptor}" for what, descriptor in memory.items()]
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, name, boot_file, *map(str, inherited)],
-                pass_fds=inherited,
+                [sys.executable, "-m", module, name, boot_file, str(read_end), *shared],
+                pass_fds=[read_end, *memory.values()],
                 env={**ENVIRONMENT, **os.environ},
                 stdin=subprocess.DEVNULL,
                 process_group=0,

@@ -28,7 +28,7 @@ def run(boot: wire.Boot, control: Control) -> None:
     rank = sys.argv[1].removeprefix("worker ")
     replica, stage, index = (int(part) for part in rank.split("."))
     place, meeting = Place(boot.plan.replicas[replica], stage, index), boot.endpoints.meeting(replica)
-    post = Post(boot.plan, replica, place, shared_memory(), meeting)
+    post = Post(boot.plan, replica, place, shared_memory("replica"), shared_memory("weights"), meeting)
 
     def progress(text: str, fraction: float | None) -> None:
         control.send(wire.encode(wire.Progress(text, fraction)))

@@ -37,7 +37,9 @@ from holdfast.core.plan import Plan, places
 from holdfast.core.spec import ModelInfo
 from holdfast.models.hub import resolve_model
 from holdfast.models.inspect import inspect_model
+from holdfast.models.parameters import packed_room
 from holdfast.parallel.segment import create, layout_of
+from holdfast.parallel.weights import HEADER
 
 log = logging.getLogger(__name__)
 
@@ -179,17 +181,27 @@ class Supervisor:
         boot_file = Path(self.endpoints.folder) / "boot.json"
         boot_file.touch(mode=0o600)
         boot_file.write_bytes(msgspec.json.encode(wire.Boot(self.config, model, self.endpoints, self.plan)))
-        memories = {
-            number: create(layout_of(replica, model.spec, self.config.scheduler).num_bytes)
-            for number, replica in enumerate(self.plan.replicas)
-            if replica.num_ranks > 1
-        }
+        memory = self._share_memory(model)
         for name, module in modules(self.plan).items():
-            replica = replica_of(name)
-            memory = None if replica is None else memories.get(replica)
-            self.children[name] = Child.start(module, name, str(boot_file), memory)
-        for memory in memories.values():
-            os.close(memory)  # it lives as long as a child has it
+            self.children[name] = Child.start(module, name, str(boot_file), memory[name])
+        for descriptor in {descriptor for shared in memory.values() for descriptor in shared.values()}:
+            os.close(descriptor)  # it lives as long as a child has it
+
+    def _share_memory(self, model: ModelInfo) -> dict[str, dict[str, int]]:
+        """Every child's descriptors of memory that it has in common with others."""
+        shared: dict[str, dict[str, int]] = {name: {} for name in modules(self.plan)}
+        for number, replica in enumerate(self.plan.replicas):
+            if replica.num_ranks > 1:
+                descriptor = create(layout_of(replica, model.spec, self.config.scheduler).num_bytes)
+                for name, its in shared.items():
+                    if replica_of(name) == number:
+                        its["replica"] = descriptor
+        if self.plan.shard_weights:
+            for place in places(self.plan.replicas[0]):
+                descriptor = create(HEADER + packed_room(model.spec, place))
+                for number in range(len(self.plan.replicas)):
+                    shared[f"worker {number}.{place.name}"]["weights"] = descriptor
+        return shared
 
     def _wait_until_ready(self) -> bool:
         """False: a signal came first. Raises the error of the child that could not start."""

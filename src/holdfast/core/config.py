@@ -119,6 +119,11 @@ class DeviceConfig:
         "Copies of the model, each on a GPU (or, on CPU, a share of the cores) of its own. A request goes to the one "
         "that knows how it begins, or to one that is less busy; when one dies the others go on.",
     )
+    shard_weights: bool = option(
+        False,
+        "Let the copies of the model hold its weights once between them, each an equal share of every matrix, "
+        "instead of once each. On CPUs.",
+    )
     allow_shared_gpu: bool = option(
         False, "Let copies of the model share GPUs, and their memory, when there are more of them than GPUs."
     )
@@ -154,6 +159,7 @@ class DeviceConfig:
             "expert_parallel_size",
             "pipeline_layers",
             "pipeline_batching",
+            "shard_weights",
         ):
             if getattr(self, name) != getattr(default, name):
                 flag = "--" + name.replace("_", "-")

@@ -74,6 +74,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pipeline_batching: PipelineBatching = "asynchronous"
     microbatches: int = 0
     """Steps in flight in a pipeline; 0: as many as it has stages."""
+    shard_weights: bool = False
+    """Replicas, all cut alike, hold their weights once between them: each rank 1/n of what its place has."""
 
     def steps_in_flight(self, replica: int) -> int:
         return self.microbatches or len(self.replicas[replica].stages)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from holdfast.kernels.cpu.kernels import CpuKernels
+from holdfast.kernels.cpu.memory import WeightMemory
 from holdfast.kernels.interface import Kernels
 from holdfast.kernels.reference import ReferenceKernels
 
@@ -38,6 +39,7 @@ def select_kernels(
     pinned: bool = False,
     activation_bits: int = 16,
     exactness: Exactness = "plan",
+    memory: WeightMemory | None = None,
 ) -> Kernels[Any]:
     """The backend for a torch device type ("cpu", "cuda") and the model's dtype. `exactness` is for GPUs, the rest
     for CPUs: `CpuKernels`.
@@ -51,7 +53,7 @@ def select_kernels(
         log.warning("the CPU kernels take float32 and bfloat16: %s runs on torch's, slower and not exact", dtype)
         return ReferenceKernels(dtype)
     try:
-        return CpuKernels(dtype, threads, pinned=pinned, activation_bits=activation_bits)
+        return CpuKernels(dtype, threads, pinned=pinned, activation_bits=activation_bits, memory=memory)
     except OSError as error:
         log.warning("%s; torch's kernels are used, slower and not exact", error)
         return ReferenceKernels(dtype)

@@ -35,6 +35,7 @@ def load_decoder(
     max_positions: int | None = None,
     place: Place | None = None,
     collectives: Collectives | None = None,
+    in_order: bool = False,
 ) -> Decoder:
     """The model of `info` (from `inspect_model`) in memory, on `device`: norms in float32, all else in `dtype`,
     except what is quantized in a way that kernels take. `place`: only that rank's share is read; without one, all.
@@ -42,9 +43,10 @@ def load_decoder(
     `progress` is called with the fraction of the weights done, in (0, 1]. `max_positions`: the longest request, when
     that is less than the model allows. Raises `ModelError` for a file that has been damaged since it was inspected.
     """
-    return Decoder(
-        load_weights(info, kernels, dtype, torch.device(device), progress, place, collectives), max_positions
+    weights = load_weights(
+        info, kernels, dtype, torch.device(device), progress, place, collectives, in_order=in_order
     )
+    return Decoder(weights, max_positions)
 
 
 def load_weights(  # noqa: PLR0917
@@ -55,8 +57,11 @@ def load_weights(  # noqa: PLR0917
     progress: Callable[[float], None],
     place: Place | None = None,
     collectives: Collectives | None = None,
+    *,
+    in_order: bool = False,
 ) -> Weights:
-    """Every matrix packed, and every norm. A head that only repeats the embeddings is not held twice."""
+    """Every matrix packed, and every norm. A head that only repeats the embeddings is not held twice. `in_order`: one
+    after the other, in the same order by whoever loads the same."""
     place = place or places(make_plan(info.spec).replicas[0])[0]
     loader = _Loader(Checkpoint(info), kernels, dtype, device, parameters(info.spec))
     packs, norms = packings_at(info.spec, place), norms_at(info.spec, place)
@@ -71,7 +76,8 @@ def load_weights(  # noqa: PLR0917
 
     loaded: dict[str, Any] = {}
     total, done = sum(sizes.values()), 0
-    with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    threads = 1 if in_order else min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool:
         for name, result in zip(sizes, pool.map(load, sizes), strict=True):
             loaded[name] = result
             done += sizes[name]

@@ -253,6 +253,21 @@ def weight_bytes(spec: DecoderSpec, itemsize: int, place: Place) -> int:
     return packed * itemsize + 4 * norms
 
 
+def packed_room(spec: DecoderSpec, place: Place) -> int:
+    """No fewer bytes than the packed matrices of `place` take in any format: rows are padded to whole panels of 32,
+    and each shard may be by a number."""
+    wanted = parameters(spec)
+    total = 0
+    for packing in packings_at(spec, place).values():
+        pieces = 1 if packing.pieces is None else len(packing.pieces)
+        for index, module in enumerate(packing.modules):
+            rows, columns = wanted[f"{module}.weight"].shape
+            if (some := packing.rows_of(index)) is not None:
+                rows = some[1] - some[0]
+            total += (rows + 31) * (columns + len(packing.shards)) * 4 + 64 * pieces
+    return total
+
+
 def norms_at(spec: DecoderSpec, place: Place) -> list[str]:
     """Norms that the rank at `place` holds, by the names of `parameters`."""
 

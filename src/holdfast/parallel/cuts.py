@@ -35,6 +35,7 @@ def make_plan(
     expert: int | None = None,
     layers: Sequence[int] = (),
     pipeline_batching: PipelineBatching = "asynchronous",
+    shard_weights: bool = False,
 ) -> Plan:
     """Even shards: `pipeline` stages (of so many `layers` each, when they are said), of `tensor` ranks each (or as
     many as the sequence says), in `data` replicas. `expert`: groups of ranks that share out the experts, each
@@ -53,7 +54,7 @@ def make_plan(
     for bounds, degree in zip(_layer_ranges(spec, pipeline, layers), degrees, strict=True):
         stages.append(StagePlan(bounds, _even_shards(spec, degree, expert, first_rank)))
         first_rank += degree
-    plan = Plan((ReplicaPlan(tuple(stages)),) * data, pipeline_batching)
+    plan = Plan((ReplicaPlan(tuple(stages)),) * data, pipeline_batching, shard_weights=shard_weights)
     check_plan(plan, spec, "the plan")
     return plan
 
@@ -154,6 +155,8 @@ def check_plan(plan: Plan, spec: DecoderSpec, name: str) -> None:
         raise ConfigError(f"{name}: {len(plan.replicas)} replicas: must be at least 1 and at most {MOST_REPLICAS}")
     if not 0 <= plan.microbatches <= 64:
         raise ConfigError(f"{name}: microbatches {plan.microbatches}: must be at least 0 and at most 64")
+    if plan.shard_weights and (len(plan.replicas) == 1 or len(set(plan.replicas)) > 1):
+        raise ConfigError(f"{name}: shard_weights: needs several replicas (--data-parallel-size), all cut alike")
     for number, replica in enumerate(plan.replicas):
         where = f"{name}: replica {number}"
         check_ranges([stage.layers for stage in replica.stages], spec.num_layers, f"{where}: layers")

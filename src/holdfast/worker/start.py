@@ -26,6 +26,7 @@ from holdfast.parallel.cuts import make_plan
 from holdfast.parallel.distributed import DistributedCollectives, FileStore, takes
 from holdfast.parallel.segment import attach, layout_of
 from holdfast.parallel.shared import SharedCollectives
+from holdfast.parallel.weights import SharedWeights
 from holdfast.worker.batch import Requests
 from holdfast.worker.runner import Runner
 from holdfast.worker.sampler import Sampler
@@ -40,12 +41,14 @@ CPU_CACHE_SHARE = 0.4
 @dataclass(frozen=True, slots=True)
 class Post:
     """What one worker is there for. `memory`: the descriptor of what it shares with the other ranks of its
-    replica. `meeting`: the path of a file through which ranks that do not share memory find each other."""
+    replica; `weights`: of what it shares with the ranks at its place in other replicas. `meeting`: the path of a file
+    through which ranks that do not share memory find each other."""
 
     plan: Plan
     replica: int
     place: Place
     memory: int | None = None
+    weights: int | None = None
     meeting: str = ""
 
     @classmethod
@@ -89,7 +92,12 @@ def start_runner(
         torch.set_num_threads(threads)
     bits = {"int8": 8, "int16": 16}[config.model.quantized_activations]
     exactness = config.device.exactness
-    kernels = select_kernels(device.type, dtype, threads, pinned=pinned, activation_bits=bits, exactness=exactness)
+    shared = None if post.weights is None else SharedWeights(post.weights, post.replica, len(post.plan.replicas))
+    kernels = select_kernels(
+        device.type, dtype, threads, pinned=pinned, activation_bits=bits, exactness=exactness, memory=shared
+    )
+    if shared is not None and not isinstance(kernels, CpuKernels):
+        raise ConfigError(f"--shard-weights: works with the cpu kernels only so far, not with {kernels.name}")
     if model.spec.head_dim > kernels.max_head_dim:
         raise ConfigError(
             f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
@@ -104,7 +112,10 @@ def start_runner(
         max_positions=longest_request(config, model),
         place=post.place,
         collectives=collectives,
+        in_order=shared is not None,
     )
+    if shared is not None:
+        shared.wait_for_others()
     runner = Runner(
         decoder,
         decoder.allocate_pages(1, config.cache.block_size),

@@ -18,7 +18,7 @@ from holdfast.kernels.cpu import structs
 from holdfast.kernels.cpu.executor import Executor
 from holdfast.kernels.cpu.experts import combine, into_experts, out_of_experts, route
 from holdfast.kernels.cpu.library import Library
-from holdfast.kernels.cpu.memory import Arena
+from holdfast.kernels.cpu.memory import Arena, WeightMemory
 from holdfast.kernels.cpu.operands import numbers, pages_of, rows_of, shape_of_logits
 from holdfast.kernels.cpu.packing import PackedMatrix, pack
 from holdfast.kernels.cpu.structs import DTYPES, MAX_HEAD_DIM
@@ -38,6 +38,7 @@ from holdfast.kernels.interface import (
 class CpuKernels:
     """`dtype`: the model's, float32 or bfloat16; in float32 quantized matrices are held dequantized, since their
     products round the rows, to `activation_bits` (8 or 16). `pinned`: bind each thread to a core, the caller's too.
+    `memory`: for packed matrices; by default this process's own.
 
     Raises what `Library` raises; `ConfigError` when there are no threads to be had.
     """
@@ -53,6 +54,7 @@ class CpuKernels:
         pinned: bool = False,
         activation_bits: int = 16,
         isa: str | None = None,
+        memory: WeightMemory | None = None,
     ) -> None:
         assert dtype in (torch.float32, torch.bfloat16), dtype
         assert activation_bits in (8, 16), activation_bits
@@ -61,7 +63,7 @@ class CpuKernels:
         self._library = Library(isa)
         self.name = f"cpu-{self._library.isa}"
         self.executor = Executor(self._library, threads, pinned=pinned)
-        self._arena = Arena()
+        self._memory = memory or Arena()
 
     # --- matrices ---
 
@@ -77,7 +79,7 @@ class CpuKernels:
         if self.dtype == torch.float32 or any(end % GROUP for end in shards):
             parts = [numbers_of(part, self.dtype) for part in parts]
         parts = [numbers_of(part, self.dtype) if _is_fp8(part) else part for part in parts]
-        return pack(self._library, self._arena, parts, biases, activation=activation, gated=gated, shards=shards)
+        return pack(self._library, self._memory, parts, biases, activation=activation, gated=gated, shards=shards)
 
     def linear(
         self, x: Tensor, weight: PackedMatrix, *, add_to: Tensor | None = None, dtype: torch.dtype | None = None

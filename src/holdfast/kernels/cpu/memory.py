@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,10 +15,22 @@ _CHUNK = 64 << 20
 _ALIGNMENT = 64
 
 
+class WeightMemory(Protocol):
+    """Where packed weights live."""
+
+    def take(self, size: int) -> np.ndarray:
+        """`size` bytes, uninitialised, on a cache line's border. Thread-safe where several threads pack."""
+        ...
+
+    def share(self, panels: int) -> tuple[int, int]:
+        """Of a matrix's panels: the first, and the end, of those that are to be filled here."""
+        ...
+
+
 class Arena:
-    """Memory for weights: cut from large pieces, so that the system can back it with huge pages (reading weights from
-    4 KB pages costs some 15 % of the bandwidth). numpy asks for them for large arrays by itself. What is no longer
-    referred to goes to the next that takes as much. Thread-safe."""
+    """Memory of this process alone: cut from large pieces, so that the system can back it with huge pages (reading
+    weights from 4 KB pages costs some 15 % of the bandwidth). numpy asks for them for large arrays by itself. What
+    is no longer referred to goes to the next that takes as much. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -26,7 +39,6 @@ class Arena:
         self._used = 0
 
     def take(self, size: int) -> np.ndarray:
-        """`size` bytes, uninitialised, on a cache line's border."""
         with self._lock:
             if free := self._free[size]:
                 return self._lend(free.pop())
@@ -36,6 +48,9 @@ class Arena:
                 start = -self._chunk.ctypes.data % _ALIGNMENT
             self._used = start + size
             return self._lend(self._chunk[start : start + size])
+
+    def share(self, panels: int) -> tuple[int, int]:
+        return 0, panels
 
     def _lend(self, memory: np.ndarray) -> np.ndarray:
         lent = memory.view()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.core.spec import Activation
 from holdfast.kernels.cpu.library import Library
-from holdfast.kernels.cpu.memory import Arena
+from holdfast.kernels.cpu.memory import WeightMemory
 from holdfast.kernels.cpu.structs import ACTIVATIONS, FORMATS, PANEL, Weight
 from holdfast.kernels.interface import GROUP, GROUP_BYTES, Matrix, Quantized
 
@@ -31,7 +31,7 @@ class PackedMatrix:
 
 def pack(
     library: Library,
-    arena: Arena,
+    arena: WeightMemory,
     parts: Sequence[Matrix],
     biases: Sequence[Tensor],
     *,
@@ -39,7 +39,8 @@ def pack(
     gated: bool,
     shards: Sequence[int],
 ) -> PackedMatrix:
-    """See `Kernels.pack`; all parts are tensors of one dtype (float32 or bfloat16) or quantized alike."""
+    """See `Kernels.pack`; all parts are tensors of one dtype (float32 or bfloat16) or quantized alike. Panels that
+    are not the memory's share are left as they are."""
     halves = [[part] for part in parts] if gated else [list(parts)]
     rows, k = sum(part.shape[0] for part in halves[0]), parts[0].shape[1]
     kind = _format_of(parts[0])
@@ -66,8 +67,11 @@ def pack(
         activation=ACTIVATIONS[activation],
         gated=gated,
     )
-    for index, half in enumerate(halves):
-        _fill(library, weight, half, index)
+    first, last = arena.share(panels)
+    if first < last:
+        some = range(first * PANEL, min(last * PANEL, rows))
+        for index, half in enumerate(halves):
+            _fill(library, weight, half, index, some)
     return PackedMatrix(weight, rows, kind, memory, bias, ends if shards else None)
 
 
@@ -89,17 +93,30 @@ def _panel_bytes(kind: str, shard_sizes: np.ndarray) -> int:
     return int(shard_sizes.sum()) // GROUP * PANEL * GROUP_BYTES[kind]
 
 
-def _fill(library: Library, weight: Weight, parts: list[Matrix], half: int) -> None:
+def _fill(library: Library, weight: Weight, parts: list[Matrix], half: int, some: range) -> None:
+    """Pack `some` rows, whole panels, of the stacked parts."""
+    here = Weight.from_buffer_copy(weight)
+    here.data = weight.data + some.start // PANEL * (1 + weight.gated) * weight.panel_bytes
+    here.n = len(some)
     if isinstance(parts[0], Quantized):
-        blocks = [part.blocks for part in parts if isinstance(part, Quantized)]
-        stacked = (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).contiguous()
-        library.pack_groups(weight, stacked.data_ptr(), stacked.shape[1], half)
+        blocks = _rows([part.blocks for part in parts if isinstance(part, Quantized)], some).contiguous()
+        library.pack_groups(here, blocks.data_ptr(), blocks.shape[1], half)
         return
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    stacked = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    if stacked.stride(1) != 1:
-        stacked = stacked.contiguous()
-    library.pack_dense(weight, stacked.data_ptr(), stacked.stride(0), half)
+    numbers = _rows([part for part in parts if isinstance(part, Tensor)], some)
+    if numbers.stride(1) != 1:
+        numbers = numbers.contiguous()
+    library.pack_dense(here, numbers.data_ptr(), numbers.stride(0), half)
+
+
+def _rows(parts: list[Tensor], some: range) -> Tensor:
+    """Of the parts, stacked."""
+    found, at = [], 0
+    for part in parts:
+        first, last = max(some.start - at, 0), min(some.stop - at, part.shape[0])
+        if first < last:
+            found.append(part[first:last])
+        at += part.shape[0]
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _bias(biases: Sequence[Tensor], gated: bool, rows: int, panels: int) -> np.ndarray:
