@@ -150,20 +150,12 @@ def compare_weights(console: Console, model: str, rounds: int) -> None:
             tokens_per_second(url, "decode 8", seed=1000)  # warm
             for round_, job in product(range(rounds), JOBS):
                 found[job].append(tokens_per_second(url, job, round_))
-            port = url.rpartition(":")[2]
-            (server,) = [process for process in psutil.process_iter(["cmdline"]) if _listens(process, port)]
-            workers = [child for child in server.children(recursive=True) if "worker" in " ".join(child.cmdline())]
+            children = psutil.Process().children(recursive=True)
+            workers = [child for child in children if "holdfast worker" in " ".join(child.cmdline())]
             memory = sum(worker.memory_full_info().pss for worker in workers)
-        table.add_row(
-            name, *(f"{statistics.median(rates):.1f}" for rates in found.values()), f"{memory / 1e9:.2f} GB"
-        )
+        medians = [f"{statistics.median(rates):.1f}" for rates in found.values()]
+        table.add_row(name, *medians, f"{memory / 1e9:.2f} GB")
     console.print(table)
-
-
-def _listens(process: psutil.Process, port: str) -> bool:
-    """Whether it is the `holdfast serve` of this port."""
-    line = process.info["cmdline"] or []
-    return "serve" in line and port in line
 
 
 def compare_placements(console: Console) -> None:
