@@ -11,6 +11,7 @@ import httpx
 import msgspec
 import pytest
 
+from holdfast.core.plan import Plan
 from holdfast.models.inspect import inspect_model
 from holdfast.parallel.cuts import make_plan
 from support.builds import builds
@@ -107,8 +108,11 @@ def test_served_answers_of_plans(models: dict[str, str], alone: dict[str, Answer
 
 
 def test_an_uneven_plan_from_a_file(models: dict[str, str], alone: dict[str, Answers], tmp_path: Path):
-    """Stages of unequal degrees; a plan that is written is read as the same."""
-    plan = make_plan(inspect_model(models["llama"]).spec, tensor=(1, 3), pipeline=2, layers=(2, 3))
+    """Stages of unequal degrees, and a second replica that is cut otherwise; a plan that is written is read as the
+    same."""
+    spec = inspect_model(models["llama"]).spec
+    (uneven,) = make_plan(spec, tensor=(1, 3), pipeline=2, layers=(2, 3)).replicas
+    plan = Plan((uneven, *make_plan(spec, tensor=2).replicas))
     file = tmp_path / "plan.json"
     file.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
     found, _ = answers(models["llama"], tmp_path / "log", "--plan", str(file))

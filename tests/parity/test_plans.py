@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from holdfast.core.plan import ExpertPlacement, Plan, ReplicaPlan
+from holdfast.core.plan import ExpertPlacement, Plan, ReplicaPlan, places
 from holdfast.core.spec import DecoderSpec
 from holdfast.models.inspect import inspect_model
 from holdfast.parallel.cuts import check_plan, make_plan, max_degree
@@ -21,7 +21,7 @@ from support.builds import builds
 from support.cases import CASES, QUANTIZED
 from support.checkpoints import random_model, run_interleaved, save
 from support.gguf_twin import write_twin
-from support.ranks import logits_of
+from support.ranks import logits_of, ranks_of
 
 pytestmark = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
 
@@ -164,3 +164,21 @@ def test_logits_of_quantized_models(model: Models, name: str, held: str):
         return make_plan(spec, tensor=min(max_degree(spec), 2), pipeline=2)
 
     check(model(name, held), torch.bfloat16, make)
+
+
+@pytest.mark.parametrize("plan", ["TP2", "TP4", "PP3, uneven", "1 then 3"])
+def test_pages_take_what_the_shards_say(model: Models, plan: str):
+    """Keys and values of a rank's own layers and KV heads, to the byte; a KV head that several ranks read, in each."""
+    info = inspect_model(model("nine", ""))
+    replica = make_plan(info.spec, **PLANS[plan]).replicas[0]
+    with ranks_of(info, replica, torch.bfloat16) as ranks:
+        found = []
+        for decoder in ranks.decoders:
+            pages = decoder.allocate_pages(10, 16)
+            found.append(sum(tensor.nbytes for tensor in (*pages.k, *pages.v)))
+    token = 2 * info.spec.head_dim * 2  # bytes of keys and values, of a layer and head
+    expected = [
+        (last - first) * (shard.kv_heads[1] - shard.kv_heads[0]) * token * 10 * 16
+        for first, last, shard in ((*place.layers, place.shard) for place in places(replica))
+    ]
+    assert found == expected

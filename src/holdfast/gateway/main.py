@@ -76,7 +76,7 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
     assert name is not None, "the supervisor names the model"
     metrics = Metrics(name)
     with contextlib.closing(_listen(config.server)) as listener:
-        replicas = config.device.data_parallel_size
+        replicas = len(boot.plan.replicas)
         max_live = config.scheduler.max_num_seqs * replicas + config.scheduler.max_queued_seqs
         _raise_descriptor_limit(max_live)
         router = Router(
