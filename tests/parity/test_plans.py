@@ -168,7 +168,7 @@ def test_logits_of_quantized_models(model: Models, name: str, held: str):
 
 @pytest.mark.parametrize("plan", ["TP2", "TP4", "PP3, uneven", "1 then 3"])
 def test_pages_take_what_the_shards_say(model: Models, plan: str):
-    """Keys and values of a rank's own layers and KV heads, to the byte; a KV head that several ranks read, in each."""
+    """Keys and values of a rank's own layers and KV heads; of a KV head that several ranks read, in each."""
     info = inspect_model(model("nine", ""))
     replica = make_plan(info.spec, **PLANS[plan]).replicas[0]
     with ranks_of(info, replica, torch.bfloat16) as ranks:
