@@ -17,8 +17,8 @@ SMALL = ("--kv-cache-memory-bytes", "64M", "--max-model-len", "1024")
 
 
 @pytest.fixture
-def service(tmp_path: Path):
-    service = Service(demo_model(), *SMALL, log=tmp_path / "log")
+def service(tmp_path: Path, request: pytest.FixtureRequest):
+    service = Service(demo_model(), *SMALL, *getattr(request, "param", ()), log=tmp_path / "log")
     try:
         yield service.wait_ready()
     finally:
@@ -38,7 +38,7 @@ class Stream(threading.Thread):
         assert self.first.wait(60)
 
     def run(self) -> None:
-        body = {"prompt": "Once upon a time", "max_tokens": self.max_tokens}
+        body = {"prompt": "Once upon a time", "max_tokens": self.max_tokens, "seed": 7}
         body |= {"stream": True, "ignore_eos": True, "model": "SmolLM2-135M-Instruct.Q4_1"}
         request = urllib.request.Request(
             f"{self.service.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -101,6 +101,7 @@ def test_a_second_signal_ends_live_requests_with_an_error(service: Service):
 
 
 @pytest.mark.parametrize("title", ["holdfast worker 0.0.0", "holdfast engine 0"])
+@pytest.mark.parametrize("service", [("--max-restarts", "0")], indirect=True)
 def test_a_killed_child_ends_requests_definitely_and_the_service_with_1(service: Service, title: str):
     stream = Stream(service, max_tokens=900)
     service.child(title).kill()
@@ -108,6 +109,49 @@ def test_a_killed_child_ends_requests_definitely_and_the_service_with_1(service:
     error = json.loads(stream.result()[-1])["error"]
     assert "SIGKILL" in error["message"]
     assert title.removeprefix("holdfast ") in error["message"]
+
+
+@pytest.mark.parametrize("title", ["holdfast worker 0.0.0", "holdfast engine 0"])
+def test_a_killed_child_comes_back_and_its_request_goes_on(service: Service, title: str):
+    """Token for token; until it is back /health says so, and new requests are refused at the door."""
+    calm = Stream(service, max_tokens=200).result()
+    stream = Stream(service, max_tokens=200)
+    service.child(title).kill()
+    wait_for("recovering", lambda: service.health()[1].get("status") == "recovering", 5)
+    assert service.health()[0] == 503
+    assert text(stream.result()) == text(calm)
+    assert service.health()[0] == 200
+    assert text(Stream(service, max_tokens=200).result()) == text(calm)
+    service.wait_ready()
+    assert len(service.children) == 3
+    assert "serves again, after" in service.text()
+
+
+@pytest.mark.parametrize("service", [("--max-restarts", "1")], indirect=True)
+def test_a_child_that_dies_again_and_again_is_given_up(service: Service):
+    stream = Stream(service, max_tokens=900)
+    service.child("holdfast worker 0.0.0").kill()
+    wait_for("it serves again", lambda: "serves again" in service.text(), 30)
+    service.wait_ready()
+    service.child("holdfast worker 0.0.0").kill()
+    assert service.wait_end() == 1
+    assert "SIGKILL" in json.loads(stream.result()[-1])["error"]["message"]
+
+
+def test_stop_while_a_child_comes_back(service: Service):
+    """What waits for it is finished first."""
+    stream = Stream(service, max_tokens=60)
+    service.child("holdfast worker 0.0.0").kill()
+    wait_for("recovering", lambda: service.health()[0] == 503, 5)
+    service.signal(signal.SIGTERM)
+    assert service.wait_end() == 0
+    assert stream.result()[-1] == "[DONE]"
+
+
+def text(events: list[str]) -> str:
+    """Of a whole stream."""
+    assert events[-1] == "[DONE]", events[-1]
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1] if json.loads(event)["choices"])
 
 
 def test_a_killed_gateway_ends_the_service(service: Service):

@@ -14,7 +14,7 @@ from support.builds import builds
 from support.service import Service, wait_for
 from support.tiny import tiny_model
 
-NO_C = "Holdfast was installed without a C compiler"
+NEEDS_C = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
 FLAGS = ("--served-model-name", "m", "--max-model-len", "512", "--kv-cache-memory-bytes", "4M", "--cpu-threads", "1")
 
 
@@ -61,9 +61,7 @@ def test_two_replicas_answer_as_one_does(model: str, tmp_path: Path):
     [
         ("holdfast worker 1.0.0", ()),
         ("holdfast engine 1", ()),
-        pytest.param(
-            "holdfast worker 1.0.0", ("--shard-weights",), marks=pytest.mark.skipif(not builds(), reason=NO_C)
-        ),
+        pytest.param("holdfast worker 1.0.0", ("--shard-weights",), marks=NEEDS_C),
     ],
     ids=["worker", "engine", "weights held together"],
 )
@@ -72,7 +70,8 @@ def test_requests_of_a_replica_that_dies_go_on_in_the_other(
 ):
     """A request that is lost, or gets a token twice, not at all, or another one than it would have got. What is left
     serves on, and ends with 1 when it dies too."""
-    service = Service(model, *FLAGS, "--data-parallel-size", "2", *more, log=tmp_path / "log").wait_ready()
+    flags = ("--data-parallel-size", "2", "--max-restarts", "0")
+    service = Service(model, *FLAGS, *flags, *more, log=tmp_path / "log").wait_ready()
     last = service.child("holdfast engine 0")
     kinds = ({}, {"temperature": 0}, {"frequency_penalty": 0.5, "logprobs": 1}, {"n": 2}, {"min_tokens": 100})
     asked = [
@@ -101,6 +100,25 @@ def test_requests_of_a_replica_that_dies_go_on_in_the_other(
         assert service.wait_end() == 1
     finally:
         service.stop()
+
+
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--shard-weights",), marks=NEEDS_C)], ids=["", "weights held together"]
+)
+def test_a_replica_that_died_comes_back(model: str, more: tuple[str, ...], tmp_path: Path):
+    """It takes requests again, and gives the same answers."""
+    service = Service(model, *FLAGS, "--data-parallel-size", "2", *more, log=tmp_path / "log").wait_ready()
+    try:
+        calm = contents(asyncio.run(ask(service.url, bodies(30))))
+        service.child("holdfast worker 1.0.0").send_signal(signal.SIGKILL)
+        assert contents(asyncio.run(ask(service.url, bodies(30)))) == calm
+        wait_for("back", lambda: "replica 1 serves again" in service.text(), 30)
+        worker = service.wait_ready().child("holdfast worker 1.0.0")
+        before = worker.cpu_times().user
+        assert contents(asyncio.run(ask(service.url, bodies(30)))) == calm
+        assert worker.cpu_times().user > before
+    finally:
+        assert service.stop() == 0, service.text()[-3000:]
 
 
 def contents(replies: list[httpx.Response]) -> list[object]:

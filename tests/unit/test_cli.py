@@ -71,6 +71,7 @@ SERVE_FLAGS = [
     "--max-body-bytes",
     "--shutdown-timeout",
     "--startup-timeout",
+    "--max-restarts",
     "--log-level",
 ]
 

@@ -46,7 +46,7 @@ class Wire:
         self.push.connect(endpoints.gateway)
 
     async def say(self, *outputs: TokenOutput, stats: EngineStats = STATS) -> None:
-        await self.push.send(encode(Outputs(0, list(outputs), stats)))
+        await self.push.send(encode(Outputs(0, 0, list(outputs), stats)))
 
     async def hear(self) -> Submit | Abort:
         message: Submit | Abort = decoder(ToEngine).decode(await asyncio.wait_for(self.pull.recv(), DEADLINE))
@@ -69,7 +69,7 @@ async def wire(tmp_path: Path) -> AsyncIterator[Wire]:
     wire = Wire(router, log, metrics, endpoints)
     running = asyncio.create_task(router.run())
     assert router.status == "starting"
-    await wire.push.send(encode(EngineReady(0, 64)))
+    await wire.push.send(encode(EngineReady(0, 0, 64)))
     await asyncio.wait_for(router.wait_ready(), DEADLINE)
     yield wire
     running.cancel()
@@ -114,7 +114,7 @@ async def test_a_lost_replica_ends_its_requests_once(wire: Wire) -> None:
     assert wire.router.status == "lost"
     with pytest.raises(Unavailable):
         wire.submit("b")
-    await wire.push.send(encode(EngineReady(0, 64)))
+    await wire.push.send(encode(EngineReady(0, 0, 64)))
     await asyncio.wait_for(wire.router.wait_ready(), DEADLINE)
     assert wire.router.status == "ready"
 
@@ -170,21 +170,21 @@ async def test_what_is_left_when_a_replica_is_lost(tmp_path: Path) -> None:
     running = asyncio.create_task(router.run())
     try:
         for replica in (0, 1):
-            await wire.push.send(encode(EngineReady(replica, 64)))
+            await wire.push.send(encode(EngineReady(replica, 0, 64)))
         assert await asyncio.wait_for(router.wait_ready(), DEADLINE) == 64
         mailboxes = {name: wire.submit(name) for name in "abc"}
         first = decoder(ToEngine).decode(await asyncio.wait_for(other.recv(), DEADLINE))
         assert isinstance(first, Submit)
         moved = first.request_id
         busy = EngineStats(5, 3, 10, 5, 100, 10, 1)
-        await wire.push.send(encode(Outputs(1, [TokenOutput(moved, 0, [7, 8])], busy)))
+        await wire.push.send(encode(Outputs(1, 0, [TokenOutput(moved, 0, [7, 8])], busy)))
         assert [output.token_ids for output in await read(mailboxes[moved])] == [[7, 8]]
         router.replica_lost(1, "killed by SIGKILL")
         message = await wire.hear()
         while not (isinstance(message, Submit) and message.output_token_ids):  # first come those that were its own
             message = await wire.hear()
         assert (message.request_id, message.prompt_token_ids, message.output_token_ids) == (moved, [1, 2], [7, 8])
-        await wire.push.send(encode(Outputs(1, [TokenOutput(moved, 2, [9])], busy)))
+        await wire.push.send(encode(Outputs(1, 0, [TokenOutput(moved, 2, [9])], busy)))
         await wire.say(TokenOutput(moved, 2, [10], finish="length"))
         [output] = await read(mailboxes[moved])
         assert (output.start, output.token_ids, output.finish) == (2, [10], "length")

@@ -1,6 +1,6 @@
 """What every child process does before and after its own work: title, logs, death pipe, and a last word.
 
-    python -m MODULE NAME BOOT_FILE DEATH_FD [WHAT=FD …]
+    python -m MODULE NAME BOOT_FILE DEATH_FD epoch=N [WHAT=FD …]
 
 The child holds the read end of a pipe whose write end only the supervisor has. When the supervisor is gone,
 however it went, the read ends and so does the child: no orphan survives.
@@ -49,7 +49,7 @@ def run_child(body: Body) -> None:
     context.setsockopt(zmq.LINGER, 0)  # every socket's default: what a dead peer has not taken dies with us
     control = context.socket(zmq.DEALER)
     control.setsockopt(zmq.LINGER, 1000)  # in ms; but the last word gets out
-    control.setsockopt(zmq.IDENTITY, name.encode())
+    control.setsockopt(zmq.IDENTITY, f"{name}@{epoch()}".encode())
     control.connect(boot.endpoints.supervisor)
     gc.freeze()  # what the imports made lives for ever: keep the collector from walking it
     status = 0
@@ -67,8 +67,16 @@ def run_child(body: Body) -> None:
 def shared_memory(what: Literal["replica", "weights"]) -> int | None:
     """The descriptor of memory that this process shares with others, if there are any: with the rest of its replica,
     or, for the weights, with the same rank of other replicas."""
-    found = dict(argument.split("=") for argument in sys.argv[4:])
-    return int(found[what]) if what in found else None
+    return _numbers().get(what)
+
+
+def epoch() -> int:
+    """How often a process of this name was started before this one."""
+    return _numbers()["epoch"]
+
+
+def _numbers() -> dict[str, int]:
+    return {name: int(number) for name, _, number in (argument.partition("=") for argument in sys.argv[4:])}
 
 
 def _die_with_parent(death_fd: int, folder: str) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import zmq
 
 from holdfast.cache.blocks import BlockPool
-from holdfast.cluster.child import Control, run_child, shared_memory
+from holdfast.cluster.child import Control, epoch, run_child, shared_memory
 from holdfast.cluster.experts import ExpertBalancer
 from holdfast.core import wire
 from holdfast.core.errors import StepFailed
@@ -31,6 +31,7 @@ class Engine:
     def __init__(self, boot: wire.Boot, control: Control, replica: int) -> None:
         self.boot = boot
         self.replica = replica
+        self.epoch = epoch()
         self.control = control
         endpoints = boot.endpoints
         self.requests = self._socket(zmq.PULL)
@@ -75,7 +76,7 @@ class Engine:
                 for worker in self.workers:
                     worker.send(message)
             assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work that is never scheduled"
-            self.gateway.send(wire.encode(wire.Outputs(self.replica, outputs, self._stats())))
+            self.gateway.send(wire.encode(wire.Outputs(self.replica, self.epoch, outputs, self._stats())))
             if not self.scheduler.has_work and log.isEnabledFor(logging.DEBUG):
                 self.scheduler.check_integrity()  # every reference to every block, whenever we fall idle
 
@@ -101,7 +102,7 @@ class Engine:
                 self.boot.plan.pipeline_batching, len(self.plan.stages), depth, config.scheduler.max_num_seqs
             ),
         )
-        self.gateway.send(wire.encode(wire.EngineReady(self.replica, max_model_len)))
+        self.gateway.send(wire.encode(wire.EngineReady(self.replica, self.epoch, max_model_len)))
         self.control.send(wire.encode(wire.Ready()))
         return scheduler
 

@@ -21,21 +21,27 @@ class Child:
     """A running child. `pidfd` becomes readable when it ends; it is never a guess about a reused pid."""
 
     name: str
+    epoch: int
     process: subprocess.Popen[bytes]
     pidfd: int
     death_pipe: int
     """Write end; the child ends when this closes."""
     ready: bool = False
 
+    @property
+    def identity(self) -> str:
+        """Under which it speaks to its parent: the name alone may be another's, later."""
+        return f"{self.name}@{self.epoch}"
+
     @classmethod
-    def start(cls, module: str, name: str, boot_file: str, memory: Mapping[str, int]) -> Child:
-        """`python -m module name boot_file fd`, in a process group of its own. `memory`: descriptors of what it
-        shares with others, by the names of `child.shared_memory`."""
+    def start(cls, module: str, name: str, boot_file: str, memory: Mapping[str, int], epoch: int = 0) -> Child:
+        """`python -m module name boot_file fd epoch=…`, in a process group of its own. `memory`: descriptors of what
+        it shares with others, by the names of `child.shared_memory`. `epoch`: how many had its name before."""
         read_end, write_end = os.pipe()
-        shared = [f"{what}={descriptor}" for what, descriptor in memory.items()]
+        more = [f"{what}={number}" for what, number in {"epoch": epoch, **memory}.items()]
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, name, boot_file, str(read_end), *shared],
+                [sys.executable, "-m", module, name, boot_file, str(read_end), *more],
                 pass_fds=[read_end, *memory.values()],
                 env={**ENVIRONMENT, **os.environ},
                 stdin=subprocess.DEVNULL,
@@ -43,7 +49,7 @@ class Child:
             )
         finally:
             os.close(read_end)
-        return cls(name, process, os.pidfd_open(process.pid), write_end)
+        return cls(name, epoch, process, os.pidfd_open(process.pid), write_end)
 
     def wait(self, deadline: float) -> bool:
         """Whether it has ended by `deadline` (`time.monotonic()` seconds)."""
@@ -52,11 +58,6 @@ class Child:
         except subprocess.TimeoutExpired:
             return False
         return True
-
-    def kill(self) -> None:
-        """SIGKILL, and reap."""
-        self.process.kill()
-        self.process.wait()
 
     def close(self) -> None:
         """Give back the descriptors of an ended child."""

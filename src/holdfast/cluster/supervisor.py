@@ -3,32 +3,28 @@
     starting ──all ready──▶ serving ──signal──▶ draining ──gateway gone──▶ stopped
         └──────failure or signal──────────────────┴──▶ stopped
 
-It holds no device and serves no request. Children report over one ROUTER socket; that a child has ended, its
-pidfd says. Everything it waits for comes through one poll.
+It holds no device and serves no request. A replica that loses a process is killed whole and started again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import msgspec
 import setproctitle
-import zmq
 
+from holdfast.cluster.children import STOP_SECONDS, Children, Ended, Event, Said, Signalled, TimedOut
 from holdfast.cluster.plans import check_balancing, check_memory, plan_of
-from holdfast.cluster.process import Child
 from holdfast.core import wire
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError, HoldfastError, ProcessDied, StartupError
@@ -65,36 +61,6 @@ def replica_of(child: str) -> int | None:
     return None if child == GATEWAY else int(child.split(" ")[1].partition(".")[0])
 
 
-STOP_SECONDS = 5.0
-"""How long a child may take to leave after Stop before it is killed."""
-
-
-class Said(NamedTuple):
-    """A child said something."""
-
-    child: str
-    message: wire.Progress | wire.Ready | wire.Failed
-
-
-class Ended(NamedTuple):
-    """A child ended."""
-
-    child: str
-
-
-class Signalled(NamedTuple):
-    """The user wants us to stop."""
-
-    number: int
-
-
-class TimedOut(NamedTuple):
-    """The deadline passed."""
-
-
-Event = Said | Ended | Signalled | TimedOut
-
-
 def serve(model: str, config: ServeConfig) -> int:
     """Serve `model` until SIGINT or SIGTERM; the exit status for the shell.
 
@@ -113,57 +79,61 @@ def serve(model: str, config: ServeConfig) -> int:
     check_memory(config, info, plan)
     folder = tempfile.mkdtemp(prefix="holdfast-")
     try:
-        with Supervisor(folder, config, plan) as supervisor:
-            return supervisor.run(info)
+        with Children(wire.Endpoints(folder)) as children:
+            return Supervisor(children, wire.Endpoints(folder), config, plan, info).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Supervisor:
-    """`with Supervisor(...) as s: s.run(...)`: no child outlives the with block."""
+STEADY_SECONDS = 60.0
+"""A replica that has served for so long starts with a clean record when it dies."""
 
-    def __init__(self, folder: str, config: ServeConfig, plan: Plan) -> None:
+
+@dataclass(slots=True)
+class Replica:
+    """What has become of a replica."""
+
+    number: int
+    state: Literal["starting", "serving", "lost"] = "starting"
+    since: float = field(default_factory=time.monotonic)
+    """Of the state."""
+    deaths: int = 0
+    """In a row."""
+    reason: str = ""
+    """What its first process to fail by itself said, this time."""
+
+    def become(self, state: Literal["starting", "serving", "lost"]) -> None:
+        self.state, self.since = state, time.monotonic()
+
+
+class Supervisor:
+    """The life of one service; `run` is all of it."""
+
+    def __init__(
+        self, children: Children, endpoints: wire.Endpoints, config: ServeConfig, plan: Plan, model: ModelInfo
+    ) -> None:
+        self.children = children
+        self.endpoints = endpoints
         self.config = config
         self.plan = plan
-        self.endpoints = wire.Endpoints(folder)
-        self.children: dict[str, Child] = {}
+        self.model = model
+        self.modules = modules(plan)
+        self.replicas = [Replica(number) for number in range(len(plan.replicas))]
         self._started = time.monotonic()
-        self._ended: set[str] = set()
-        self._failures: dict[int, str] = {}
-        """Replica → what its first process to fail by itself said."""
-        self._replicas = set(range(len(plan.replicas)))
-        """Those that are alive."""
-        self._decode = wire.decoder(wire.ToSupervisor).decode
+        self._shown: dict[str, float] = {}
+        self._weights: dict[str, int] = {}
+        """Descriptors of the memory of weights that replicas hold together, by the name of a place; open as long
+        as we live, for replicas that come back."""
 
-    def __enter__(self) -> Supervisor:
-        longest = self.endpoints.worker("00.00.00").removeprefix("ipc://")
-        if len(longest.encode()) > zmq.IPC_PATH_MAX_LEN:
-            raise ConfigError(f"TMPDIR {tempfile.gettempdir()}: too long for a socket's path ({longest})")
-        self._context = zmq.Context()
-        self._control = self._context.socket(zmq.ROUTER)
-        try:
-            self._control.bind(self.endpoints.supervisor)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise ConfigError(f"TMPDIR {tempfile.gettempdir()}: no sockets can be made there: {error}") from error
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_write.setblocking(False)
-        signal.set_wakeup_fd(self._wake_write.fileno())
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop_children()
-        signal.set_wakeup_fd(-1)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._wake_read.close()
-        self._wake_write.close()
-        self._context.destroy(linger=0)
-
-    def run(self, model: ModelInfo) -> int:
+    def run(self) -> int:
         """Start, serve, drain."""
-        self._start_children(model)
+        self._write_boot_file()
+        if self.plan.shard_weights:
+            for place in places(self.plan.replicas[0]):
+                self._weights[place.name] = create(HEADER + packed_room(self.model.spec, place))
+        for replica in self.replicas:  # the slowest first
+            self._start(replica)
+        self.children.start(GATEWAY, self.modules[GATEWAY], str(self._boot_file), {})
         try:
             if not self._wait_until_ready():
                 return 0
@@ -177,61 +147,67 @@ class Supervisor:
 
     # --- the stages of a life ---
 
-    def _start_children(self, model: ModelInfo) -> None:
-        boot_file = Path(self.endpoints.folder) / "boot.json"
-        boot_file.touch(mode=0o600)
-        boot_file.write_bytes(msgspec.json.encode(wire.Boot(self.config, model, self.endpoints, self.plan)))
-        memory = self._share_memory(model)
-        for name, module in modules(self.plan).items():
-            self.children[name] = Child.start(module, name, str(boot_file), memory[name])
-        for descriptor in {descriptor for shared in memory.values() for descriptor in shared.values()}:
-            os.close(descriptor)  # it lives as long as a child has it
+    @property
+    def _boot_file(self) -> Path:
+        return Path(self.endpoints.folder) / "boot.json"
 
-    def _share_memory(self, model: ModelInfo) -> dict[str, dict[str, int]]:
-        """Every child's descriptors of memory that it has in common with others."""
-        shared: dict[str, dict[str, int]] = {name: {} for name in modules(self.plan)}
-        for number, replica in enumerate(self.plan.replicas):
-            if replica.num_ranks > 1:
-                descriptor = create(layout_of(replica, model.spec, self.config.scheduler).num_bytes)
-                for name, its in shared.items():
-                    if replica_of(name) == number:
-                        its["replica"] = descriptor
-        if self.plan.shard_weights:
-            for place in places(self.plan.replicas[0]):
-                descriptor = create(HEADER + packed_room(model.spec, place))
-                for number in range(len(self.plan.replicas)):
-                    shared[f"worker {number}.{place.name}"]["weights"] = descriptor
-        return shared
+    def _write_boot_file(self) -> None:
+        self._boot_file.touch(mode=0o600)
+        self._boot_file.write_bytes(
+            msgspec.json.encode(wire.Boot(self.config, self.model, self.endpoints, self.plan))
+        )
+
+    def _names(self, replica: Replica) -> list[str]:
+        """Of its processes."""
+        return [name for name in self.modules if replica_of(name) == replica.number]
+
+    def _start(self, replica: Replica) -> None:
+        """All processes of a replica, with new memory between them."""
+        plan, shared = self.plan.replicas[replica.number], {}
+        if plan.num_ranks > 1:
+            shared["replica"] = create(layout_of(plan, self.model.spec, self.config.scheduler).num_bytes)
+        for name in self._names(replica):
+            weights = self._weights.get(name.partition(".")[2])
+            memory = shared if weights is None else {**shared, "weights": weights}
+            self.children.start(name, self.modules[name], str(self._boot_file), memory)
+        for descriptor in shared.values():
+            os.close(descriptor)  # it lives as long as a child has it
+        replica.become("starting")
 
     def _wait_until_ready(self) -> bool:
         """False: a signal came first. Raises the error of the child that could not start."""
-        deadline = self._started + self.config.server.startup_timeout
-        shown: dict[str, float] = {}
-        url = ""
-        for event in self._events(deadline):
+        deadline, url = self._started + self.config.server.startup_timeout, ""
+        for event in self.children.events(deadline):
             match event:
-                case Said(name, wire.Progress(text, fraction)):
-                    if fraction is None or fraction >= shown.get(name + text, 0.0):
-                        shown[name + text] = (fraction or 0.0) + 0.25
-                        log.info("%s: %s%s", name, text, "" if fraction is None else f" {fraction:.0%}")
+                case Said(name, wire.Progress() as progress):
+                    self._show(name, progress)
                 case Said(name, wire.Ready(text)):
-                    self.children[name].ready = True
+                    self.children.by_name[name].ready = True
                     url = text or url
-                    if all(child.ready for child in self.children.values()):
+                    if all(child.ready for child in self.children.by_name.values()):
+                        for replica in self.replicas:
+                            replica.become("serving")
                         self._welcome(url)
                         return True
                 case Said(name, wire.Failed() as failed):
                     raise _startup_error(name, failed)
                 case Ended(name):
-                    raise StartupError(f"{name} ended while starting ({self.children[name].how_it_ended()})")
+                    raise StartupError(f"{name} ended while starting ({self._how_it_ended(name)})")
                 case TimedOut():
-                    late = [child.name for child in self.children.values() if not child.ready]
+                    late = [child.name for child in self.children.by_name.values() if not child.ready]
                     raise StartupError(
                         f"not ready after --startup-timeout {self.config.server.startup_timeout} s: {', '.join(late)}"
                     )
                 case Signalled():
                     return False
         raise AssertionError("events never end")
+
+    def _show(self, name: str, progress: wire.Progress) -> None:
+        """Of loading, a line for every quarter."""
+        fraction, key = progress.fraction, f"{self.children.by_name[name].identity} {progress.text}"
+        if fraction is None or fraction >= self._shown.get(key, 0.0):
+            self._shown[key] = (fraction or 0.0) + 0.25
+            log.info("%s: %s%s", name, progress.text, "" if fraction is None else f" {fraction:.0%}")
 
     def _welcome(self, url: str) -> None:
         model = self.config.model.served_model_name
@@ -250,129 +226,117 @@ class Supervisor:
         )
 
     def _watch(self) -> bool:
-        """Until a signal comes (True). Raises `ProcessDied` when a child ends that should not."""
+        """Until a signal comes (True). Raises `ProcessDied` when the gateway ends, or the last replica for good."""
         for event in self._events():
             match event:
                 case Signalled(number):
                     log.info("%s: draining", signal.Signals(number).name)
                     return True
-                case Said(name, wire.Failed() as failed):
-                    self._note_failure(name, failed)
-                case Ended(name):
-                    self._lose(name)
+                case _:
+                    self._take(event)
         raise AssertionError("events never end")
+
+    def _events(self, deadline: float | None = None) -> Iterator[Event]:
+        """Everything that happens; `TimedOut` at the deadline. Replicas that start for too long are lost by then."""
+        while True:
+            late = [r.since + self.config.server.startup_timeout for r in self.replicas if r.state == "starting"]
+            event = self.children.next_event(min([*late, *([] if deadline is None else [deadline])], default=None))
+            if not isinstance(event, TimedOut):
+                yield event
+                continue
+            now = time.monotonic()
+            for replica in self.replicas:
+                if replica.state == "starting" and now >= replica.since + self.config.server.startup_timeout:
+                    self._lose(replica, f"replica {replica.number} was not ready in time")
+            if deadline is not None and now >= deadline:
+                yield event
+
+    def _take(self, event: Event) -> None:
+        """What a child of a running service says, or its end."""
+        match event:
+            case Said(name, wire.Progress() as progress):
+                self._show(name, progress)
+            case Said(name, wire.Ready()):
+                self._welcome_back(name)
+            case Said(name, wire.Failed() as failed):
+                self._note_failure(name, failed)
+            case Ended(name):
+                number = replica_of(name)
+                reason = f"{name} died ({self._how_it_ended(name)})"
+                if number is None:
+                    raise ProcessDied(reason)
+                self._lose(self.replicas[number], self.replicas[number].reason or reason)
+
+    def _welcome_back(self, name: str) -> None:
+        self.children.by_name[name].ready = True
+        number = replica_of(name)
+        assert number is not None, name
+        replica = self.replicas[number]
+        if all(self.children.by_name[other].ready for other in self._names(replica)):
+            log.warning("replica %d serves again, after %.1f s", number, time.monotonic() - replica.since)
+            replica.become("serving")
 
     def _note_failure(self, name: str, failed: wire.Failed) -> None:
         """The others of its replica fail because of it, and may end before it."""
         log.error("%s failed: %s", name, failed.traceback)
-        replica = replica_of(name)
-        if replica is not None and not failed.follows:
-            self._failures.setdefault(replica, f"{name} died ({failed.error})")
+        number = replica_of(name)
+        if number is not None and not failed.follows:
+            self.replicas[number].reason = self.replicas[number].reason or f"{name} died ({failed.error})"
 
-    def _lose(self, name: str) -> None:
-        """A child has ended that should not. The rest of its replica is killed, and the gateway has its requests go
-        on in the others; the last one's end, like the gateway's, is that of the service: raises `ProcessDied`."""
-        replica, reason = replica_of(name), f"{name} died ({self.children[name].how_it_ended()})"
-        if replica is None:
+    def _lose(self, replica: Replica, reason: str) -> None:
+        """A process of it has ended that should not. The rest is killed: nobody waits for the dead. It starts again,
+        unless it has died too often; the gateway has its requests go on in the others, or wait for it. The last one's
+        end is that of the service: raises `ProcessDied`."""
+        self.children.kill(self._names(replica))
+        if replica.state == "serving" and time.monotonic() - replica.since > STEADY_SECONDS:
+            replica.deaths = 0
+        replica.deaths += 1
+        replica.reason = ""
+        comes_back = replica.deaths <= self.config.server.max_restarts
+        if not comes_back and all(other.state == "lost" for other in self.replicas if other is not replica):
             raise ProcessDied(reason)
-        if replica not in self._replicas:
-            return  # one of those that were killed because of the first
-        reason = self._failures.get(replica, reason)
-        if self._replicas == {replica}:
-            self._kill_replica(replica)  # its other ranks may wait for the dead one, and hear nothing
-            raise ProcessDied(reason)
-        self._replicas.remove(replica)
-        left = len(self._replicas)
-        log.error("%s: replica %d is lost, %d %s on", reason, replica, left, "go" if left > 1 else "goes")
-        self._send(GATEWAY, wire.ReplicaLost(replica, reason))
-        self._kill_replica(replica)
+        serving = sum(other.state == "serving" for other in self.replicas if other is not replica)
+        log.error(
+            "%s: replica %d is lost, %d %s on%s",
+            reason,
+            replica.number,
+            serving,
+            "go" if serving != 1 else "goes",
+            f"; it is started again ({replica.deaths} of --max-restarts {self.config.server.max_restarts})"
+            if comes_back
+            else "",
+        )
+        self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason, comes_back))
+        if comes_back:
+            self._start(replica)
+        else:
+            replica.become("lost")
 
-    def _kill_replica(self, replica: int) -> None:
-        for child in self.children.values():
-            if replica_of(child.name) == replica:
-                child.kill()
+    def _how_it_ended(self, name: str) -> str:
+        return self.children.by_name[name].how_it_ended()
 
     def _drain(self) -> None:
         """Let the gateway finish its live requests; a second signal ends the wait."""
         timeout = self.config.server.shutdown_timeout
-        self._send(GATEWAY, wire.Drain(timeout))
+        self.children.send(GATEWAY, wire.Drain(timeout))
         for event in self._events(time.monotonic() + timeout + STOP_SECONDS):
             match event:
-                case Said(name, wire.Failed() as failed):
-                    log.error("%s failed: %s", name, failed.traceback)
-                case Ended(name) if name == GATEWAY and self.children[name].process.returncode == 0:
+                case Ended(name) if name == GATEWAY and self.children.by_name[name].process.returncode == 0:
                     return
-                case Ended(name):
-                    self._lose(name)
                 case Signalled() | TimedOut():
                     log.warning("not waiting for live requests any longer")
                     self._end_requests("the service was stopped")
                     return
+                case _:
+                    self._take(event)
 
     def _end_requests(self, reason: str) -> None:
         """Give every live request its definite error, then let the gateway go."""
-        gateway = self.children[GATEWAY]
-        if gateway.process.poll() is None:
-            for replica in self._replicas:
-                self._send(GATEWAY, wire.ReplicaLost(replica, reason))
-            self._send(GATEWAY, wire.Drain(0.0))
-            gateway.wait(time.monotonic() + STOP_SECONDS)
-
-    def _stop_children(self) -> None:
-        """Stop, wait, kill: in the end every child is reaped. One that is not ready yet may not hear us."""
-        for child in self.children.values():
-            if not child.ready:
-                child.kill()
-            elif child.process.poll() is None:
-                self._send(child.name, wire.Stop())
-        deadline = time.monotonic() + STOP_SECONDS
-        for child in self.children.values():
-            if not child.wait(deadline):
-                log.warning("%s did not stop within %g s: killed", child.name, STOP_SECONDS)
-                child.kill()
-            child.close()
-
-    # --- what happens ---
-
-    def _events(self, deadline: float | None = None) -> Iterator[Event]:
-        """Everything that happens, in order of arrival; `TimedOut` at the deadline (`time.monotonic()`)."""
-        poller = zmq.Poller()
-        poller.register(self._control, zmq.POLLIN)
-        poller.register(self._wake_read, zmq.POLLIN)
-        watched = {child.pidfd: name for name, child in self.children.items() if name not in self._ended}
-        for pidfd in watched:
-            poller.register(pidfd, zmq.POLLIN)
-        while True:
-            left = None if deadline is None else max(int((deadline - time.monotonic()) * 1000), 0)
-            readable = dict(poller.poll(left))
-            if not readable:
-                yield TimedOut()
-            if self._control in readable:  # before the ends: a child's last word explains its end
-                yield from self._heard()
-            if self._wake_read.fileno() in readable:
-                yield from (Signalled(number) for number in self._wake_read.recv(64) if number in STOP_SIGNALS)
-            for pidfd in readable.keys() & watched.keys():
-                poller.unregister(pidfd)
-                yield from self._heard()
-                child = self.children[watched[pidfd]]
-                child.process.wait()
-                self._ended.add(child.name)
-                yield Ended(child.name)
-
-    def _heard(self) -> Iterator[Said]:
-        while True:
-            try:
-                name, data = self._control.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            yield Said(name.decode(), self._decode(data))
-
-    def _send(self, child: str, message: wire.ToChild) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # it never connected, or is gone: then its pidfd tells
-            self._control.send_multipart([child.encode(), wire.encode(message)])
-
-
-STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        if self.children.is_alive(GATEWAY):
+            for replica in self.replicas:
+                self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason))
+            self.children.send(GATEWAY, wire.Drain(0.0))
+            self.children.by_name[GATEWAY].wait(time.monotonic() + STOP_SECONDS)
 
 
 def _startup_error(name: str, failed: wire.Failed) -> HoldfastError:

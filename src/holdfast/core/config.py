@@ -225,6 +225,11 @@ class ServerConfig:
     )
     shutdown_timeout: float = option(30.0, "Seconds that live requests get to finish after SIGTERM or Ctrl-C.")
     startup_timeout: float = option(600.0, "Seconds that loading may take before the start is given up.")
+    max_restarts: int = option(
+        3,
+        "Times in a row that a replica is started again after one of its processes died. Its requests go on in other "
+        "replicas, or wait. A minute of service begins the count anew.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least level that is logged.")
 
 
@@ -260,6 +265,7 @@ class ServeConfig:
             ("--max-body-bytes", self.server.max_body_bytes, 1),
             ("--shutdown-timeout", self.server.shutdown_timeout, 0),
             ("--startup-timeout", self.server.startup_timeout, 0),
+            ("--max-restarts", self.server.max_restarts, 0),
         ):
             if value is not None and not least <= value <= MOST:
                 raise ConfigError(f"{flag} {value}: must be at least {least} and at most {MOST:.0e}")

@@ -111,6 +111,8 @@ class Outputs(_Message, frozen=True):
     """Everything one step produced, and the engine's state after it."""
 
     replica: int
+    epoch: int
+    """Of the engine: how often one of this replica was started before it."""
     outputs: list[TokenOutput]
     stats: EngineStats
 
@@ -119,6 +121,7 @@ class EngineReady(_Message, frozen=True):
     """The replica can take requests."""
 
     replica: int
+    epoch: int
     max_model_len: int
     """Tokens a request may hold, prompt and output together."""
 
@@ -323,10 +326,12 @@ class Drain(_Message, frozen=True):
 
 
 class ReplicaLost(_Message, frozen=True):
-    """To the gateway: this replica is gone; its requests go on in others or, without any, end with this error."""
+    """To the gateway: this replica is gone. Its requests go on in others; without any they wait for one that comes
+    back, or, when none does, end with this error."""
 
     replica: int
     reason: str
+    comes_back: bool = False
 
 
 class Stop(_Message, frozen=True):

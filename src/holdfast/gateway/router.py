@@ -22,7 +22,7 @@ from holdfast.gateway.tokenlog import TokenLog
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["starting", "ready", "draining", "lost"]
+Status = Literal["starting", "ready", "recovering", "draining", "lost"]
 
 
 class Mailbox:
@@ -50,7 +50,8 @@ class _Live:
 
     mailbox: Mailbox
     submit: Submit
-    replica: int
+    replica: int | None
+    """None: it waits for one."""
     arrived: float
     """When its API call came to the door, by the monotonic clock."""
     first_token: float | None = None
@@ -90,6 +91,8 @@ class Router:
         self._incoming.bind(endpoints.gateway)
         self._outgoing = {replica: self._connect(replica) for replica in range(num_replicas)}
         self._ready: dict[int, EngineReady] = {}
+        self._coming: set[int] = set()
+        """Replicas that are lost and will announce themselves again."""
         self._balancer = Balancer()
         self._live: dict[str, _Live] = {}
         self._draining = False
@@ -104,6 +107,8 @@ class Router:
             return "draining"
         if self._ready:
             return "ready"
+        if self._coming:
+            return "recovering"
         return "lost" if self._was_ready else "starting"
 
     @property
@@ -117,7 +122,9 @@ class Router:
             message = decode(await self._incoming.recv())
             if isinstance(message, EngineReady):
                 self._ready[message.replica] = message
+                self._coming.discard(message.replica)
                 self._was_ready = True
+                self._move([live for live in self._live.values() if live.replica is None])
                 if len(self._ready) == len(self._outgoing):
                     self._all_ready.set()
             else:
@@ -160,8 +167,9 @@ class Router:
         """
         of_replica: dict[int, list[str]] = {}
         for request_id in request_ids:
-            if request_id in self._live:
-                of_replica.setdefault(self._live[request_id].replica, []).append(request_id)
+            if (live := self._live.get(request_id)) is not None:
+                if live.replica is not None:
+                    of_replica.setdefault(live.replica, []).append(request_id)
                 self._end(request_id, reason)
         for replica, ids in of_replica.items():
             self._outgoing[replica].send(encode(Abort(ids)), zmq.NOBLOCK)
@@ -172,23 +180,28 @@ class Router:
         for request_id in request_ids:
             self._log.close(request_id)
 
-    def replica_lost(self, replica: int, reason: str) -> None:
-        """The replica is gone. Its requests go on in the others, from where the token log says they are; without
-        another they end with an error. A new one may announce itself later."""
+    def replica_lost(self, replica: int, reason: str, *, comes_back: bool = False) -> None:
+        """The replica is gone, for good or until it announces itself again. Its requests go on in the others, from
+        where the token log says they are; without another they wait for the first that comes back, or end with an
+        error when none does."""
         logger.error("replica %d is lost: %s", replica, reason)
         self._ready.pop(replica, None)
+        (self._coming.add if comes_back else self._coming.discard)(replica)
         self._all_ready.clear()
         self._metrics.engine_lost(replica)
         self._outgoing[replica].close(linger=0)  # with what it had not read yet
         self._outgoing[replica] = self._connect(replica)
-        orphans = [live for live in self._live.values() if live.replica == replica]
+        orphans = [live for live in self._live.values() if live.replica in {replica, None}]
         if self._ready:
             self._move(orphans)
+        elif self._coming:
+            for live in orphans:
+                live.replica = None
         else:
             self._fail([live.submit.request_id for live in orphans], reason)
 
     def _move(self, orphans: Sequence[_Live]) -> None:
-        """Have other replicas go on with these requests."""
+        """Have those replicas that there are go on with these requests."""
         for live in orphans:
             known = self._log[live.submit.request_id].token_ids
             live.replica = self._balancer.choose(live.submit.prompt_token_ids, self._loads())
@@ -234,7 +247,8 @@ class Router:
         return socket
 
     def _deliver(self, message: Outputs) -> None:
-        if message.replica not in self._ready:
+        ready = self._ready.get(message.replica)
+        if ready is None or ready.epoch != message.epoch:
             return  # its last words, heard after it was lost
         self._metrics.engine_stats(message.replica, message.stats)
         now = time.monotonic()

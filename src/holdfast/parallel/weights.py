@@ -47,7 +47,9 @@ class SharedWeights:
         return self._bytes[start : self._used]
 
     def share(self, panels: int) -> Range:
-        """Of a matrix's panels, those that this process fills."""
+        """Of a matrix's panels, those that this process fills: none, when one that died has left them here."""
+        if self._taken_by[self._index]:
+            return 0, 0
         return panels * self._index // self._count, panels * (self._index + 1) // self._count
 
     def mark_filled(self) -> None:
