@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -125,6 +126,36 @@ def test_a_killed_child_comes_back_and_its_request_goes_on(service: Service, tit
     service.wait_ready()
     assert len(service.children) == 3
     assert "serves again, after" in service.text()
+
+
+def test_a_worker_that_stands_still_is_replaced(service: Service):
+    """It neither ends nor answers: found out by what it no longer counts, killed, and its request goes on."""
+    calm = Stream(service, max_tokens=400).result()
+    stream = Stream(service, max_tokens=400)
+    worker = service.child("holdfast worker 0.0.0")
+    stopped = time.monotonic()
+    worker.suspend()
+    wait_for("found out", lambda: service.health()[0] == 503, 10)
+    assert time.monotonic() - stopped < 3.0
+    assert text(stream.result()) == text(calm)
+    assert not worker.is_running()
+    assert "no rank of replica 0 has come further" in service.text()
+
+
+def test_a_pause_of_everything_is_no_hang(service: Service):
+    """A laptop that sleeps, a container that is frozen: nothing has happened."""
+    calm = Stream(service, max_tokens=400).result()
+    stream = Stream(service, max_tokens=400)
+    everybody = [psutil.Process(service.process.pid), *service.children]
+    for process in everybody:
+        process.suspend()
+    frozen_until = time.monotonic() + 4.0
+    wait_for("a while", lambda: time.monotonic() > frozen_until, 10)
+    for process in reversed(everybody):
+        process.resume()
+    assert text(stream.result()) == text(calm)
+    assert "come further" not in service.text()
+    assert "is lost" not in service.text()
 
 
 @pytest.mark.parametrize("service", [("--max-restarts", "1")], indirect=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import astuple
 
 import msgspec
@@ -14,6 +13,7 @@ import zmq
 from holdfast.cache.blocks import BlockPool
 from holdfast.cluster.child import Control, epoch, run_child, shared_memory
 from holdfast.cluster.experts import ExpertBalancer
+from holdfast.cluster.hang import FLOOR_SECONDS, LOOK_SECONDS, STEP_FLOOR_SECONDS, HangWatch
 from holdfast.core import wire
 from holdfast.core.errors import StepFailed
 from holdfast.core.plan import places
@@ -46,6 +46,7 @@ class Engine:
             worker.connect(endpoints.worker(f"{replica}.{place.name}"))
             self.workers.append(worker)
         self._open_shared_memory()
+        self.watch, self._looked = HangWatch(boot.config.device.collective_timeout), 0.0  # until workers are ready
         self.gateway = self._socket(zmq.PUSH)
         self.gateway.connect(endpoints.gateway)
         self._decode_request = wire.decoder(wire.ToEngine).decode
@@ -64,6 +65,8 @@ class Engine:
             if self._wait_for(self.results, busy=False):
                 return
             ready.append(self._decode_result(self.results.recv()))
+        floor = FLOOR_SECONDS if all(each.counts_operations for each in ready) else STEP_FLOOR_SECONDS
+        self.watch = HangWatch(self.boot.config.device.collective_timeout, floor)
         depth = self.boot.plan.steps_in_flight(self.replica)
         if self.is_alone:
             depth = 2 if ready[0].runs_ahead else 1
@@ -113,14 +116,16 @@ class Engine:
 
     def _open_shared_memory(self) -> None:
         """`counters` reads the tallies of all ranks, in the order of `places`; `balancer` watches their experts."""
-        self.counters: Callable[[], list[RankTally]] = list
         self.balancer: ExpertBalancer | None = None
         descriptor, model, config = shared_memory("replica"), self.boot.model, self.boot.config
-        if descriptor is None:
-            return
+        assert descriptor is not None, "an engine shares memory with its workers"
         layout = layout_of(self.plan, model.spec, config.scheduler)
         memory = attach(descriptor, layout)
-        self.counters = lambda: [read_tally(memory, layout, place.stage, place.index) for place in self.places]
+
+        def counters() -> list[RankTally]:
+            return [read_tally(memory, layout, place.stage, place.index) for place in self.places]
+
+        self.counters = counters
         if config.device.enable_eplb:
             worker_at = {
                 (place.stage, place.index): worker for place, worker in zip(self.places, self.workers, strict=True)
@@ -138,7 +143,8 @@ class Engine:
     def _stats(self) -> wire.EngineStats:
         ranks = [
             wire.RankStats(f"{self.replica}.{place.name}", *astuple(tally))
-            for place, tally in zip(self.places, self.counters(), strict=False)
+            for place, tally in zip(self.places, self.counters(), strict=True)
+            if not self.is_alone
         ]
         return msgspec.structs.replace(self.scheduler.stats(), ranks=ranks)
 
@@ -175,15 +181,17 @@ class Engine:
         poller = zmq.Poller()
         for socket in (self.control, *sockets):
             poller.register(socket, zmq.POLLIN)
-        timeout, begun, seen = self.boot.config.device.collective_timeout, time.monotonic(), self.counters()
-        while not (readable := dict(poller.poll(None if self.is_alone else int(timeout * 500)))):
-            if not busy:
-                continue
-            if (now := self.counters()) != seen:
-                begun, seen = time.monotonic(), now
-            elif time.monotonic() - begun > timeout and any(tally.exchanges for tally in now):
-                raise StepFailed(f"no rank of replica {self.replica} has come further for {timeout:g} s")
-        return self.control in readable
+        while True:
+            readable = dict(poller.poll(int(1000 * LOOK_SECONDS) if busy else None))
+            now = time.monotonic()
+            if now - self._looked > LOOK_SECONDS or not busy:
+                self._looked = now
+                if self.watch.look([tally.moves for tally in self.counters()], now, busy=busy):
+                    raise StepFailed(
+                        f"no rank of replica {self.replica} has come further for {self.watch.deadline:.2f} s"
+                    )
+            if readable:
+                return self.control in readable
 
 
 def settle(scheduler: Scheduler, result: wire.StepResult | wire.StepError) -> list[wire.TokenOutput]:

@@ -16,6 +16,7 @@ import zmq
 from holdfast.cluster.child import Control, run_child, shared_memory
 from holdfast.core import wire
 from holdfast.core.plan import Place
+from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.worker.experts import ExpertMover
 from holdfast.worker.runner import Launched, Runner
 from holdfast.worker.start import Post, start_runner
@@ -39,7 +40,11 @@ def run(boot: wire.Boot, control: Control) -> None:
     results.connect(boot.endpoints.results(replica))
     runner = start_runner(boot.config, boot.model, progress, post)
     ahead = boot.config.scheduler.runs_ahead(runner.device.type)
-    results.send(wire.encode(wire.WorkerReady(rank, runner.pages.num_blocks, runs_ahead=ahead)))
+    results.send(
+        wire.encode(
+            wire.WorkerReady(rank, runner.pages.num_blocks, ahead, isinstance(runner.decoder.kernels, CpuKernels))
+        )
+    )
     control.send(wire.encode(wire.Ready()))
 
     def say(message: wire.ExpertsLoaded) -> None:

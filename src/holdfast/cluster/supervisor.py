@@ -163,15 +163,13 @@ class Supervisor:
 
     def _start(self, replica: Replica) -> None:
         """All processes of a replica, with new memory between them."""
-        plan, shared = self.plan.replicas[replica.number], {}
-        if plan.num_ranks > 1:
-            shared["replica"] = create(layout_of(plan, self.model.spec, self.config.scheduler).num_bytes)
+        layout = layout_of(self.plan.replicas[replica.number], self.model.spec, self.config.scheduler)
+        descriptor = create(layout.num_bytes)
         for name in self._names(replica):
             weights = self._weights.get(name.partition(".")[2])
-            memory = shared if weights is None else {**shared, "weights": weights}
+            memory = {"replica": descriptor} | ({} if weights is None else {"weights": weights})
             self.children.start(name, self.modules[name], str(self._boot_file), memory)
-        for descriptor in shared.values():
-            os.close(descriptor)  # it lives as long as a child has it
+        os.close(descriptor)  # it lives as long as a child has it
         replica.become("starting")
 
     def _wait_until_ready(self) -> bool:

@@ -88,6 +88,8 @@ class RankStats(_Message, frozen=True):
     """Of them: for the ranks of its own stage."""
     idle_seconds: float
     """Of them: for the stage before, or for room in the next."""
+    moves: int
+    """Grow while the rank does anything."""
 
 
 class EngineStats(_Message, frozen=True):
@@ -201,6 +203,8 @@ class WorkerReady(_Message, frozen=True):
     num_blocks: int
     runs_ahead: bool = False
     """A second step may be sent while one is running: the device is not kept waiting for the engine."""
+    counts_operations: bool = False
+    """Within a step, too, others see that it moves."""
 
 
 class SampledToken(_Message, frozen=True):

@@ -9,6 +9,7 @@ are gone. Only pages that are written to take memory.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import struct
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from holdfast.core.config import LOGIT_ROWS, SchedulerConfig
 from holdfast.core.errors import StartupError
-from holdfast.core.plan import ReplicaPlan, StagePlan
+from holdfast.core.plan import Place, ReplicaPlan, StagePlan
 from holdfast.core.spec import DecoderSpec
 from holdfast.parallel.placement import groups_of
 from holdfast.parallel.shards import Tree, head_shards, num_expert_shards, num_mlp_shards, tree_of
@@ -159,7 +160,7 @@ def attach(descriptor: int, layout: Layout) -> mmap.mmap:
 
 @dataclass(frozen=True, slots=True)
 class RankTally:
-    """What one rank has done with the others since it started; see `core.wire.RankStats`."""
+    """What one rank has done since it started; see `core.wire.RankStats`."""
 
     steps: int
     exchanges: int
@@ -168,12 +169,24 @@ class RankTally:
     step_seconds: float
     waited_seconds: float
     idle_seconds: float
+    moves: int
 
 
 def read_tally(memory: mmap.mmap, layout: Layout, stage: int, index: int) -> RankTally:
     at = layout.tally_at(stage, index)
-    exchanges, bytes_read, waited, idle, steps, step, expert_rows = struct.unpack_from("<7q", memory, at)
-    return RankTally(steps, exchanges, bytes_read, expert_rows, step / 1e9, waited / 1e9, idle / 1e9)
+    exchanges, bytes_read, waited, idle, steps, step, expert_rows, moves = struct.unpack_from("<8q", memory, at)
+    return RankTally(steps, exchanges, bytes_read, expert_rows, step / 1e9, waited / 1e9, idle / 1e9, moves)
+
+
+class Moves:
+    """What a rank counts so that others see it does not hang: operations in C, and beside them `count`s."""
+
+    def __init__(self, memory: mmap.mmap, layout: Layout, place: Place) -> None:
+        self._number = ctypes.c_int64.from_buffer(memory, layout.tally_at(place.stage, place.index) + LINE - 8)
+        self.address = ctypes.addressof(self._number)
+
+    def count(self) -> None:
+        self._number.value += 1
 
 
 def read_chosen(memory: mmap.mmap, layout: Layout, stage: int, plan: StagePlan) -> npt.NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -40,7 +41,8 @@ class Runner:
     """A decoder, its KV pages, and the requests it holds. Steps have up to `max_tokens` tokens.
 
     A step is launched, then finished; with `runs_ahead` the next one can be launched in between. The tokens it is
-    missing, since they are just being sampled, it takes from the device's memory.
+    missing, since they are just being sampled, it takes from the device's memory. `moved` is called whenever a step
+    gets further.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class Runner:
         max_tokens: int,
         *,
         runs_ahead: bool = False,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         self.decoder = decoder
         self.sampler = sampler
         self.device = device
         self.max_tokens = max_tokens
         self.runs_ahead = runs_ahead
+        self._moved = moved
         self.requests = Requests()
         self._unfinished: Launched | None = None
         self.use_pages(pages)
@@ -81,6 +85,7 @@ class Runner:
     def launch(self, step: Step) -> Launched:
         """Begin a step. At most one other may be unfinished."""
         begun = time.perf_counter()
+        self._moved()
         launched = self._launch(step)
         if self.decoder.collectives is not None:
             self.decoder.collectives.count_step(time.perf_counter() - begun)
@@ -109,6 +114,7 @@ class Runner:
     def finish(self, launched: Launched) -> StepResult:
         """Wait for a step; what came of it."""
         self._settle(launched)
+        self._moved()
         chosen = launched.choice.read() if launched.choice else []
         sampled = [
             SampledToken(request.request_id, token_id, logprobs)

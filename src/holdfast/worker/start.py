@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from holdfast.models.load import load_decoder
 from holdfast.parallel.collectives import Collectives
 from holdfast.parallel.cuts import make_plan
 from holdfast.parallel.distributed import DistributedCollectives, FileStore, takes
-from holdfast.parallel.segment import attach, layout_of
+from holdfast.parallel.segment import Moves, attach, layout_of
 from holdfast.parallel.shared import SharedCollectives
 from holdfast.parallel.weights import SharedWeights
 from holdfast.worker.batch import Requests
@@ -40,9 +41,9 @@ CPU_CACHE_SHARE = 0.4
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """What one worker is there for. `memory`: the descriptor of what it shares with the other ranks of its
-    replica; `weights`: of what it shares with the ranks at its place in other replicas. `meeting`: the path of a file
-    through which ranks that do not share memory find each other."""
+    """What one worker is there for. `memory`: the descriptor of what it shares with its engine and the other ranks
+    of its replica; `weights`: of what it shares with the ranks at its place in other replicas. `meeting`: the path of
+    a file through which ranks that do not share memory find each other."""
 
     plan: Plan
     replica: int
@@ -102,7 +103,12 @@ def start_runner(
         raise ConfigError(
             f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
         )
-    collectives = _join_replica(config, model, kernels, device, post)
+    layout = layout_of(post.place.replica, model.spec, config.scheduler)
+    memory = None if post.memory is None else attach(post.memory, layout)
+    moves = None if memory is None else Moves(memory, layout, post.place)
+    if moves is not None and isinstance(kernels, CpuKernels):
+        kernels.executor.moves = moves.address
+    collectives = _join_replica(config, model, kernels, device, post, memory)
     decoder = load_decoder(
         model,
         kernels,
@@ -123,6 +129,7 @@ def start_runner(
         device,
         config.scheduler.max_num_batched_tokens,
         runs_ahead=device.type == "cuda" and config.scheduler.runs_ahead(device.type),
+        moved=(lambda: None) if moves is None else moves.count,
     )
     num_blocks = _num_blocks(config, model, runner, post)
     runner.use_pages(decoder.allocate_pages(num_blocks, config.cache.block_size))
@@ -137,8 +144,13 @@ def start_runner(
     return runner
 
 
-def _join_replica(
-    config: ServeConfig, model: ModelInfo, kernels: Kernels[Any], device: torch.device, post: Post
+def _join_replica(  # noqa: PLR0917
+    config: ServeConfig,
+    model: ModelInfo,
+    kernels: Kernels[Any],
+    device: torch.device,
+    post: Post,
+    memory: mmap.mmap | None,
 ) -> Collectives | None:
     """The way to the other ranks; None where there are none."""
     if post.place.is_alone:
@@ -149,9 +161,8 @@ def _join_replica(
             raise ConfigError(f"experts over several ranks run on the cpu kernels only so far, not on {kernels.name}")
         store = FileStore(post.meeting, post.place.replica.num_ranks)
         return DistributedCollectives(model.spec, post.place, device, store, timeout)
-    assert post.memory is not None, "ranks share memory"
+    assert memory is not None, "ranks share memory"
     layout = layout_of(post.place.replica, model.spec, config.scheduler)
-    memory = attach(post.memory, layout)
     return SharedCollectives(kernels, model.spec, post.place, layout, memory, timeout, _pace())
 
 

@@ -58,6 +58,8 @@ class Executor:
         self._recorder = _Recorder()
         self.guard: Guard | None = None
         """Of operations that wait for other processes."""
+        self.moves: int | None = None
+        """Address of an int64 that counts operations, for whoever watches."""
 
     def new(self, rows: int, width: int, dtype: torch.dtype, *, dense: bool = False) -> Tensor:
         """[rows, width], uninitialised; `dense`: without room between the rows."""
@@ -81,6 +83,7 @@ class Executor:
 
     def run_all(self, ops: ctypes.Array[structs.Op], batch: structs.Batch) -> None:
         """In order. Raises what the guard raises."""
+        batch.moves = self.moves
         if self.guard is None:
             self.library.run(self._team, ops, batch)
             return

@@ -37,6 +37,7 @@ class Batch(Structure):
         ("table_width", c_int64),
         ("items", c_void_p),
         ("failed", c_void_p),
+        ("moves", c_void_p),
     ]
 
 
@@ -233,7 +234,7 @@ class Tally(Structure):
         ("steps", c_int64),
         ("step_ns", c_int64),
         ("expert_rows", c_int64),
-        ("padding", c_int64),
+        ("moves", c_int64),
     ]
 
 

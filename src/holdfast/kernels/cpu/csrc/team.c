@@ -83,6 +83,7 @@ static void open_stage(struct team *team, uint64_t stage) {
         units = team->isa->units[op->kind](op, team->batch);
         if (units > 0) break;
     }
+    if (team->batch->moves) __atomic_fetch_add(team->batch->moves, 1, __ATOMIC_RELAXED);
     if (stage > team->last_stage) {
         atomic_store(&team->stage, stage | IDLE);
         wake(team);
