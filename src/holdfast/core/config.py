@@ -112,7 +112,9 @@ class DeviceConfig:
         None, "JSON file that says which rank holds what, instead of the sizes; docs/plans.md describes it."
     )
     collective_timeout: float = option(
-        60.0, "Seconds that a rank waits for another in one exchange before the replica is given up."
+        60.0,
+        "Seconds that a rank waits for another in one exchange, and that a step may stand still at most, before the "
+        "replica is given up.",
     )
     data_parallel_size: int = option(
         1,
