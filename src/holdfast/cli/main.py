@@ -9,6 +9,7 @@ import typer
 
 from holdfast import __version__
 from holdfast.bench.config import BenchConfig
+from holdfast.chaos.config import ChaosConfig
 from holdfast.cli.flags import with_flags
 from holdfast.cli.help import PanelHelp
 from holdfast.core.config import ServeConfig
@@ -61,6 +62,28 @@ def serve(
     from holdfast.cluster.supervisor import serve as supervise  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(supervise(model, config))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(ChaosConfig)
+def chaos(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for serve.", show_default=False)],
+    config: ChaosConfig,
+    flags: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- FLAGS]", help="Flags of serve, after --.", show_default=False),
+    ] = None,
+) -> None:
+    """Serve MODEL under load, let its processes die, and hold every reply against an undisturbed one.
+
+    holdfast chaos MODEL --kills 100 -- --tensor-parallel-size 2 --data-parallel-size 2
+
+    Exit code 0 when every request ended as it would have and no process is left; else 1.
+    """
+    config.check()
+    from holdfast.chaos.run import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(model, config, flags or []))
 
 
 bench = typer.Typer(help="Measure a server.", no_args_is_help=True, rich_markup_mode="rich")

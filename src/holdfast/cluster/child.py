@@ -24,7 +24,7 @@ import setproctitle
 import zmq
 
 from holdfast.core import wire
-from holdfast.core.errors import CollectiveFailed, UserError
+from holdfast.core.errors import CollectiveFailed, ReplicaHangs, UserError
 from holdfast.core.logs import setup_logging
 
 Control = zmq.Socket[bytes]
@@ -58,7 +58,8 @@ def run_child(body: Body) -> None:
     except Exception as error:  # noqa: BLE001 - the process border: reported, then the process ends
         status = 1
         follows = isinstance(error, CollectiveFailed)
-        failed = wire.Failed(str(error), isinstance(error, UserError), traceback.format_exc(), follows)
+        hangs = isinstance(error, ReplicaHangs)
+        failed = wire.Failed(str(error), isinstance(error, UserError), traceback.format_exc(), follows, hangs)
         control.send(wire.encode(failed))
     context.destroy()
     sys.exit(status)

@@ -13,9 +13,9 @@ import zmq
 from holdfast.cache.blocks import BlockPool
 from holdfast.cluster.child import Control, epoch, run_child, shared_memory
 from holdfast.cluster.experts import ExpertBalancer
-from holdfast.cluster.hang import FLOOR_SECONDS, LOOK_SECONDS, STEP_FLOOR_SECONDS, HangWatch
+from holdfast.cluster.hang import LOOK_SECONDS, HangWatch
 from holdfast.core import wire
-from holdfast.core.errors import StepFailed
+from holdfast.core.errors import ReplicaHangs
 from holdfast.core.plan import places
 from holdfast.parallel.segment import RankTally, attach, layout_of, read_chosen, read_tally
 from holdfast.schedule.batching import batching_of
@@ -65,8 +65,8 @@ class Engine:
             if self._wait_for(self.results, busy=False):
                 return
             ready.append(self._decode_result(self.results.recv()))
-        floor = FLOOR_SECONDS if all(each.counts_operations for each in ready) else STEP_FLOOR_SECONDS
-        self.watch = HangWatch(self.boot.config.device.collective_timeout, floor)
+        by_step = not all(each.counts_operations for each in ready)
+        self.watch = HangWatch(self.boot.config.device.collective_timeout, by_step=by_step)
         depth = self.boot.plan.steps_in_flight(self.replica)
         if self.is_alone:
             depth = 2 if ready[0].runs_ahead else 1
@@ -176,7 +176,7 @@ class Engine:
         return outputs
 
     def _wait_for(self, *sockets: zmq.Socket[bytes], busy: bool) -> bool:
-        """Until one of them has a message; True when told to stop instead. Raises `StepFailed` when the ranks of a
+        """Until one of them has a message; True when told to stop instead. Raises `ReplicaHangs` when the ranks of a
         replica stand still while they are `busy` with a step."""
         poller = zmq.Poller()
         for socket in (self.control, *sockets):
@@ -187,7 +187,7 @@ class Engine:
             if now - self._looked > LOOK_SECONDS or not busy:
                 self._looked = now
                 if self.watch.look([tally.moves for tally in self.counters()], now, busy=busy):
-                    raise StepFailed(
+                    raise ReplicaHangs(
                         f"no rank of replica {self.replica} has come further for {self.watch.deadline:.2f} s"
                     )
             if readable:

@@ -7,23 +7,23 @@ from collections.abc import Sequence
 LOOK_SECONDS = 0.1
 """Between two looks at a replica that is busy."""
 FLOOR_SECONDS = 1.5
-"""No replica that has moved within this time stands still, where every operation is a move."""
+"""No replica that has moved within this time stands still, where every piece of an operation is a move."""
 STEP_FLOOR_SECONDS = 10.0
 """The same where only steps are: one may have a kernel compiled."""
 SLACK = 8.0
 """Times the longest stretch without a move so far: it may have been a lucky one."""
-ENOUGH_MOVES = 10
-"""That were seen before their stretches say anything about the next."""
+ENOUGH_STEPS = 10
+"""Before their times say anything about the next, where only steps are moves."""
 
 
 class HangWatch:
     """Of one replica. Its ranks count what they do (`parallel.segment.RankTally.moves`); when none of them has
     counted on for much longer than ever before, with a step in flight, one of them hangs, and the others wait for it.
-    `most`: seconds that are too long in any case, and while there is too little to go by; `floor`: that are not."""
+    `most`: seconds that are too long in any case. `by_step`: nothing is counted within a step."""
 
-    def __init__(self, most: float, floor: float = FLOOR_SECONDS) -> None:
+    def __init__(self, most: float, *, by_step: bool = False) -> None:
         self._most = most
-        self._floor = floor
+        self._floor, self._enough = (STEP_FLOOR_SECONDS, ENOUGH_STEPS) if by_step else (FLOOR_SECONDS, 0)
         self._moves: Sequence[int] = ()
         self._moved_at = 0.0
         self._looked_at = 0.0
@@ -45,6 +45,6 @@ class HangWatch:
     @property
     def deadline(self) -> float:
         """Seconds without a move that are too many."""
-        if self._num_moves < ENOUGH_MOVES:
+        if self._num_moves < self._enough:
             return self._most
         return min(self._most, max(self._floor, SLACK * self._longest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from holdfast.core import wire
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Plan, places, read_plan
@@ -49,6 +50,19 @@ def check_balancing(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
         raise ConfigError(
             f"--num-redundant-experts {redundant}: must be at most {most}, when each of {groups} groups has all"
         )
+
+
+def impact_of(plan: Plan, process: str, kind: wire.LossKind, detected: float) -> wire.Loss:
+    """What goes with a process of a replica, named as in `supervisor.modules`. `detected`: seconds since 1970."""
+    role, _, where = process.partition(" ")
+    if role != "worker":
+        return wire.Loss(process, kind, None, [], [], detected)
+    replica, stage, index = map(int, where.split("."))
+    stage_plan = plan.replicas[replica].stages[stage]
+    ranks = [f"worker {replica}.{stage}.{other}" for other in range(len(stage_plan.ranks))]
+    has_experts = bool(stage_plan.ranks[index].experts)
+    group = next(group for group in groups_of(stage_plan) if index in group) if has_experts else range(0)
+    return wire.Loss(process, kind, stage, ranks, [ranks[other] for other in group], detected)
 
 
 def check_memory(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:

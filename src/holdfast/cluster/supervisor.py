@@ -24,7 +24,7 @@ import msgspec
 import setproctitle
 
 from holdfast.cluster.children import STOP_SECONDS, Children, Ended, Event, Said, Signalled, TimedOut
-from holdfast.cluster.plans import check_balancing, check_memory, plan_of
+from holdfast.cluster.plans import check_balancing, check_memory, impact_of, plan_of
 from holdfast.core import wire
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError, HoldfastError, ProcessDied, StartupError
@@ -99,8 +99,8 @@ class Replica:
     """Of the state."""
     deaths: int = 0
     """In a row."""
-    reason: str = ""
-    """What its first process to fail by itself said, this time."""
+    failure: tuple[str, wire.Failed] | None = None
+    """Its first process to fail by itself, this time, and what it said."""
 
     def become(self, state: Literal["starting", "serving", "lost"]) -> None:
         self.state, self.since = state, time.monotonic()
@@ -237,15 +237,18 @@ class Supervisor:
     def _events(self, deadline: float | None = None) -> Iterator[Event]:
         """Everything that happens; `TimedOut` at the deadline. Replicas that start for too long are lost by then."""
         while True:
-            late = [r.since + self.config.server.startup_timeout for r in self.replicas if r.state == "starting"]
-            event = self.children.next_event(min([*late, *([] if deadline is None else [deadline])], default=None))
+            deadlines = [r.since + self.config.server.startup_timeout for r in self.replicas if r.state == "starting"]
+            event = self.children.next_event(
+                min([*deadlines, *([] if deadline is None else [deadline])], default=None)
+            )
             if not isinstance(event, TimedOut):
                 yield event
                 continue
             now = time.monotonic()
             for replica in self.replicas:
                 if replica.state == "starting" and now >= replica.since + self.config.server.startup_timeout:
-                    self._lose(replica, f"replica {replica.number} was not ready in time")
+                    late = next(name for name in self._names(replica) if not self.children.by_name[name].ready)
+                    self._lose(replica, late, f"{late} was not ready in time")
             if deadline is not None and now >= deadline:
                 yield event
 
@@ -263,7 +266,7 @@ class Supervisor:
                 reason = f"{name} died ({self._how_it_ended(name)})"
                 if number is None:
                     raise ProcessDied(reason)
-                self._lose(self.replicas[number], self.replicas[number].reason or reason)
+                self._lose(self.replicas[number], name, reason)
 
     def _welcome_back(self, name: str) -> None:
         self.children.by_name[name].ready = True
@@ -279,17 +282,23 @@ class Supervisor:
         log.error("%s failed: %s", name, failed.traceback)
         number = replica_of(name)
         if number is not None and not failed.follows:
-            self.replicas[number].reason = self.replicas[number].reason or f"{name} died ({failed.error})"
+            self.replicas[number].failure = self.replicas[number].failure or (name, failed)
 
-    def _lose(self, replica: Replica, reason: str) -> None:
+    def _lose(self, replica: Replica, process: str, reason: str) -> None:
         """A process of it has ended that should not. The rest is killed: nobody waits for the dead. It starts again,
         unless it has died too often; the gateway has its requests go on in the others, or wait for it. The last one's
         end is that of the service: raises `ProcessDied`."""
+        detected: float = time.time()
+        kind: wire.LossKind = "death"
+        if replica.failure is not None:  # the first to fail is the cause, whoever was the first to end
+            process, failed = replica.failure
+            reason, kind = f"{process} died ({failed.error})", "hang" if failed.hangs else "error"
+        loss = impact_of(self.plan, process, kind, detected)
         self.children.kill(self._names(replica))
         if replica.state == "serving" and time.monotonic() - replica.since > STEADY_SECONDS:
             replica.deaths = 0
         replica.deaths += 1
-        replica.reason = ""
+        replica.failure = None
         comes_back = replica.deaths <= self.config.server.max_restarts
         if not comes_back and all(other.state == "lost" for other in self.replicas if other is not replica):
             raise ProcessDied(reason)
@@ -304,7 +313,7 @@ class Supervisor:
             if comes_back
             else "",
         )
-        self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason, comes_back))
+        self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason, comes_back, loss))
         if comes_back:
             self._start(replica)
         else:

@@ -15,7 +15,8 @@ HoldfastError
     ├── StartupError        a process did not come up
     ├── ProcessDied         a process ended that should not have
     ├── CollectiveFailed    ranks did not meet: one gave up, or was late
-    └── StepFailed          a step raised on a device
+    ├── StepFailed          a step raised on a device
+    └── ReplicaHangs        no rank comes further
 """
 
 from __future__ import annotations
@@ -117,6 +118,10 @@ class CollectiveFailed(MachineError):
 
 class StepFailed(MachineError):
     """A step raised on a device; the requests in it end with this error."""
+
+
+class ReplicaHangs(MachineError):
+    """No rank of a replica comes further with its step."""
 
 
 class TokenLogGap(MachineError):

@@ -318,6 +318,8 @@ class Failed(_Message, frozen=True):
     traceback: str = ""
     follows: bool = False
     """Only because another process did."""
+    hangs: bool = False
+    """Not this process: the replica it speaks for."""
 
 
 ToSupervisor = Progress | Ready | Failed
@@ -329,6 +331,25 @@ class Drain(_Message, frozen=True):
     deadline: float
 
 
+LossKind = Literal["death", "error", "hang"]
+"""A process was killed or left; it said why it cannot go on; nobody came further."""
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """What was lost first, and what was lost with it."""
+
+    process: str
+    kind: LossKind
+    stage: int | None
+    """Of the process; None: it belongs to the whole replica."""
+    ranks: list[str]
+    """That share its stage: a tensor-parallel group."""
+    expert_group: list[str]
+    """Of them: those that hold the same experts."""
+    detected: float
+    """Seconds since 1970."""
+
+
 class ReplicaLost(_Message, frozen=True):
     """To the gateway: this replica is gone. Its requests go on in others; without any they wait for one that comes
     back, or, when none does, end with this error."""
@@ -336,6 +357,8 @@ class ReplicaLost(_Message, frozen=True):
     replica: int
     reason: str
     comes_back: bool = False
+    loss: Loss | None = None
+    """None: nothing was lost, the service ends."""
 
 
 class Stop(_Message, frozen=True):

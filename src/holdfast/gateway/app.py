@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -84,6 +85,13 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
         status = service.status
         body = {"status": status, "requests": service.router.num_live}
         return _json(body, 200 if status == "ready" else 503, None if status == "ready" else {"Retry-After": "1"})
+
+    @app.get("/cluster", responses=schema.responses(schema.Cluster, statuses=(401, 405, 500)))
+    async def cluster() -> Response:
+        """Replicas, and what was lost so far: which ranks, how many requests it hit, and when they went on."""
+        router = service.router
+        incidents = [msgspec.to_builtins(incident) for incident in router.incidents]
+        return _json({"status": service.status, "replicas": router.replicas(), "incidents": incidents})
 
     @app.get("/version", responses=schema.responses(schema.Version))
     async def version() -> Response:

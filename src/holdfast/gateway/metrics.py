@@ -64,6 +64,15 @@ class Metrics:
             field: Counter(f"holdfast:rank_{name}", text, ("model_name", "rank"), registry=self._registry)
             for field, (name, text) in _RANKS.items()
         }
+        self._losses = Counter(
+            "holdfast:replica_losses",
+            "Replicas lost, by what happened and what their requests did",
+            ("model_name", "kind", "rung"),
+            registry=self._registry,
+        )
+        self.recovery = self._histogram(
+            "recovery_seconds", "From the loss of a replica to the next token of each request it had", _TTFT_SECONDS
+        )
         self._last_stats: dict[int, EngineStats] = {}
 
     def request_ended(self, reason: str) -> None:
@@ -82,6 +91,9 @@ class Metrics:
             for field, counter in self._ranks.items():
                 grown = getattr(rank, field) - getattr(before.get(rank.rank), field, 0)
                 counter.labels(self._model_name, rank.rank).inc(grown)
+
+    def replica_lost(self, kind: str, rung: str) -> None:
+        self._losses.labels(self._model_name, kind, rung).inc()
 
     def engine_lost(self, replica: int) -> None:
         """It holds nothing any more, and its successor counts from zero again."""

@@ -15,8 +15,20 @@ import zmq
 import zmq.asyncio
 
 from holdfast.core.errors import QueueFull, TokenLogGap, Unavailable
-from holdfast.core.wire import Abort, Endpoints, EngineReady, Outputs, Submit, ToGateway, TokenOutput, decoder, encode
+from holdfast.core.wire import (
+    Abort,
+    Endpoints,
+    EngineReady,
+    Loss,
+    Outputs,
+    Submit,
+    ToGateway,
+    TokenOutput,
+    decoder,
+    encode,
+)
 from holdfast.gateway.balance import Balancer
+from holdfast.gateway.incidents import Incident, Incidents, Rung
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.tokenlog import TokenLog
 
@@ -57,6 +69,8 @@ class _Live:
     first_token: float | None = None
     last_token: float = 0.0
     num_tokens: int = 0
+    incident: Incident | None = None
+    """That hit it, until it gets its next token."""
 
 
 class Router:
@@ -95,6 +109,7 @@ class Router:
         """Replicas that are lost and will announce themselves again."""
         self._balancer = Balancer()
         self._live: dict[str, _Live] = {}
+        self.incidents = Incidents()
         self._draining = False
         self._was_ready = False
         self._all_ready = asyncio.Event()
@@ -115,6 +130,19 @@ class Router:
     def num_live(self) -> int:
         return len(self._live)
 
+    def replicas(self) -> list[dict[str, object]]:
+        """What is known of each, for operators."""
+        loads = self._loads()
+        return [
+            {
+                "replica": replica,
+                "status": "ready" if replica in self._ready else "recovering" if replica in self._coming else "lost",
+                "epoch": self._ready[replica].epoch if replica in self._ready else None,
+                "requests": loads.get(replica, 0),
+            }
+            for replica in self._outgoing
+        ]
+
     async def run(self) -> None:
         """Deliver what the engines say, for ever."""
         decode = decoder(ToGateway).decode
@@ -123,6 +151,7 @@ class Router:
             if isinstance(message, EngineReady):
                 self._ready[message.replica] = message
                 self._coming.discard(message.replica)
+                self.incidents.came_back(message.replica)
                 self._was_ready = True
                 self._move([live for live in self._live.values() if live.replica is None])
                 if len(self._ready) == len(self._outgoing):
@@ -180,7 +209,7 @@ class Router:
         for request_id in request_ids:
             self._log.close(request_id)
 
-    def replica_lost(self, replica: int, reason: str, *, comes_back: bool = False) -> None:
+    def replica_lost(self, replica: int, reason: str, *, comes_back: bool = False, loss: Loss | None = None) -> None:
         """The replica is gone, for good or until it announces itself again. Its requests go on in the others, from
         where the token log says they are; without another they wait for the first that comes back, or end with an
         error when none does."""
@@ -192,6 +221,13 @@ class Router:
         self._outgoing[replica].close(linger=0)  # with what it had not read yet
         self._outgoing[replica] = self._connect(replica)
         orphans = [live for live in self._live.values() if live.replica in {replica, None}]
+        if loss is not None:
+            rung: Rung = "failover" if self._ready else "restart" if self._coming else "error"
+            self._metrics.replica_lost(loss.kind, rung)
+            incident = Incident(replica, reason, loss, rung, len(orphans), time.time())
+            self.incidents.add(incident)
+            for live in orphans:
+                live.incident = incident
         if self._ready:
             self._move(orphans)
         elif self._coming:
@@ -276,6 +312,10 @@ class Router:
     def _observe(self, live: _Live, num_new: int, now: float) -> None:
         if num_new == 0:
             return
+        if live.incident is not None:
+            live.incident.went_on()
+            self._metrics.recovery.observe(time.time() - live.incident.loss.detected)
+            live.incident = None
         if live.first_token is None:
             live.first_token = now
             self._metrics.first_token.observe(now - live.arrived)

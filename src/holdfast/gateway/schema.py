@@ -27,7 +27,7 @@ class Error(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["starting", "ready", "draining", "lost"]
+    status: Literal["starting", "ready", "recovering", "draining", "lost"]
     requests: int
 
 
@@ -41,6 +41,41 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
+
+
+class Replica(BaseModel):
+    replica: int
+    status: Literal["ready", "recovering", "lost"]
+    epoch: int | None
+    requests: int
+
+
+class Loss(BaseModel):
+    process: str
+    kind: Literal["death", "error", "hang"]
+    stage: int | None
+    ranks: list[str]
+    expert_group: list[str]
+    detected: float
+
+
+class Incident(BaseModel):
+    replica: int
+    reason: str
+    loss: Loss
+    rung: Literal["failover", "restart", "error"]
+    requests: int
+    decided: float
+    resumed: int
+    first_token: float | None
+    last_token: float | None
+    back: float | None
+
+
+class Cluster(BaseModel):
+    status: Literal["starting", "ready", "recovering", "draining", "lost"]
+    replicas: list[Replica]
+    incidents: list[Incident]
 
 
 class ModelList(BaseModel):

@@ -59,7 +59,7 @@ class Executor:
         self.guard: Guard | None = None
         """Of operations that wait for other processes."""
         self.moves: int | None = None
-        """Address of an int64 that counts operations, for whoever watches."""
+        """Address of an int64 that counts pieces of operations, for whoever watches."""
 
     def new(self, rows: int, width: int, dtype: torch.dtype, *, dense: bool = False) -> Tensor:
         """[rows, width], uninitialised; `dense`: without room between the rows."""

@@ -36,7 +36,7 @@ struct batch {
     int64_t table_width;
     const int32_t *items;         // [B + 1]: attention's items of request b, see attention.inc
     const int64_t *failed;        // the run ends once this is not 0; or NULL
-    int64_t *moves;               // counts operations begun, for whoever watches; or NULL
+    int64_t *moves;               // counts pieces of work done by the caller, for whoever watches; or NULL
 };
 
 // A matrix [N, K], read by panels of 32 of its rows (output columns), K in order within a panel. A panel of
@@ -198,7 +198,7 @@ struct tally {
     int64_t idle_ns;     // for the stage before, or for room in the next
     int64_t steps, step_ns;  // kept by Python: all of a step, waits included
     int64_t expert_rows;     // through this rank's experts
-    int64_t moves;           // operations begun: while it grows, the rank does not hang
+    int64_t moves;           // pieces of work done: while it grows, the rank does not hang
 };
 
 // One process's end of all exchanges.

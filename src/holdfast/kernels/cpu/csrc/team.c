@@ -83,7 +83,6 @@ static void open_stage(struct team *team, uint64_t stage) {
         units = team->isa->units[op->kind](op, team->batch);
         if (units > 0) break;
     }
-    if (team->batch->moves) __atomic_fetch_add(team->batch->moves, 1, __ATOMIC_RELAXED);
     if (stage > team->last_stage) {
         atomic_store(&team->stage, stage | IDLE);
         wake(team);
@@ -122,6 +121,7 @@ static void work(struct team *team, int64_t self, uint64_t stage) {
         const struct op *op = &team->ops[stage - team->first_stage];
         int64_t first = mine * team->units_per_claim, last = first + team->units_per_claim;
         team->isa->run[op->kind](op, team->batch, first, last < team->units ? last : team->units);
+        if (self == 0 && team->batch->moves) __atomic_fetch_add(team->batch->moves, 1, __ATOMIC_RELAXED);
         if (atomic_fetch_sub_explicit(&team->remaining, 1, memory_order_acq_rel) == 1) open_stage(team, stage + 1);
     }
 }

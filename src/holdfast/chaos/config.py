@@ -1,0 +1,68 @@
+"""Flags of `holdfast chaos`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from holdfast.core.config import option
+from holdfast.core.errors import ConfigError
+
+FAULTS = ("kill-worker", "kill-engine", "stop-worker")
+"""SIGKILL of a worker or an engine; SIGSTOP of a worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultConfig:
+    """Faults"""
+
+    kills: int = option(20, "How many faults; each waits until the one before has been got over.")
+    faults: str = option(",".join(FAULTS), "Kinds to draw from, with commas between.")
+    seed: int = option(0, "Of the draw: which fault, of which process, when; and of the requests.")
+    pair_percent: int = option(10, "Of the faults, so many in 100 come with a second one at the same moment.")
+
+    def kinds(self) -> list[str]:
+        """`--faults`, parsed. Raises `ConfigError`."""
+        found = self.faults.split(",")
+        for kind in found:
+            if kind not in FAULTS:
+                raise ConfigError(f"--faults {self.faults}: {kind!r} is not one of {', '.join(FAULTS)}")
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadConfig:
+    """Load"""
+
+    streams: int = option(8, "Requests that are under way at any time.")
+    requests: int = option(24, "Different requests, of all kinds, over and over.")
+    max_tokens: int = option(120, "Tokens of each reply.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig:
+    """Report"""
+
+    json: str | None = option(None, "File for the report with every single fault.")
+    plot: str | None = option(None, "File for the timeline as a PNG.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosConfig:
+    """Everything `holdfast chaos` can be told, beside MODEL and the flags of the service."""
+
+    fault: FaultConfig = FaultConfig()
+    load: LoadConfig = LoadConfig()
+    report: ReportConfig = ReportConfig()
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a value out of range, naming the flag, the value and the range."""
+        for flag, value, least, most in (
+            ("--kills", self.fault.kills, 0, 1_000_000),
+            ("--pair-percent", self.fault.pair_percent, 0, 100),
+            ("--streams", self.load.streams, 1, 1000),
+            ("--requests", self.load.requests, 1, 10_000),
+            ("--max-tokens", self.load.max_tokens, 1, 100_000),
+        ):
+            if not least <= value <= most:
+                raise ConfigError(f"{flag} {value}: must be at least {least} and at most {most}")
+        self.fault.kinds()

@@ -1,0 +1,226 @@
+"""`holdfast chaos`: a service under load, faults one after another, every token compared."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from holdfast.chaos.config import ChaosConfig
+from holdfast.chaos.load import Body, Choices, Load, ask, bodies
+from holdfast.chaos.service import Service
+from holdfast.core.errors import StartupError
+
+_PATIENCE = 120.0
+"""Seconds that getting over a fault may take."""
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+@dataclass(slots=True)
+class Fault:
+    """What was done to whom, and how it was got over. Times: seconds since 1970."""
+
+    kind: str
+    victims: list[str]
+    at: float
+    incidents: list[dict[str, Any]] = field(default_factory=list)
+    """As /cluster tells of them."""
+    whole_again: float | None = None
+    """When every replica served again."""
+
+    @property
+    def replicas(self) -> set[int]:
+        """Those that it hit."""
+        return {int(victim.split(" ")[1].partition(".")[0]) for victim in self.victims}
+
+    @property
+    def detected(self) -> float | None:
+        """Seconds until the first was noticed."""
+        return min((incident["loss"]["detected"] for incident in self.incidents), default=self.at) - self.at
+
+    def after(self, name: str) -> list[float]:
+        """Seconds from the fault to this moment of its incidents, where there was one."""
+        return [incident[name] - self.at for incident in self.incidents if incident[name] is not None]
+
+
+@dataclass(slots=True)
+class Report:
+    """All that is known in the end."""
+
+    faults: list[Fault]
+    load: Load
+    seconds: float
+    status: int
+    left: list[int]
+    url: str
+
+    @property
+    def is_good(self) -> bool:
+        return not self.load.wrong and not self.left and self.status == 0
+
+
+def run(model: str, config: ChaosConfig, flags: Sequence[str]) -> int:
+    """0 when every request ended as it would have undisturbed, and nothing is left of the service; else 1."""
+    report = asyncio.run(_run(model, config, flags))
+    show(report, Console())
+    if config.report.json is not None:
+        Path(config.report.json).write_bytes(msgspec.json.format(_as_json(report)))
+    if config.report.plot is not None:
+        from holdfast.chaos.plot import timeline  # noqa: PLC0415 - matplotlib is slow to import
+
+        timeline(report, Path(config.report.plot))
+    return 0 if report.is_good else 1
+
+
+async def _run(model: str, config: ChaosConfig, flags: Sequence[str]) -> Report:
+    with tempfile.TemporaryDirectory(prefix="holdfast-chaos-") as folder:
+        more = [] if "--max-restarts" in flags else ["--max-restarts", "1000000"]
+        service = Service(model, [*flags, "--served-model-name", "chaos", *more], Path(folder) / "log")
+        await service.start()
+        left: list[int] = []
+        status = 1
+        try:
+            async with httpx.AsyncClient(base_url=service.url, timeout=_PATIENCE, trust_env=False) as client:
+                load, faults, seconds = await _disturb(service, client, config)
+        finally:
+            status, left = await service.stop()
+        return Report(faults, load, seconds, status, left, service.url)
+
+
+async def _disturb(
+    service: Service, client: httpx.AsyncClient, config: ChaosConfig
+) -> tuple[Load, list[Fault], float]:
+    asked = bodies("chaos", config.load.requests, config.load.max_tokens, config.fault.seed)
+    expected = await _calm(client, asked, config.load.streams)
+    load, begun = Load(client, asked, expected), time.monotonic()
+    running = asyncio.create_task(load.run(config.load.streams))
+    dice, faults = random.Random(config.fault.seed), []
+    try:
+        for number in range(config.fault.kills):
+            await asyncio.sleep(dice.uniform(0.0, 1.5))  # anywhere in prefill and decode
+            fault = await _strike(service, config.fault.kinds(), dice, config.fault.pair_percent)
+            faults.append(fault)
+            await _get_over(service, client, fault)
+            if load.wrong:
+                break
+            if (number + 1) % 10 == 0:
+                print(f"{number + 1} faults, {load.num_done} requests, all as they should be", flush=True)
+    finally:
+        load.over.set()
+        await running
+    return load, faults, time.monotonic() - begun
+
+
+async def _calm(client: httpx.AsyncClient, asked: list[Body], streams: int) -> list[Choices]:
+    """What undisturbed replies are."""
+    gate = asyncio.Semaphore(streams)
+
+    async def one(body: Body) -> Choices:
+        async with gate:
+            return await ask(client, body)
+
+    return list(await asyncio.gather(*[one(body) for body in asked]))
+
+
+async def _strike(service: Service, kinds: list[str], dice: random.Random, pair_percent: int) -> Fault:
+    kind = dice.choice(kinds)
+    action, _, role = kind.partition("-")
+    living = {name: process for name, process in service.processes().items() if name.startswith(role)}
+    if not living:
+        raise StartupError(f"there is no {role} to {action}:\n{service.said()[-3000:]}")
+    number = 2 if len(living) > 1 and dice.randrange(100) < pair_percent else 1
+    victims = dice.sample(sorted(living), number)
+    fault = Fault(kind, victims, time.time())
+    for victim in victims:
+        living[victim].send_signal(_SIGNALS[action])
+    return fault
+
+
+async def _get_over(service: Service, client: httpx.AsyncClient, fault: Fault) -> None:
+    """Until every replica serves again, and those requests that were hit go on. Raises `StartupError` when that takes
+    too long: then the service hangs."""
+    deadline = time.time() + _PATIENCE
+    while time.time() < deadline:
+        await asyncio.sleep(0.02)
+        if service.process.returncode is not None:
+            raise StartupError(f"the service ended with {service.process.returncode}:\n{service.said()[-3000:]}")
+        try:
+            state = (await client.get("/cluster")).json()
+        except httpx.HTTPError:
+            continue
+        fault.incidents = [
+            incident for incident in state["incidents"] if incident["loss"]["detected"] >= fault.at - 0.001
+        ]
+        seen = {incident["replica"] for incident in fault.incidents}
+        whole = all(replica["status"] == "ready" for replica in state["replicas"])
+        if seen >= fault.replicas and whole and all(incident["back"] is not None for incident in fault.incidents):
+            fault.whole_again = time.time()
+            return
+    raise StartupError(
+        f"{fault.kind} of {fault.victims} was not got over in {_PATIENCE:g} s:\n{service.said()[-3000:]}"
+    )
+
+
+# --- the report ---
+
+
+def show(report: Report, console: Console) -> None:
+    """Tables, and the verdict."""
+    columns = ("fault", "times", "detected", "first token", "all go on", "whole again")
+    table = Table(*columns, title="seconds after the fault: median, 99th percentile")
+    for kind in sorted({fault.kind for fault in report.faults}):
+        faults = [fault for fault in report.faults if fault.kind == kind]
+        table.add_row(
+            kind,
+            str(len(faults)),
+            _times([fault.detected for fault in faults if fault.detected is not None]),
+            _times([min(found) for fault in faults if (found := fault.after("first_token"))]),
+            _times([max(found) for fault in faults if (found := fault.after("last_token"))]),
+            _times([fault.whole_again - fault.at for fault in faults if fault.whole_again is not None]),
+        )
+    console.print(table)
+    hit = sum(incident["requests"] for fault in report.faults for incident in fault.incidents)
+    rungs = [incident["rung"] for fault in report.faults for incident in fault.incidents]
+    counts = ", ".join(f"{rung} {rungs.count(rung)} times" for rung in sorted(set(rungs)))
+    console.print(
+        f"{len(report.faults)} faults in {report.seconds:.0f} s; {report.load.num_done} requests served, "
+        f"{report.load.num_refused} refused at the door; {hit} were hit; {counts or 'no incident'}"
+    )
+    lost = sum(wrong.what.startswith("lost") for wrong in report.load.wrong)
+    console.print(f"lost requests: {lost}; changed replies: {len(report.load.wrong) - lost}")
+    console.print(f"exit status {report.status}, processes left: {len(report.left)}")
+    for wrong in report.load.wrong[:5]:
+        console.print(f"request {wrong.index}: {wrong.what[:600]}", markup=False)
+
+
+def _times(seconds: list[float]) -> str:
+    if not seconds:
+        return "-"
+    ordered = sorted(seconds)
+    return f"{statistics.median(ordered):.2f}, {ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]:.2f}"
+
+
+def _as_json(report: Report) -> bytes:
+    return msgspec.json.encode(
+        {
+            "faults": report.faults,
+            "seconds": report.seconds,
+            "requests": report.load.num_done,
+            "refused": report.load.num_refused,
+            "wrong": report.load.wrong,
+            "exit_status": report.status,
+            "processes_left": report.left,
+        }
+    )
