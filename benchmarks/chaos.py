@@ -1,10 +1,10 @@
-"""`make chaos`: `holdfast chaos` on three plans of tiny models; ends with 1 unless every token of all was as undisturbed.
+"""`make chaos`: `holdfast chaos` on three plans of tiny models; ends with 1 unless all replies were as undisturbed.
 
-    python -m benchmarks.chaos [--kills N] [--seed S] [--out FOLDER]
+python -m benchmarks.chaos [--kills N] [--seed S] [--out FOLDER]
 
-    TP2 x PP2            one replica of 4 ranks: requests wait for it to come back
-    DP2 of TP2           two replicas of 2 ranks: requests go on in the other
-    EP4                  a Mixtral with 16 experts on 4 ranks, which move to where the load is meanwhile
+TP2 x PP2            one replica of 4 ranks: requests wait for it to come back
+DP2 of TP2           two replicas of 2 ranks: requests go on in the other
+EP4                  a Mixtral with 16 experts on 4 ranks, which move to where the load is meanwhile
 """
 
 from __future__ import annotations

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,23 +48,24 @@ class Counting(Arena):
         return super().take(size)
 
 
-def together(info: ModelInfo, dtype: torch.dtype, count: int) -> tuple[list[list[torch.Tensor]], list[int]]:
-    """Logits of each of `count` replicas, and the memory that was in use after each had filled its share."""
+def together(info: ModelInfo, dtype: torch.dtype, count: int) -> tuple[list[list[torch.Tensor]], list[int], int]:
+    """Logits of each of `count` replicas, bytes written to by when each had filled its share, and memory in use."""
     place = places(make_plan(info.spec).replicas[0])[0]
     descriptor = create(HEADER + packed_room(info.spec, place))
-    decoders, used = [], []
+    decoders, written = [], []
     try:
         for index in range(count):
             memory = SharedWeights(descriptor, index, count)
             kernels = CpuKernels(dtype, threads=1, memory=memory)
             decoders.append((memory, load_decoder(info, kernels, dtype, "cpu", in_order=True)))
-            used.append(os.fstat(descriptor).st_blocks * 512)
+            filled = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+            written.append(int(np.count_nonzero(np.frombuffer(filled, np.uint8))))
+        used = os.fstat(descriptor).st_blocks * 512
     finally:
         os.close(descriptor)
-    for memory, _ in decoders[1:]:
-        memory.mark_filled()
-    decoders[0][0].wait_for_others()
-    return [run_interleaved(decoder, REQUESTS, seed=3) for _, decoder in decoders], used
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(lambda memory: memory.wait_for_others(), [memory for memory, _ in decoders]))
+    return [run_interleaved(decoder, REQUESTS, seed=3) for _, decoder in decoders], written, used
 
 
 def check(path: str, dtype: torch.dtype, count: int) -> None:
@@ -69,11 +73,13 @@ def check(path: str, dtype: torch.dtype, count: int) -> None:
     arena = Counting()
     alone = load_decoder(info, CpuKernels(dtype, threads=1, memory=arena), dtype, "cpu")
     expected = run_interleaved(alone, REQUESTS, seed=3)
-    found, used = together(info, dtype, count)
+    found, written, used = together(info, dtype, count)
     for logits in found:
         for one, other in zip(expected, logits, strict=True):
             assert torch.equal(one.view(torch.int32), other.view(torch.int32))
-    assert used[-1] <= arena.total + HEADER + 64 * 300 + 4096, "the weights are there once"
+    assert all(before < after for before, after in pairwise([0, *written])), "each fills a share"
+    assert written[0] < 0.75 * written[-1]
+    assert used <= arena.total + HEADER + 64 * 300 + 4096, "the weights are there once"
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -75,9 +75,9 @@ class Engine:
             self._take_requests()
             outputs = self._take_result()
             while self.scheduler.num_in_flight < depth and (step := self.scheduler.schedule()):
-                message = wire.encode(step)
-                for worker in self.workers:
-                    worker.send(message)
+                self._tell_workers(step)
+            if self.balancer is not None and (placement := self.balancer.look()) is not None:
+                self._tell_workers(placement)
             assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work that is never scheduled"
             self.gateway.send(wire.encode(wire.Outputs(self.replica, self.epoch, outputs, self._stats())))
             if not self.scheduler.has_work and log.isEnabledFor(logging.DEBUG):
@@ -127,18 +127,18 @@ class Engine:
 
         self.counters = counters
         if config.device.enable_eplb:
-            worker_at = {
-                (place.stage, place.index): worker for place, worker in zip(self.places, self.workers, strict=True)
-            }
             self.balancer = ExpertBalancer(
                 model.spec,
                 self.plan,
                 config.device.eplb_step_interval,
                 config.device.num_redundant_experts,
-                lambda stage: read_chosen(memory, layout, stage, self.plan.stages[stage]),
-                lambda place, message: worker_at[place.stage, place.index].send(wire.encode(message)),
-                self.replica,
+                lambda stage: read_chosen(memory, layout, stage),
             )
+
+    def _tell_workers(self, message: wire.ToWorker) -> None:
+        data = wire.encode(message)
+        for worker in self.workers:
+            worker.send(data)
 
     def _stats(self) -> wire.EngineStats:
         ranks = [
@@ -168,7 +168,8 @@ class Engine:
         result = self._decode_result(self.results.recv())
         if isinstance(result, wire.ExpertsLoaded):
             assert self.balancer is not None, result
-            self.balancer.loaded(result)
+            if (message := self.balancer.loaded(result)) is not None:
+                self._tell_workers(message)
             return []
         outputs = settle(self.scheduler, result)
         if self.balancer is not None:

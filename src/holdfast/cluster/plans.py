@@ -10,7 +10,7 @@ from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Plan, places, read_plan
 from holdfast.core.spec import ModelInfo
 from holdfast.hardware.host import available_memory
-from holdfast.models.parameters import weight_bytes
+from holdfast.models.parameters import expert_bytes, weight_bytes
 from holdfast.parallel.cuts import check_plan, make_plan
 from holdfast.parallel.placement import groups_of
 
@@ -72,12 +72,12 @@ def check_memory(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
         return
     name = model.dtype if config.model.dtype == "auto" else config.model.dtype
     everywhere = [place for replica in plan.replicas for place in places(replica)]
-    needed = sum(weight_bytes(model.spec, 4 if name == "float32" else 2, place) for place in everywhere)
-    copies = 1 if plan.shard_weights else len(plan.replicas)
-    needed = needed * copies // len(plan.replicas)
+    itemsize, copies = 4 if name == "float32" else 2, plan.replicas[:1] if plan.shard_weights else plan.replicas
+    needed = sum(weight_bytes(model.spec, itemsize, place) for replica in copies for place in places(replica))
+    extra = config.device.num_redundant_experts * expert_bytes(model.spec, itemsize) * len(copies)
     path = Path(model.path)
     files = [path] if path.is_file() else list(path.glob("*.safetensors"))
-    needed = min(needed, copies * sum(file.stat().st_size for file in files))
+    needed = extra + min(needed, len(copies) * sum(file.stat().st_size for file in files))
     if needed > (free := available_memory()):
         raise ConfigError(
             f"the weights of {len(everywhere)} ranks take {needed / 1e9:.3f} GB at least, "

@@ -47,33 +47,41 @@ def run(boot: wire.Boot, control: Control) -> None:
     )
     control.send(wire.encode(wire.Ready()))
 
-    def say(message: wire.ExpertsLoaded) -> None:
-        with control.context.socket(zmq.PUSH) as socket:  # of the thread that says it
-            socket.setsockopt(zmq.LINGER, 1000)
-            socket.connect(boot.endpoints.results(replica))
-            socket.send(wire.encode(message))
+    mover = ExpertMover(boot.model, runner, rank)
+    try:
+        serve(control, steps, results, runner, mover)
+    finally:
+        mover.close()
 
-    mover = ExpertMover(boot.model, runner, rank, say)
-    speaks = post.place.speaks
+
+def serve(control: Control, steps: Socket, results: Socket, runner: Runner, mover: ExpertMover) -> None:
+    """Take steps and give results until told to stop."""
+    rank, speaks = mover.rank, runner.decoder.place.speaks
     decode = wire.decoder(wire.ToWorker).decode
     launched: deque[tuple[wire.Step, Launched | wire.StepResult | wire.StepError]] = deque()
     poller = zmq.Poller()
     poller.register(steps, zmq.POLLIN)
     poller.register(control, zmq.POLLIN)
+    poller.register(mover.fd, zmq.POLLIN)
     while True:
         readable = dict(poller.poll(0 if launched else None))
+        if mover.fd in readable:
+            results.send(wire.encode(mover.report()))
         if control in readable:
             runner.abort()  # others may wait for us in a step
             return  # the only word a worker is sent is Stop
         if steps in readable and len(launched) < (2 if runner.runs_ahead else 1):
-            step = decode(steps.recv())
-            if isinstance(step, wire.PlaceExperts):
-                mover.place(step)
-                continue
-            if isinstance(step, wire.UseExperts):
-                mover.use(step)
-                continue
-            launched.append((step, attempt(runner, step, rank, partial(runner.launch, step))))
+            match decode(steps.recv()):
+                case wire.PlaceExperts() as placement:
+                    mover.place(placement)
+                case wire.UseExperts():
+                    mover.use()
+                case wire.DropExperts():
+                    mover.drop()
+                case wire.Step() as step:
+                    launched.append((step, attempt(runner, step, rank, partial(runner.launch, step))))
+            continue
+        if not launched:
             continue
         step, state = launched[0]
         if runner.runs_ahead and len(launched) == 1 and isinstance(state, Launched) and not state.done:
@@ -85,6 +93,7 @@ def run(boot: wire.Boot, control: Control) -> None:
             results.send(wire.encode(state))
 
 
+Socket = zmq.Socket[bytes]
 T = TypeVar("T")
 _NO_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "can't allocate memory")
 """How torch, cuBLAS, Triton and the system say so."""

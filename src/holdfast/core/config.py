@@ -105,7 +105,7 @@ class DeviceConfig:
         False, "Measure how often each expert is chosen, and move experts between ranks, while serving, to spread it."
     )
     num_redundant_experts: int = option(
-        0, "With --enable-eplb: so many experts of each layer may be held by more than one group of ranks."
+        0, "With --enable-eplb: so many extra copies of experts, of each layer, for those that are chosen most."
     )
     eplb_step_interval: int = option(1000, "With --enable-eplb: steps between two looks at the load.")
     plan: str | None = option(
@@ -299,5 +299,6 @@ class ServeConfig:
             )
         self.device.layers_of_stages()
         self.device.check_plan_alone()
-        if self.device.num_redundant_experts and not self.device.enable_eplb:
-            raise ConfigError("--num-redundant-experts: works with --enable-eplb")
+        for name in ("num_redundant_experts", "eplb_step_interval"):
+            if getattr(self.device, name) != getattr(DeviceConfig(), name) and not self.device.enable_eplb:
+                raise ConfigError(f"--{name.replace('_', '-')}: works with --enable-eplb")

@@ -96,18 +96,17 @@ class Place:
         return f"{self.stage}.{self.index}"
 
     @property
-    def plan(self) -> StagePlan:
-        """Of its stage."""
+    def stage_plan(self) -> StagePlan:
         return self.replica.stages[self.stage]
 
     @property
     def layers(self) -> Range:
-        return self.plan.layers
+        return self.stage_plan.layers
 
     @property
     def ranks(self) -> tuple[RankShard, ...]:
         """Those of its stage."""
-        return self.plan.ranks
+        return self.stage_plan.ranks
 
     @property
     def shard(self) -> RankShard:

@@ -176,22 +176,22 @@ class Step(_Message, frozen=True):
 
 
 class PlaceExperts(_Message, frozen=True):
-    """Get ready for experts placed otherwise; go on meanwhile. `placements`: of this stage, as in its plan.
-    Answered by `ExpertsLoaded`."""
+    """Get ready for experts placed otherwise; go on meanwhile. Answered by `ExpertsLoaded`."""
 
-    number: int
-    placements: tuple[ExpertPlacement, ...]
+    stages: tuple[tuple[ExpertPlacement, ...], ...]
+    """Placements of every stage, as in its plan."""
 
 
 class UseExperts(_Message, frozen=True):
-    """From the next step on the experts are as placed; or (`never`) what was loaded for it is not needed."""
-
-    number: int
-    never: bool = False
+    """From the next step on the experts are as placed."""
 
 
-ToWorker = Step | PlaceExperts | UseExperts
-"""Stop comes from the supervisor."""
+class DropExperts(_Message, frozen=True):
+    """The experts stay where they are; what was loaded for the placement is not needed."""
+
+
+ToWorker = Step | PlaceExperts | UseExperts | DropExperts
+"""Every worker of a replica gets the same, in the same order. Stop comes from the supervisor."""
 
 # --- worker → engine -------------------------------------------------------------------------------
 
@@ -243,10 +243,9 @@ class StepError(_Message, frozen=True):
 class ExpertsLoaded(_Message, frozen=True):
     """All that `PlaceExperts` asks for is here, or (`error`) cannot be."""
 
-    number: int
     rank: str
     num_loaded: int
-    """Experts, of all layers, that were not here before."""
+    """Experts, of all layers, that were not there before."""
     error: str = ""
 
 

@@ -89,13 +89,15 @@ def load_weights(  # noqa: PLR0917
     return Weights(info.spec, kernels, dtype, device, packed, held_norms, place, collectives)
 
 
-def move_experts(info: ModelInfo, weights: Weights, place: Place) -> Weights:
-    """The same weights with experts placed as the plan of `place` says: those that are here are kept, others read.
-    Raises `ModelError` as `load_decoder` does."""
+def move_experts(
+    info: ModelInfo, weights: Weights, place: Place, stopped: Callable[[], bool] = lambda: False
+) -> Weights:
+    """The same weights with experts placed as the plan of `place` says: those that are here are kept, others read,
+    unless it is `stopped` on the way. Raises `ModelError` as `load_decoder` does."""
     loader = _Loader(Checkpoint(info), weights.kernels, weights.dtype, weights.device, parameters(info.spec))
     packed = {name: matrix for name, matrix in weights.packed.items() if ".experts." not in name}
     for name, packing in packings_at(info.spec, place).items():
-        if ".experts." in name:
+        if ".experts." in name and not stopped():
             held = weights.packed.get(name)
             packed[name] = loader.packed(packing) if held is None else held
     return replace(weights, packed=packed, place=place)

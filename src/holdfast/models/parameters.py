@@ -219,7 +219,7 @@ def _share(spec: DecoderSpec, place: Place, trees: StageTrees, parts: list[str],
     if "experts" in parts:
         assert spec.moe is not None
         assert trees.experts is not None
-        index = place.index - groups_of(place.plan)[group_of(place)].start
+        index = place.index - groups_of(place.stage_plan)[group_of(place)].start
         pieces, columns, shards = trees.experts.pieces[index], spec.moe.expert_mlp_size, shard.expert_shards
     elif "mlp" in parts:
         pieces, columns, shards = trees.mlp.pieces[place.index], spec.mlp_size, shard.mlp_shards
@@ -251,6 +251,14 @@ def weight_bytes(spec: DecoderSpec, itemsize: int, place: Place) -> int:
     packed = sum(share_of(packing, wanted) for packing in packings_at(spec, place).values())
     norms = sum(math.prod(wanted[name].shape) for name in norms_at(spec, place))
     return packed * itemsize + 4 * norms
+
+
+def expert_bytes(spec: DecoderSpec, itemsize: int) -> int:
+    """Of one expert, in all layers that have some."""
+    if spec.moe is None:
+        return 0
+    numbers = (3 if spec.gated_mlp else 2) * spec.hidden_size * spec.moe.expert_mlp_size
+    return numbers * itemsize * sum(layer.moe for layer in spec.layers)
 
 
 def packed_room(spec: DecoderSpec, place: Place) -> int:

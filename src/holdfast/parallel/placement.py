@@ -32,7 +32,7 @@ def groups_of(stage: StagePlan) -> list[range]:
 
 def group_of(place: Place) -> int:
     """The number of the group that a rank belongs to."""
-    groups = groups_of(place.plan)
+    groups = groups_of(place.stage_plan)
     return next(number for number, group in enumerate(groups) if place.index in group)
 
 
@@ -53,7 +53,7 @@ def held_by(owners: Owners, group: int) -> tuple[int, ...]:
 
 def experts_at(place: Place, layer: int) -> tuple[int, ...]:
     """Ids, ascending, of the experts of a layer that the rank at `place` holds."""
-    return held_by(owners_of(place.plan, layer), group_of(place))
+    return held_by(owners_of(place.stage_plan, layer), group_of(place))
 
 
 def table_of(owners: Owners) -> npt.NDArray[np.int64]:
@@ -124,7 +124,7 @@ def _check_placement(placement: ExpertPlacement, stage: StagePlan, spec: Decoder
 
 # --- spreading load ---
 
-Loads = Sequence[float] | npt.NDArray[np.int64]
+Loads = Sequence[float] | npt.NDArray[np.float64]
 
 
 def loads_of_groups(loads: Loads, owners: Owners, groups: int) -> list[float]:
@@ -144,26 +144,29 @@ def imbalance(sums: Sequence[float]) -> float:
 
 def rebalance_stage(stage: StagePlan, loads: Mapping[int, Loads], redundant: int) -> StagePlan:
     """The stage with the experts of each layer spread by how often each was chosen, `loads` [E] by layer; a layer
-    that would gain less than 5 % stays as it is. `redundant`: how many experts of a layer are held twice."""
+    that would gain less than 5 % stays as it is. `redundant`: extra copies of experts, of each layer."""
     groups = len(groups_of(stage))
-    placements = []
+    placed = {placement.layer: placement for placement in stage.placements}
     for layer, chosen in loads.items():
         current = owners_of(stage, layer)
-        target = rebalance(chosen, current, groups, -(-(len(chosen) + redundant) // groups))
-        before, after = (imbalance(loads_of_groups(chosen, owners, groups)) for owners in (current, target))
-        placements.append(ExpertPlacement(layer, target if after < 0.95 * before else current))
-    return msgspec.structs.replace(stage, placements=tuple(placements))
+        before = imbalance(loads_of_groups(chosen, current, groups))
+        if before < 1.05:
+            continue
+        target = rebalance(chosen, current, groups, redundant)
+        if imbalance(loads_of_groups(chosen, target, groups)) < 0.95 * before:
+            placed[layer] = ExpertPlacement(layer, target)
+    return msgspec.structs.replace(stage, placements=tuple(placed[layer] for layer in sorted(placed)))
 
 
-def rebalance(loads: Loads, current: Owners, groups: int, slots: int) -> Owners:
-    """Owners under which no group has much more than its share of the loads [E]: each holds up to `slots` experts,
-    and one at least. Hot experts get several holders, then experts are packed, heaviest first, onto the least
-    loaded group, then shares of those with several holders are evened out. Groups are named so that they keep
-    what they hold of `current` as far as can be."""
+def rebalance(loads: Loads, current: Owners, groups: int, redundant: int) -> Owners:
+    """Owners under which no group has much more than its share of the loads [E]; each holds one expert at least, and
+    none many more than another. The hottest get `redundant` extra copies between them, experts are packed, heaviest
+    first, onto the least loaded group, then the shares of those with several holders are evened out. Groups are
+    named so that they keep what they hold of `current` as far as can be."""
     experts = len(loads)
-    assert groups <= experts <= groups * slots, (experts, groups, slots)
-    copies = [1] * experts
-    for _ in range(groups * slots - experts):
+    assert groups <= experts, (experts, groups)
+    slots, copies = -(-(experts + redundant) // groups), [1] * experts
+    for _ in range(redundant):
         hottest = max(range(experts), key=lambda e: (copies[e] < groups) * loads[e] / copies[e])
         copies[hottest] += copies[hottest] < groups
     held = _pack(loads, copies, groups, slots)
@@ -209,7 +212,8 @@ def _shares(loads: Loads, holders: Sequence[Sequence[int]], groups: int) -> list
                 most, least = max(more, key=lambda g: sums[g]), min(turns, key=lambda g: sums[g])
                 if sums[most] - sums[least] <= step * 1.001:  # else a turn could go to and fro
                     break
-                turns.update({most: -1, least: 1})
+                turns[most] -= 1
+                turns[least] += 1
                 sums[most] -= step
                 sums[least] += step
                 moved = True

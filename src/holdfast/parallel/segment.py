@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from holdfast.core.config import LOGIT_ROWS, SchedulerConfig
 from holdfast.core.errors import StartupError
-from holdfast.core.plan import Place, ReplicaPlan, StagePlan
+from holdfast.core.plan import Place, ReplicaPlan
 from holdfast.core.spec import DecoderSpec
 from holdfast.parallel.placement import groups_of
 from holdfast.parallel.shards import Tree, head_shards, num_expert_shards, num_mlp_shards, tree_of
@@ -86,6 +86,7 @@ class Layout:
         self.counters_at = end
         end = _whole_pages(end + LINE * self.num_counters)
         self.num_experts = spec.moe.num_experts if spec.moe else 0
+        self.num_layers = [stage.layers[1] - stage.layers[0] for stage in stages]
         self.chosen_at: list[int] = []
         for stage in stages:
             self.chosen_at.append(end)
@@ -189,8 +190,8 @@ class Moves:
         self._number.value += 1
 
 
-def read_chosen(memory: mmap.mmap, layout: Layout, stage: int, plan: StagePlan) -> npt.NDArray[np.int64]:
+def read_chosen(memory: mmap.mmap, layout: Layout, stage: int) -> npt.NDArray[np.int64]:
     """How often the experts of a stage's layers were chosen since the start: [layers, E]."""
-    at, num_layers = layout.chosen_at[stage], plan.layers[1] - plan.layers[0]
+    at, num_layers = layout.chosen_at[stage], layout.num_layers[stage]
     counts = np.frombuffer(memory, np.int64, layout.num_experts * num_layers, at)
     return counts.reshape(num_layers, layout.num_experts).copy()

@@ -147,10 +147,10 @@ class SharedCollectives:
         ownership = Ownership(
             local.table,
             group_of(self.place),
-            chosen=self._base + self._layout.chosen_of(self.place.stage, local.layer - self.place.layers[0])
+            chosen_counts=self._base + self._layout.chosen_of(self.place.stage, local.layer - self.place.layers[0])
             if self.place.index == 0
             else None,
-            own=self._tally + structs.Tally.expert_rows.offset,
+            own_count=self._tally + structs.Tally.expert_rows.offset,
         )
         routed = route(self._kernels, router_logits, routing, ownership)
         up, down = _of_all(local.up, local.ids, routed.experts), local.down
@@ -187,7 +187,7 @@ class SharedCollectives:
         assert tree is not None
         holders = [
             (rank, index)
-            for group in groups_of(self.place.plan)
+            for group in groups_of(self.place.stage_plan)
             for rank, pieces in zip(group, tree.pieces, strict=True)
             for index in range(len(pieces))
         ]

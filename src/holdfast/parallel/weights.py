@@ -52,13 +52,9 @@ class SharedWeights:
             return 0, 0
         return panels * self._index // self._count, panels * (self._index + 1) // self._count
 
-    def mark_filled(self) -> None:
-        """This process has filled its share."""
-        self._taken_by[self._index] = self._used
-
     def wait_for_others(self) -> None:
         """Until every process has filled its share. Whoever started them ends this one if another fails."""
-        self.mark_filled()
+        self._taken_by[self._index] = self._used
         while not self._taken_by.all():
             time.sleep(_POLL_SECONDS)
         if len(set(self._taken_by.tolist())) > 1:

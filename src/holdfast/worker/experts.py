@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
@@ -22,43 +22,61 @@ log = logging.getLogger(__name__)
 
 
 class ExpertMover:
-    """Of one rank. `say` tells the engine, from the thread that reads."""
+    """Of one rank. One move at a time: `place`, and, once `fd` is readable, `report`, then `use` or `drop`."""
 
-    def __init__(
-        self, model: ModelInfo, runner: Runner, rank: str, say: Callable[[wire.ExpertsLoaded], None]
-    ) -> None:
+    def __init__(self, model: ModelInfo, runner: Runner, rank: str) -> None:
+        self.fd = os.eventfd(0)
         self._model = model
         self._runner = runner
-        self._rank = rank
-        self._say = say
-        self._loaded: dict[int, Weights] = {}
-        """By the number of the placement."""
+        self.rank = rank
+        self._cores = os.sched_getaffinity(0)  # before the first step binds this thread to one of them
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._loaded: Weights | None = None
+        self._report: wire.ExpertsLoaded
 
     def place(self, message: wire.PlaceExperts) -> None:
         """Begin to read what is missing."""
-        threading.Thread(target=self._load, args=(message,), name="experts", daemon=True).start()
+        place = self._runner.decoder.place
+        stages = [
+            msgspec.structs.replace(stage, placements=placements)
+            for stage, placements in zip(place.replica.stages, message.stages, strict=True)
+        ]
+        target = replace(place, replica=msgspec.structs.replace(place.replica, stages=tuple(stages)))
+        self._thread = threading.Thread(target=self._load, args=(target,), name="experts")
+        self._thread.start()
 
-    def use(self, message: wire.UseExperts) -> None:
+    def report(self) -> wire.ExpertsLoaded:
+        """What came of it."""
+        os.eventfd_read(self.fd)
+        return self._report
+
+    def use(self) -> None:
         """From the next step on; what is held no longer is let go."""
-        weights = self._loaded.pop(message.number)
-        if not message.never:
-            self._runner.use_experts(weights)
+        assert self._loaded is not None, "nothing has been placed"
+        self._runner.use_experts(self._loaded)
+        self._loaded = None
 
-    def _load(self, message: wire.PlaceExperts) -> None:
-        begun, before = time.perf_counter(), self._runner.decoder.weights
-        number, error, read = message.number, "", 0
+    def drop(self) -> None:
+        """What was read is not needed."""
+        self._loaded = None
+
+    def close(self) -> None:
+        """Before the process ends: a thread in the middle of torch would abort it."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self.fd)
+
+    def _load(self, target: Place) -> None:
+        begun, before, num_read, error = time.perf_counter(), self._runner.decoder.weights, 0, ""
+        os.sched_setaffinity(0, self._cores)  # of this thread
         try:
-            weights = move_experts(self._model, before, _placed(before.place, message))
-            read = len(weights.packed.keys() - before.packed.keys()) // 2  # an up and a down each
-            log.info("read %d experts in %.2f s", read, time.perf_counter() - begun)
+            self._loaded = move_experts(self._model, before, target, self._stop.is_set)
+            num_read = len(self._loaded.packed.keys() - before.packed.keys()) // 2  # an up and a down each
+            log.info("read %d experts in %.2f s", num_read, time.perf_counter() - begun)
         except Exception as failure:  # noqa: BLE001 - the thread's border: told to the engine, which decides
             log.error("experts could not be read\n%s", traceback.format_exc())  # noqa: TRY400
-            error, weights = f"{type(failure).__name__}: {failure}", before
-        self._loaded[number] = weights
-        self._say(wire.ExpertsLoaded(number, self._rank, read, error))
-
-
-def _placed(place: Place, message: wire.PlaceExperts) -> Place:
-    stages = list(place.replica.stages)
-    stages[place.stage] = msgspec.structs.replace(place.plan, placements=message.placements)
-    return replace(place, replica=msgspec.structs.replace(place.replica, stages=tuple(stages)))
+            error = f"{type(failure).__name__}: {failure}"
+        self._report = wire.ExpertsLoaded(self.rank, num_read, error)
+        os.eventfd_write(self.fd, 1)

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Ownership:
     """Which pairs (row, expert) are whose: row t of expert e is group table[t % turns, e]'s; `mine` is our group.
-    `table`: int64 [turns, E]. `chosen`, `own`: addresses of counts to keep, see struct sort_op."""
+    `table`: int64 [turns, E]. The counts are addresses of what to keep, see struct sort_op."""
 
     table: Tensor
     mine: int
-    chosen: int | None = None
-    own: int | None = None
+    chosen_counts: int | None = None
+    own_count: int | None = None
 
     @property
     def c(self) -> structs.Owners:
@@ -84,7 +84,7 @@ def route(kernels: CpuKernels, logits: Tensor, routing: Routing, ownership: Owne
     if ownership is not None:
         assert ownership.table.shape[1] == experts, (ownership.table.shape, experts)
         sort.owners, sort.self = ownership.c, ownership.mine
-        sort.chosen_counts, sort.own_count = ownership.chosen, ownership.own
+        sort.chosen_counts, sort.own_count = ownership.chosen_counts, ownership.own_count
     kernels.executor.run(sort, rows, keep=(ownership,))
     return Routed(chosen, experts, ids, shares, offsets, sources, places)
 

@@ -30,7 +30,7 @@ class WeightMemory(Protocol):
 class Arena:
     """Memory of this process alone: cut from large pieces, so that the system can back it with huge pages (reading
     weights from 4 KB pages costs some 15 % of the bandwidth). numpy asks for them for large arrays by itself. What
-    is no longer referred to goes to the next that takes as much. Thread-safe."""
+    is no longer referred to goes to the next that takes as much; views of it do not count. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

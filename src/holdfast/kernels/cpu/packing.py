@@ -31,7 +31,7 @@ class PackedMatrix:
 
 def pack(
     library: Library,
-    arena: WeightMemory,
+    store: WeightMemory,
     parts: Sequence[Matrix],
     biases: Sequence[Tensor],
     *,
@@ -40,7 +40,7 @@ def pack(
     shards: Sequence[int],
 ) -> PackedMatrix:
     """See `Kernels.pack`; all parts are tensors of one dtype (float32 or bfloat16) or quantized alike. Panels that
-    are not the memory's share are left as they are."""
+    are not the store's share are left as they are."""
     halves = [[part] for part in parts] if gated else [list(parts)]
     rows, k = sum(part.shape[0] for part in halves[0]), parts[0].shape[1]
     kind = _format_of(parts[0])
@@ -53,7 +53,7 @@ def pack(
     assert (np.diff(ends, prepend=0) > 0).all(), f"shards end at {shards}: one is empty"
     panel_bytes = _panel_bytes(kind, np.diff(ends, prepend=0))
     panels = -(-rows // PANEL)
-    memory = arena.take(panels * (1 + gated) * panel_bytes)
+    memory = store.take(panels * (1 + gated) * panel_bytes)
     bias = _bias(biases, gated, rows, panels) if biases else None
     weight = Weight(
         data=memory.ctypes.data,
@@ -67,7 +67,7 @@ def pack(
         activation=ACTIVATIONS[activation],
         gated=gated,
     )
-    first, last = arena.share(panels)
+    first, last = store.share(panels)
     if first < last:
         some = range(first * PANEL, min(last * PANEL, rows))
         for index, half in enumerate(halves):

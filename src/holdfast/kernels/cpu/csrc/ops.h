@@ -149,7 +149,7 @@ struct route_op {
     int64_t renormalize;
 };
 
-// Groups of ranks that compute experts: row t of expert e is group table[t % turns, e]'s. Without a table, nobody's.
+// Groups of ranks that compute experts: row t of expert e is group table[t % turns, e]'s. Without a table all are ours.
 struct owners {
     const int64_t *table;
     int64_t turns, experts;
