@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test test-gpu parity sanitize lint bench bench-cpu bench-plans bench-gpu clean
+.PHONY: help setup setup-dev serve test test-gpu parity chaos sanitize lint bench bench-cpu bench-plans bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ lint: $(VENV)/.installed-dev ## ruff, mypy, import rules, length of modules
 	@$(VENV)/bin/lint-imports
 	@find src -name '*.py' -exec awk 'END { if (NR > 400) { print FILENAME ": " NR " lines, more than 400"; exit 1 } }' {} \; \
 		| { ! grep .; }
+
+chaos: $(VENV)/.installed-dev ## let processes die under load, on three plans, and compare every token (ARGS="--kills 1000")
+	@PYTHONPATH=tests $(PY) -m benchmarks.chaos $(ARGS)
 
 bench: $(VENV)/.installed-dev $(VENV)/.demo ## serve the demo model and measure it at 1, 8 and 32 streams
 	@$(PY) benchmarks/serve_demo.py $(DEMO_FILE) $(ARGS)

@@ -120,7 +120,12 @@ async def _disturb(
     finally:
         load.over.set()
         await running
-    return load, faults, time.monotonic() - begun
+    seconds = time.monotonic() - begun
+    incidents = (await client.get("/cluster")).json()["incidents"]
+    for fault in faults:  # by now all is known of them
+        known = {(incident["replica"], incident["loss"]["detected"]) for incident in fault.incidents}
+        fault.incidents = [each for each in incidents if (each["replica"], each["loss"]["detected"]) in known]
+    return load, faults, seconds
 
 
 async def _calm(client: httpx.AsyncClient, asked: list[Body], streams: int) -> list[Choices]:

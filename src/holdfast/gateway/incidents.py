@@ -11,7 +11,7 @@ import msgspec
 
 from holdfast.core.wire import Loss
 
-KEPT = 1000
+KEPT = 10_000
 """Incidents, the latest."""
 
 

@@ -1,0 +1,81 @@
+"""`holdfast chaos` itself: it finds what is wrong, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from holdfast.chaos.load import Load, bodies
+from support.tiny import tiny_model
+
+
+def chaos(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "holdfast.cli.main", "chaos", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_faults_are_got_over_and_reported(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    model, report, plot = tiny_model(tmp_path / "model"), tmp_path / "report.json", tmp_path / "plot.png"
+    options = ("--kills", "3", "--faults", "kill-worker,kill-engine", "--max-tokens", "60", "--streams", "4")
+    flags = ("--data-parallel-size", "2", "--cpu-threads", "1", "--kv-cache-memory-bytes", "8M")
+    ran = chaos(model, *options, "--json", str(report), "--plot", str(plot), "--", *flags)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "lost requests: 0; changed replies: 0" in ran.stdout
+    found = json.loads(report.read_bytes())
+    assert len(found["faults"]) == 3
+    assert found["requests"] > 0
+    for fault in found["faults"]:
+        assert fault["incidents"], "every fault was noticed"
+        assert fault["whole_again"] > fault["at"]
+        assert 0 <= fault["incidents"][0]["loss"]["detected"] - fault["at"] < 1.0
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--faults", "kill-cat"), "'kill-cat' is not one of kill-worker, kill-engine, stop-worker"),
+        (("--kills", "-1"), "--kills -1: must be at least 0"),
+        (("--", "--tensor-parallel-size", "0"), "--tensor-parallel-size 0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path: Path, arguments: tuple[str, ...], complaint: str):
+    ran = chaos(tiny_model(tmp_path), *arguments)
+    assert ran.returncode != 0
+    assert complaint in " ".join((ran.stdout + ran.stderr).split())
+
+
+def reply(text: str) -> httpx.Response:
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}
+    return httpx.Response(200, json={"choices": [choice]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "wrong"),
+    [
+        (lambda: reply("as it was"), None),
+        (lambda: reply("as it wasas it was"), "changed"),
+        (lambda: httpx.Response(500, text="no"), "lost"),
+        (lambda: httpx.Response(503, text="later"), None),
+    ],
+)
+def test_a_reply_that_is_not_as_undisturbed_is_wrong(answer, wrong: str | None):
+    asked = bodies("m", 1, 10, 0)
+    expected = [{0: {"text": "as it was", "tokens": [], "logprobs": [], "finish_reason": "length"}}]
+
+    async def one() -> Load:
+        transport = httpx.MockTransport(lambda request: answer())
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            load = Load(client, asked, expected)
+            await load._once(0)
+            return load
+
+    load = asyncio.run(one())
+    assert [each.what.split(":")[0] for each in load.wrong] == ([wrong] if wrong else [])
