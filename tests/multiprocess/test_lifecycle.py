@@ -142,6 +142,20 @@ def test_a_worker_that_stands_still_is_replaced(service: Service):
     assert "no rank of replica 0 has come further" in service.text()
 
 
+@pytest.mark.parametrize("busy", [True, False])
+def test_an_engine_that_stands_still_is_replaced(service: Service, busy: bool):
+    """It gives no sign of life: killed, and its request goes on."""
+    calm = Stream(service, max_tokens=200).result()
+    stream = Stream(service, max_tokens=200) if busy else None
+    stopped = time.monotonic()
+    service.child("holdfast engine 0").suspend()
+    wait_for("found out", lambda: service.health()[0] == 503, 10)
+    assert time.monotonic() - stopped < 5.0
+    wait_for("back", lambda: service.health()[0] == 200, 30)
+    assert text((stream or Stream(service, max_tokens=200)).result()) == text(calm)
+    assert "engine 0 has not been heard for 3 s" in service.text()
+
+
 def test_a_pause_of_everything_is_no_hang(service: Service):
     """A laptop that sleeps, a container that is frozen: nothing has happened."""
     calm = Stream(service, max_tokens=400).result()

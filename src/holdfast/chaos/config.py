@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from holdfast.core.config import option
 from holdfast.core.errors import ConfigError
 
-FAULTS = ("kill-worker", "kill-engine", "stop-worker")
-"""SIGKILL of a worker or an engine; SIGSTOP of a worker."""
+FAULTS = ("kill-worker", "kill-engine", "stop-worker", "stop-engine")
+"""SIGKILL or SIGSTOP of a worker or an engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,8 @@ class ChaosConfig:
     report: ReportConfig = ReportConfig()
 
     def check(self) -> None:
-        """Raise `ConfigError` for a value out of range, naming the flag, the value and the range."""
+        """Raise `ConfigError` for a value out of range, naming the flag, the value and the range, and for a library
+        that is not installed."""
         for flag, value, least, most in (
             ("--kills", self.fault.kills, 0, 1_000_000),
             ("--pair-percent", self.fault.pair_percent, 0, 100),
@@ -66,3 +68,6 @@ class ChaosConfig:
             if not least <= value <= most:
                 raise ConfigError(f"{flag} {value}: must be at least {least} and at most {most}")
         self.fault.kinds()
+        for module, what in (("httpx", "holdfast chaos"), ("matplotlib", "--plot")):
+            if find_spec(module) is None and (what != "--plot" or self.report.plot is not None):
+                raise ConfigError(f"{what} needs {module}: pip install 'holdfast[bench]'")

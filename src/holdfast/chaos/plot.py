@@ -18,7 +18,7 @@ def timeline(report: Report, path: Path) -> None:
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
     served, delays = figure.subplots(2, 1, sharex=True)
-    colours = dict(zip(FAULTS, ("tab:red", "tab:purple", "tab:orange"), strict=True))
+    colours = dict(zip(FAULTS, ("tab:red", "tab:purple", "tab:orange", "tab:brown"), strict=True))
     ends = [at for at, _ in report.load.tokens_at] + [fault.at for fault in report.faults]
     begin = min(ends, default=0.0)
     seconds = np.array([at - begin for at, _ in report.load.tokens_at])

@@ -33,7 +33,7 @@ class Said(NamedTuple):
     """A child said something."""
 
     child: str
-    message: wire.Progress | wire.Ready | wire.Failed
+    message: wire.Progress | wire.Ready | wire.Failed | wire.Beat
 
 
 class Ended(NamedTuple):

@@ -47,6 +47,7 @@ class Engine:
             self.workers.append(worker)
         self._open_shared_memory()
         self.watch, self._looked = HangWatch(boot.config.device.collective_timeout), 0.0  # until workers are ready
+        self._beat = 0.0
         self.gateway = self._socket(zmq.PUSH)
         self.gateway.connect(endpoints.gateway)
         self._decode_request = wire.decoder(wire.ToEngine).decode
@@ -183,8 +184,11 @@ class Engine:
         for socket in (self.control, *sockets):
             poller.register(socket, zmq.POLLIN)
         while True:
-            readable = dict(poller.poll(int(1000 * LOOK_SECONDS) if busy else None))
+            readable = dict(poller.poll(int(1000 * (LOOK_SECONDS if busy else wire.BEAT_SECONDS))))
             now = time.monotonic()
+            if now - self._beat >= wire.BEAT_SECONDS:
+                self._beat = now
+                self.control.send(wire.encode(wire.Beat()))
             if now - self._looked > LOOK_SECONDS or not busy:
                 self._looked = now
                 if self.watch.look([tally.moves for tally in self.counters()], now, busy=busy):

@@ -85,6 +85,8 @@ def serve(model: str, config: ServeConfig) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+HEARTBEAT_LOSS_SECONDS = 3.0
+"""An engine that has not been heard for so long stands still: three beats."""
 STEADY_SECONDS = 60.0
 """A replica that has served for so long starts with a clean record when it dies."""
 
@@ -99,11 +101,14 @@ class Replica:
     """Of the state."""
     deaths: int = 0
     """In a row."""
+    heard: float = field(default_factory=time.monotonic)
+    """Its engine's last sign of life, once it serves."""
     failure: tuple[str, wire.Failed] | None = None
     """Its first process to fail by itself, this time, and what it said."""
 
     def become(self, state: Literal["starting", "serving", "lost"]) -> None:
         self.state, self.since = state, time.monotonic()
+        self.heard = self.since
 
 
 class Supervisor:
@@ -235,28 +240,46 @@ class Supervisor:
         raise AssertionError("events never end")
 
     def _events(self, deadline: float | None = None) -> Iterator[Event]:
-        """Everything that happens; `TimedOut` at the deadline. Replicas that start for too long are lost by then."""
+        """Everything that happens; `TimedOut` at the deadline. Replicas that are late, to start or to give a sign of
+        life, are lost by then."""
         while True:
-            deadlines = [r.since + self.config.server.startup_timeout for r in self.replicas if r.state == "starting"]
-            event = self.children.next_event(
-                min([*deadlines, *([] if deadline is None else [deadline])], default=None)
-            )
+            due = [self._due(replica) for replica in self.replicas if replica.state != "lost"]
+            until = min([*due, *([] if deadline is None else [deadline])])
+            event = self.children.next_event(until)
+            now = time.monotonic()
+            if now > until + wire.BEAT_SECONDS:  # we stood still ourselves: perhaps everything did
+                for replica in self.replicas:
+                    replica.heard = now
             if not isinstance(event, TimedOut):
                 yield event
                 continue
-            now = time.monotonic()
             for replica in self.replicas:
-                if replica.state == "starting" and now >= replica.since + self.config.server.startup_timeout:
-                    late = next(name for name in self._names(replica) if not self.children.by_name[name].ready)
-                    self._lose(replica, late, f"{late} was not ready in time")
+                if replica.state != "lost" and now >= self._due(replica):
+                    self._lose_late(replica)
             if deadline is not None and now >= deadline:
                 yield event
+
+    def _due(self, replica: Replica) -> float:
+        """By when it must have said something."""
+        if replica.state == "starting":
+            return replica.since + self.config.server.startup_timeout
+        return replica.heard + HEARTBEAT_LOSS_SECONDS
+
+    def _lose_late(self, replica: Replica) -> None:
+        if replica.state == "starting":
+            late = next(name for name in self._names(replica) if not self.children.by_name[name].ready)
+            self._lose(replica, late, f"{late} was not ready in time")
+        else:
+            engine = f"engine {replica.number}"
+            self._lose(replica, engine, f"{engine} has not been heard for {HEARTBEAT_LOSS_SECONDS:g} s", hangs=True)
 
     def _take(self, event: Event) -> None:
         """What a child of a running service says, or its end."""
         match event:
             case Said(name, wire.Progress() as progress):
                 self._show(name, progress)
+            case Said(name, wire.Beat()):
+                self.replicas[replica_of(name) or 0].heard = time.monotonic()
             case Said(name, wire.Ready()):
                 self._welcome_back(name)
             case Said(name, wire.Failed() as failed):
@@ -284,12 +307,12 @@ class Supervisor:
         if number is not None and not failed.follows:
             self.replicas[number].failure = self.replicas[number].failure or (name, failed)
 
-    def _lose(self, replica: Replica, process: str, reason: str) -> None:
+    def _lose(self, replica: Replica, process: str, reason: str, *, hangs: bool = False) -> None:
         """A process of it has ended that should not. The rest is killed: nobody waits for the dead. It starts again,
         unless it has died too often; the gateway has its requests go on in the others, or wait for it. The last one's
         end is that of the service: raises `ProcessDied`."""
         detected: float = time.time()
-        kind: wire.LossKind = "death"
+        kind: wire.LossKind = "hang" if hangs else "death"
         if replica.failure is not None:  # the first to fail is the cause, whoever was the first to end
             process, failed = replica.failure
             reason, kind = f"{process} died ({failed.error})", "hang" if failed.hangs else "error"

@@ -321,7 +321,13 @@ class Failed(_Message, frozen=True):
     """Not this process: the replica it speaks for."""
 
 
-ToSupervisor = Progress | Ready | Failed
+class Beat(_Message, frozen=True):
+    """The engine is there, busy or not: every `BEAT_SECONDS`."""
+
+
+BEAT_SECONDS = 1.0
+
+ToSupervisor = Progress | Ready | Failed | Beat
 
 
 class Drain(_Message, frozen=True):
