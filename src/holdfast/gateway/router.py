@@ -245,7 +245,7 @@ class Router:
                 encode(msgspec.structs.replace(live.submit, output_token_ids=known)), zmq.NOBLOCK
             )
         if orphans:
-            logger.warning("%d requests go on in other replicas", len(orphans))
+            logger.warning("%d requests go on", len(orphans))
 
     def _loads(self) -> dict[int, int]:
         """Live requests of every replica that can take one."""
