@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor, Future
+
 import numpy as np
 import numpy.typing as npt
 from test_shards import spec
@@ -29,7 +31,16 @@ class Counts:
 
 def balancer(counts: Counts, *, expert: int = 2, interval: int = 3) -> ExpertBalancer:
     replica = make_plan(MODEL, tensor=2, pipeline=2, expert=expert).replicas[0]
-    return ExpertBalancer(MODEL, replica, interval, 0, counts)
+    return ExpertBalancer(MODEL, replica, interval, 0, counts, planner=AtOnce())
+
+
+class AtOnce(Executor):
+    """Does it before it says that it will."""
+
+    def submit(self, body, /, *args, **options):
+        done: Future[object] = Future()
+        done.set_result(body(*args, **options))
+        return done
 
 
 def run_steps(of: ExpertBalancer, count: int) -> list[object]:
@@ -37,6 +48,7 @@ def run_steps(of: ExpertBalancer, count: int) -> list[object]:
     said = []
     for _ in range(count):
         of.step_done()
+        of.look()  # the planner is asked
         said.append(of.look())
     return said
 
@@ -106,3 +118,19 @@ def test_an_even_load_an_idle_replica_and_a_single_group_stay_as_they_are():
     alone = balancer(counts, expert=1)
     counts.stages[0] += HOT
     assert run_steps(alone, 9) == [None] * 9
+
+
+def test_a_move_that_fails_is_tried_again_later_and_later():
+    counts = Counts()
+    of = balancer(counts)
+    waits = []
+    for _ in range(4):
+        wait, moved = 0, None
+        while moved is None:
+            counts.stages[0] += HOT
+            (moved,) = run_steps(of, 1)
+            wait += 1
+        waits.append(wait)
+        for rank in range(4):
+            of.loaded(ready(rank, "disk"))
+    assert waits == [3, 3, 6, 12]

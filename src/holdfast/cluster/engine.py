@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 
 import msgspec
@@ -134,6 +135,7 @@ class Engine:
                 config.device.eplb_step_interval,
                 config.device.num_redundant_experts,
                 lambda stage: read_chosen(memory, layout, stage),
+                planner=ThreadPoolExecutor(1, "experts"),
             )
 
     def _tell_workers(self, message: wire.ToWorker) -> None:

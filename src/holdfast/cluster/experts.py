@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
 import msgspec
@@ -43,7 +44,14 @@ class ExpertBalancer:
     the start. What it returns is for all workers of the replica."""
 
     def __init__(
-        self, spec: DecoderSpec, plan: ReplicaPlan, interval: int, redundant: int, read: Callable[[int], Chosen]
+        self,
+        spec: DecoderSpec,
+        plan: ReplicaPlan,
+        interval: int,
+        redundant: int,
+        read: Callable[[int], Chosen],
+        *,
+        planner: Executor,
     ) -> None:
         self.plan = plan
         self._spec = spec
@@ -51,6 +59,10 @@ class ExpertBalancer:
         self._redundant = redundant
         self._read = read
         self._due = interval
+        self._failures = 0
+        """In a row: each doubles the time to the next try."""
+        self._planner = planner
+        self._planned: Future[tuple[StagePlan, ...]] | None = None
         self._counted = self._counts()
         self._loads: list[Loads] = [np.zeros(counts.shape) for counts in self._counted]
         self._move: Move | None = None
@@ -63,24 +75,35 @@ class ExpertBalancer:
         self._due -= 1
 
     def look(self) -> wire.PlaceExperts | None:
-        """When it is time, and worth it: experts to move."""
-        if self._due > 0 or self._move is not None:
-            return None
-        self._due = self._interval
-        before, self._counted = self._counted, self._counts()
-        grown = [now - then for now, then in zip(self._counted, before, strict=True)]
-        self._loads = [0.5 * load + more for load, more in zip(self._loads, grown, strict=True)]
-        loads = [self._by_layer(*each) for each in zip(self.plan.stages, self._loads, strict=True)]
-        stages = tuple(
-            rebalance_stage(stage, some, self._redundant) for stage, some in zip(self.plan.stages, loads, strict=True)
+        """When it is time, and worth it: experts to move. What that is, the planner finds out beside the steps."""
+        if self._planned is not None and self._planned.done():
+            stages, self._planned = self._planned.result(), None
+            return self._begin(stages)
+        if self._due <= 0 and self._move is None and self._planned is None:
+            self._due = self._interval << min(self._failures, 10)
+            before, self._counted = self._counted, self._counts()
+            grown = [now - then for now, then in zip(self._counted, before, strict=True)]
+            self._loads = [0.5 * load + more for load, more in zip(self._loads, grown, strict=True)]
+            self._planned = self._planner.submit(self._spread_out, self.plan.stages, self._loads)
+        return None
+
+    def _spread_out(self, stages: Sequence[StagePlan], loads: Sequence[Loads]) -> tuple[StagePlan, ...]:
+        """The stages as they should be."""
+        layers = [self._by_layer(*each) for each in zip(stages, loads, strict=True)]
+        target = tuple(
+            rebalance_stage(stage, some, self._redundant) for stage, some in zip(stages, layers, strict=True)
         )
+        if target != tuple(stages):
+            log.info(
+                "experts: the busiest ranks compute %.2f times the mean of a stage; moving some to make that %.2f",
+                _spread(stages, layers),
+                _spread(target, layers),
+            )
+        return target
+
+    def _begin(self, stages: tuple[StagePlan, ...]) -> wire.PlaceExperts | None:
         if stages == self.plan.stages:
             return None
-        log.info(
-            "experts: the busiest ranks compute %.2f times the mean of their stage; moving some to make that %.2f",
-            _spread(self.plan.stages, loads),
-            _spread(stages, loads),
-        )
         target = msgspec.structs.replace(self.plan, stages=stages)
         self._move = Move(target, target.num_ranks)
         return wire.PlaceExperts(tuple(stage.placements for stage in stages))
@@ -103,9 +126,10 @@ class ExpertBalancer:
             return None
         self._move = None
         if move.error:
+            self._failures += 1
             log.warning("experts stay where they are: %s", move.error)
             return wire.DropExperts()
-        self.plan = move.target
+        self.plan, self._failures = move.target, 0
         log.info("experts moved: %d read in %.2f s", move.num_loaded, time.monotonic() - move.begun)
         return wire.UseExperts()
 

@@ -15,8 +15,10 @@ import zmq
 
 from holdfast.cluster.child import Control, run_child, shared_memory
 from holdfast.core import wire
+from holdfast.core.errors import ModelError
 from holdfast.core.plan import Place
 from holdfast.kernels.cpu.kernels import CpuKernels
+from holdfast.models.inspect import stamp_of
 from holdfast.worker.experts import ExpertMover
 from holdfast.worker.runner import Launched, Runner
 from holdfast.worker.start import Post, start_runner
@@ -39,6 +41,8 @@ def run(boot: wire.Boot, control: Control) -> None:
     results = control.context.socket(zmq.PUSH)
     results.connect(boot.endpoints.results(replica))
     runner = start_runner(boot.config, boot.model, progress, post)
+    if stamp_of(boot.model) != boot.stamp:
+        raise ModelError(f"{boot.model.path}: has changed since the service was started")
     ahead = boot.config.scheduler.runs_ahead(runner.device.type)
     results.send(
         wire.encode(
@@ -47,7 +51,7 @@ def run(boot: wire.Boot, control: Control) -> None:
     )
     control.send(wire.encode(wire.Ready()))
 
-    mover = ExpertMover(boot.model, runner, rank)
+    mover = ExpertMover(boot.model, boot.stamp, runner, rank)
     try:
         serve(control, steps, results, runner, mover)
     finally:

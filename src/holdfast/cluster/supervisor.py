@@ -32,7 +32,7 @@ from holdfast.core.logs import setup_logging
 from holdfast.core.plan import Plan, places
 from holdfast.core.spec import ModelInfo
 from holdfast.models.hub import resolve_model
-from holdfast.models.inspect import inspect_model
+from holdfast.models.inspect import inspect_model, stamp_of
 from holdfast.models.parameters import packed_room
 from holdfast.parallel.segment import create, layout_of
 from holdfast.parallel.weights import HEADER
@@ -159,7 +159,7 @@ class Supervisor:
     def _write_boot_file(self) -> None:
         self._boot_file.touch(mode=0o600)
         self._boot_file.write_bytes(
-            msgspec.json.encode(wire.Boot(self.config, self.model, self.endpoints, self.plan))
+            msgspec.json.encode(wire.Boot(self.config, self.model, self.endpoints, self.plan, stamp_of(self.model)))
         )
 
     def _names(self, replica: Replica) -> list[str]:

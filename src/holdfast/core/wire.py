@@ -293,6 +293,8 @@ class Boot(msgspec.Struct, frozen=True):
     model: ModelInfo
     endpoints: Endpoints
     plan: Plan
+    stamp: list[tuple[str, int, int, int]] = []
+    """Of the checkpoint, see `models.inspect.stamp_of`: who reads it later must find the same."""
 
 
 class Progress(_Message, frozen=True):

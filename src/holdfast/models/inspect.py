@@ -190,3 +190,12 @@ def _token_ids(path: str, vocab_size: int, found: list[Any]) -> tuple[int, ...]:
         beyond = [token for token in given if token not in known]
         log.warning("%s: eos token ids %s are left out: the vocabulary has %d tokens", path, beyond, vocab_size)
     return known
+
+
+def stamp_of(info: ModelInfo) -> list[tuple[str, int, int, int]]:
+    """What tells that the files of a checkpoint are still the same: names, inodes, sizes, times of change. Raises
+    `OSError` when they are gone."""
+    path = Path(info.path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    stats = [(file.name, file.stat()) for file in files]
+    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

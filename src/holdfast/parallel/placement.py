@@ -124,6 +124,8 @@ def _check_placement(placement: ExpertPlacement, stage: StagePlan, spec: Decoder
 
 # --- spreading load ---
 
+_MOST_PASSES = 16
+"""Of evening out shares: few are needed, and numbers too small to change a sum would go on for ever."""
 Loads = Sequence[float] | npt.NDArray[np.float64]
 
 
@@ -203,20 +205,22 @@ def _shares(loads: Loads, holders: Sequence[Sequence[int]], groups: int) -> list
         turns[some[0]] += TURNS - len(some)
         for group, count in turns.items():
             sums[group] += load * count / TURNS
-    moved = True
-    while moved:
+    for _ in range(_MOST_PASSES):
         moved = False
         for load, turns in zip(loads, shares, strict=True):
             step = load / TURNS
-            while load and (more := [group for group, count in turns.items() if count > 1]):
-                most, least = max(more, key=lambda g: sums[g]), min(turns, key=lambda g: sums[g])
-                if sums[most] - sums[least] <= step * 1.001:  # else a turn could go to and fro
+            for _ in range(TURNS * len(turns)):
+                more = [group for group, count in turns.items() if count > 1]
+                most, least = max(more, key=lambda g: sums[g], default=-1), min(turns, key=lambda g: sums[g])
+                if most < 0 or sums[most] - sums[least] <= step * 1.001:  # else a turn could go to and fro
                     break
                 turns[most] -= 1
                 turns[least] += 1
                 sums[most] -= step
                 sums[least] += step
                 moved = True
+        if not moved:
+            break
     return shares
 
 

@@ -12,8 +12,10 @@ from dataclasses import replace
 import msgspec
 
 from holdfast.core import wire
+from holdfast.core.errors import ModelError
 from holdfast.core.plan import Place
 from holdfast.core.spec import ModelInfo
+from holdfast.models.inspect import stamp_of
 from holdfast.models.layers import Weights
 from holdfast.models.load import move_experts
 from holdfast.worker.runner import Runner
@@ -22,11 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class ExpertMover:
-    """Of one rank. One move at a time: `place`, and, once `fd` is readable, `report`, then `use` or `drop`."""
+    """Of one rank, which reads the checkpoint of this `stamp` (see `stamp_of`) and no other. One move at a time:
+    `place`, and, once `fd` is readable, `report`, then `use` or `drop`."""
 
-    def __init__(self, model: ModelInfo, runner: Runner, rank: str) -> None:
+    def __init__(self, model: ModelInfo, stamp: list[tuple[str, int, int, int]], runner: Runner, rank: str) -> None:
         self.fd = os.eventfd(0)
         self._model = model
+        self._stamp = stamp
         self._runner = runner
         self.rank = rank
         self._cores = os.sched_getaffinity(0)  # before the first step binds this thread to one of them
@@ -72,7 +76,10 @@ class ExpertMover:
         begun, before, num_read, error = time.perf_counter(), self._runner.decoder.weights, 0, ""
         os.sched_setaffinity(0, self._cores)  # of this thread
         try:
-            self._loaded = move_experts(self._model, before, target, self._stop.is_set)
+            loaded = move_experts(self._model, before, target, self._stop.is_set)
+            if stamp_of(self._model) != self._stamp:
+                raise ModelError(f"{self._model.path}: has changed since the service was started")
+            self._loaded = loaded
             num_read = len(self._loaded.packed.keys() - before.packed.keys()) // 2  # an up and a down each
             log.info("read %d experts in %.2f s", num_read, time.perf_counter() - begun)
         except Exception as failure:  # noqa: BLE001 - the thread's border: told to the engine, which decides
