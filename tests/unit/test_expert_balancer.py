@@ -5,7 +5,6 @@ from __future__ import annotations
 from concurrent.futures import Executor, Future
 
 import numpy as np
-import numpy.typing as npt
 from test_shards import spec
 
 from holdfast.cluster.experts import ExpertBalancer
@@ -25,8 +24,8 @@ class Counts:
     def __init__(self) -> None:
         self.stages = [np.zeros((2, 8), np.int64) for _ in range(2)]
 
-    def __call__(self, stage: int) -> npt.NDArray[np.int64]:
-        return self.stages[stage].copy()
+    def __call__(self, stage: int) -> list[list[int]]:
+        return self.stages[stage].tolist()
 
 
 def balancer(counts: Counts, *, expert: int = 2, interval: int = 3) -> ExpertBalancer:

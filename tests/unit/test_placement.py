@@ -89,7 +89,7 @@ def test_groups_keep_what_they_hold():
 
 def test_turns_share_rows_as_said():
     owners = ((0,), (0, 1), (1, 0, 1, 1))
-    table = table_of(owners)
+    table = np.array(table_of(owners))
     assert table.shape == (TURNS, 3)
     assert [(table[:, e] == 1).mean() for e in range(3)] == [0.0, 0.5, 0.75]
 

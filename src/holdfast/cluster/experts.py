@@ -49,7 +49,7 @@ class ExpertBalancer:
         plan: ReplicaPlan,
         interval: int,
         redundant: int,
-        read: Callable[[int], Chosen],
+        read: Callable[[int], list[list[int]]],
         *,
         planner: Executor,
     ) -> None:
@@ -68,7 +68,7 @@ class ExpertBalancer:
         self._move: Move | None = None
 
     def _counts(self) -> list[Chosen]:
-        return [self._read(stage) for stage in range(len(self.plan.stages))]
+        return [np.array(self._read(stage), dtype=np.int64) for stage in range(len(self.plan.stages))]
 
     def step_done(self) -> None:
         """Count a step."""
@@ -108,12 +108,12 @@ class ExpertBalancer:
         self._move = Move(target, target.num_ranks)
         return wire.PlaceExperts(tuple(stage.placements for stage in stages))
 
-    def _by_layer(self, stage: StagePlan, loads: Loads) -> dict[int, Loads]:
+    def _by_layer(self, stage: StagePlan, loads: Loads) -> dict[int, list[float]]:
         """Of layers with experts that several groups of ranks share out."""
         if len(groups_of(stage)) == 1:
             return {}
         layers = zip(range(*stage.layers), loads, strict=True)
-        return {layer: some for layer, some in layers if self._spec.layers[layer].moe}
+        return {layer: some.tolist() for layer, some in layers if self._spec.layers[layer].moe}
 
     def loaded(self, message: wire.ExpertsLoaded) -> wire.UseExperts | wire.DropExperts | None:
         """A rank is ready. After the last one all change over; or none, when one could not."""
@@ -134,7 +134,7 @@ class ExpertBalancer:
         return wire.UseExperts()
 
 
-def _spread(stages: Sequence[StagePlan], loads: Sequence[Mapping[int, Loads]]) -> float:
+def _spread(stages: Sequence[StagePlan], loads: Sequence[Mapping[int, list[float]]]) -> float:
     """The busiest group's load over the mean of its stage, averaged over layers."""
     found = [
         imbalance(loads_of_groups(some, owners_of(stage, layer), len(groups_of(stage))))

@@ -39,7 +39,7 @@ class MixtureOfExperts:
         )
         if self.collectives is not None:
             pieces = list(zip(*(down.packed for down in self.down), strict=True))
-            table = torch.from_numpy(table_of(owners_of(place.stage_plan, layer)))
+            table = torch.tensor(table_of(owners_of(place.stage_plan, layer)))
             self.local = LocalExperts(layer, ids, self.up, pieces, table)
 
     def __call__(self, x: Tensor, *, add_to: Tensor | None = None) -> Tensor:

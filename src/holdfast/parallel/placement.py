@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from holdfast.core.errors import ConfigError
 from holdfast.core.plan import ExpertPlacement, Owners, Place, StagePlan
@@ -56,9 +54,9 @@ def experts_at(place: Place, layer: int) -> tuple[int, ...]:
     return held_by(owners_of(place.stage_plan, layer), group_of(place))
 
 
-def table_of(owners: Owners) -> npt.NDArray[np.int64]:
-    """[TURNS, E]: the group that computes row r of expert e is [r % TURNS, e]."""
-    return np.array([[some[turn % len(some)] for some in owners] for turn in range(TURNS)], dtype=np.int64)
+def table_of(owners: Owners) -> list[list[int]]:
+    """[TURNS][E]: the group that computes row r of expert e is [r % TURNS][e]."""
+    return [[some[turn % len(some)] for some in owners] for turn in range(TURNS)]
 
 
 # --- what a plan must say of experts ---
@@ -126,7 +124,7 @@ def _check_placement(placement: ExpertPlacement, stage: StagePlan, spec: Decoder
 
 _MOST_PASSES = 16
 """Of evening out shares: few are needed, and numbers too small to change a sum would go on for ever."""
-Loads = Sequence[float] | npt.NDArray[np.float64]
+Loads = Sequence[float]
 
 
 def loads_of_groups(loads: Loads, owners: Owners, groups: int) -> list[float]:

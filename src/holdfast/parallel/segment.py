@@ -16,9 +16,6 @@ import struct
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
-import numpy.typing as npt
-
 from holdfast.core.config import LOGIT_ROWS, SchedulerConfig
 from holdfast.core.errors import StartupError
 from holdfast.core.plan import Place, ReplicaPlan
@@ -190,8 +187,8 @@ class Moves:
         self._number.value += 1
 
 
-def read_chosen(memory: mmap.mmap, layout: Layout, stage: int) -> npt.NDArray[np.int64]:
-    """How often the experts of a stage's layers were chosen since the start: [layers, E]."""
-    at, num_layers = layout.chosen_at[stage], layout.num_layers[stage]
-    counts = np.frombuffer(memory, np.int64, layout.num_experts * num_layers, at)
-    return counts.reshape(num_layers, layout.num_experts).copy()
+def read_chosen(memory: mmap.mmap, layout: Layout, stage: int) -> list[list[int]]:
+    """How often the experts of a stage's layers were chosen since the start: [layers][E]."""
+    experts, at = layout.num_experts, layout.chosen_at[stage]
+    counts = struct.unpack_from(f"<{experts * layout.num_layers[stage]}q", memory, at)
+    return [list(counts[layer * experts : (layer + 1) * experts]) for layer in range(layout.num_layers[stage])]
