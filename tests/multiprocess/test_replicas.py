@@ -121,6 +121,27 @@ def test_a_replica_that_died_comes_back(model: str, more: tuple[str, ...], tmp_p
         assert service.stop() == 0, service.text()[-3000:]
 
 
+def test_both_replicas_die_at_once_again_and_again(model: str, tmp_path: Path):
+    """What the dead leave is not mistaken for what the new have: nobody is forgotten, nothing is lost."""
+    flags = ("--data-parallel-size", "2", "--max-restarts", "9")
+    service = Service(model, *FLAGS, *flags, log=tmp_path / "log").wait_ready()
+    try:
+        calm = contents(asyncio.run(ask(service.url, bodies(20))))
+        for deaths in range(1, 4):
+            for replica in (1, 0):
+                service.child(f"holdfast worker {replica}.0.0").send_signal(signal.SIGKILL)
+            wait_for("both back", lambda: service.text().count("serves again") == 2 * deaths, 30)  # noqa: B023
+            service.wait_ready()
+            assert len(service.children) == 5
+            assert contents(asyncio.run(ask(service.url, bodies(20)))) == calm
+        incidents = httpx.get(f"{service.url}/cluster").json()["incidents"]
+        assert len(incidents) == 6
+        assert {incident["loss"]["process"] for incident in incidents} == {"worker 0.0.0", "worker 1.0.0"}
+        assert all(incident["back"] for incident in incidents)
+    finally:
+        assert service.stop() == 0, service.text()[-3000:]
+
+
 def contents(replies: list[httpx.Response]) -> list[object]:
     """What they say, without ids and times."""
     assert {reply.status_code for reply in replies} == {200}, [reply.text for reply in replies][:2]

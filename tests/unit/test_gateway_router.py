@@ -19,6 +19,7 @@ from holdfast.core.wire import (
     Endpoints,
     EngineReady,
     EngineStats,
+    Loss,
     Outputs,
     Submit,
     ToEngine,
@@ -31,6 +32,7 @@ from holdfast.gateway.router import Mailbox, Router
 from holdfast.gateway.tokenlog import TokenLog
 
 STATS = EngineStats(0, 0, 10, 0, 0, 0, 0)
+LOSS = Loss("worker 0.0.0", "death", 0, ["worker 0.0.0"], [], 0.0)
 DEADLINE = 10
 
 
@@ -52,8 +54,8 @@ class Wire:
         message: Submit | Abort = decoder(ToEngine).decode(await asyncio.wait_for(self.pull.recv(), DEADLINE))
         return message
 
-    def submit(self, *names: str, waited: float = 0.0) -> Mailbox:
-        params = SamplingParams(seed=0, max_tokens=8)
+    def submit(self, *names: str, waited: float = 0.0, max_tokens: int = 8) -> Mailbox:
+        params = SamplingParams(seed=0, max_tokens=max_tokens)
         return self.router.submit([Submit(name, [1, 2], params) for name in names], time.monotonic() - waited)
 
     def sample(self, name: str) -> float | None:
@@ -196,3 +198,44 @@ async def test_what_is_left_when_a_replica_is_lost(tmp_path: Path) -> None:
         await asyncio.gather(running, return_exceptions=True)
         router.close()
         wire.context.destroy(linger=0)
+
+
+async def test_requests_wait_for_a_replica_that_comes_back(wire: Wire) -> None:
+    """They go on in the new one from where the log says; what an engine said before it died is not heard after."""
+    mailbox = wire.submit("a")
+    assert isinstance(await wire.hear(), Submit)
+    await wire.say(TokenOutput("a", 0, [5, 6]))
+    await read(mailbox)
+    wire.router.replica_lost(0, "killed", epoch=0, comes_back=True, loss=LOSS)
+    assert wire.router.status == "recovering"
+    with pytest.raises(Unavailable, match="recovering"):
+        wire.submit("b")
+    await wire.push.send(encode(EngineReady(0, 0, 64)))  # its own, on the way when it died
+    await wire.push.send(encode(EngineReady(0, 1, 64)))
+    again = await wire.hear()
+    assert isinstance(again, Submit)
+    assert again.output_token_ids == [5, 6]
+    [incident] = wire.router.incidents
+    assert (incident.rung, incident.requests, incident.resumed) == ("restart", 1, 0)
+    assert incident.back is not None
+    await wire.push.send(encode(Outputs(0, 0, [TokenOutput("a", 2, [9])], STATS)))
+    await wire.push.send(encode(Outputs(0, 1, [TokenOutput("a", 2, [7], finish="length")], STATS)))
+    [output] = await read(mailbox)
+    assert output.token_ids == [7]
+    assert incident.resumed == 1
+
+
+async def test_a_replica_that_comes_back_smaller_gets_what_fits(wire: Wire) -> None:
+    long, short = wire.submit("a", max_tokens=50), wire.submit("b", max_tokens=5)
+    for _ in range(2):
+        await wire.hear()
+    wire.router.replica_lost(0, "killed", epoch=0, comes_back=True, loss=LOSS)
+    await wire.push.send(encode(EngineReady(0, 1, 20)))
+    again = await wire.hear()
+    assert isinstance(again, Submit)
+    assert again.request_id == "b"
+    [end] = await read(long)
+    assert end.finish == "error"
+    assert "less memory" in str(end.error)
+    wire.router.abort(["b"])
+    assert short is not None

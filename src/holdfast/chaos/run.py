@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import signal
 import statistics
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -86,7 +88,7 @@ def run(model: str, config: ChaosConfig, flags: Sequence[str]) -> int:
 
 async def _run(model: str, config: ChaosConfig, flags: Sequence[str]) -> Report:
     with tempfile.TemporaryDirectory(prefix="holdfast-chaos-") as folder:
-        more = [] if "--max-restarts" in flags else ["--max-restarts", "1000000"]
+        more = [] if any(flag.startswith("--max-restarts") for flag in flags) else ["--max-restarts", "1000000"]
         service = Service(model, [*flags, "--served-model-name", "chaos", *more], Path(folder) / "log")
         await service.start()
         left: list[int] = []
@@ -149,7 +151,8 @@ async def _strike(service: Service, kinds: list[str], dice: random.Random, pair_
     victims = dice.sample(sorted(living), number)
     fault = Fault(kind, victims, time.time())
     for victim in victims:
-        living[victim].send_signal(_SIGNALS[action])
+        with contextlib.suppress(psutil.NoSuchProcess):  # it died by itself, which is noticed as well
+            living[victim].send_signal(_SIGNALS[action])
     return fault
 
 

@@ -109,9 +109,10 @@ class Children:
 
     def kill(self, names: Iterable[str]) -> None:
         """SIGKILL those that live; nothing is heard of it, nor of them."""
-        killed = [self.by_name[name] for name in names if self._forget(self.by_name[name])]
-        for child in killed:
+        children = [self.by_name[name] for name in names]
+        for child in children:
             self._drop(child.name)
+        killed = [child for child in children if self._forget(child)]
         for child in killed:
             child.process.kill()
         for child in killed:
@@ -126,8 +127,9 @@ class Children:
 
     def _forget(self, child: Child) -> bool:
         """Stop watching; whether it was watched."""
-        if self._watched.pop(child.pidfd, None) is None:
+        if self._watched.get(child.pidfd) is not child:  # its number may be another's by now
             return False
+        del self._watched[child.pidfd]
         self._poller.unregister(child.pidfd)
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -190,7 +191,8 @@ class Engine:
             now = time.monotonic()
             if now - self._beat >= wire.BEAT_SECONDS:
                 self._beat = now
-                self.control.send(wire.encode(wire.Beat()))
+                with contextlib.suppress(zmq.Again):  # nobody listens: no reason to stand still
+                    self.control.send(wire.encode(wire.Beat()), zmq.NOBLOCK)
             if now - self._looked > LOOK_SECONDS or not busy:
                 self._looked = now
                 if self.watch.look([tally.moves for tally in self.counters()], now, busy=busy):

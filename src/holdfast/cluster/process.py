@@ -47,9 +47,13 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 process_group=0,
             )
+            pidfd = os.pidfd_open(process.pid)
+        except BaseException:
+            os.close(write_end)  # which ends the child, if there is one
+            raise
         finally:
             os.close(read_end)
-        return cls(name, epoch, process, os.pidfd_open(process.pid), write_end)
+        return cls(name, epoch, process, pidfd, write_end)
 
     def wait(self, deadline: float) -> bool:
         """Whether it has ended by `deadline` (`time.monotonic()` seconds)."""

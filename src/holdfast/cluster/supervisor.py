@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -87,6 +88,8 @@ def serve(model: str, config: ServeConfig) -> int:
 
 HEARTBEAT_LOSS_SECONDS = 3.0
 """An engine that has not been heard for so long stands still: three beats."""
+_TICK_SECONDS = 0.5
+"""Between two looks at who is late."""
 STEADY_SECONDS = 60.0
 """A replica that has served for so long starts with a clean record when it dies."""
 
@@ -169,12 +172,16 @@ class Supervisor:
     def _start(self, replica: Replica) -> None:
         """All processes of a replica, with new memory between them."""
         layout = layout_of(self.plan.replicas[replica.number], self.model.spec, self.config.scheduler)
+        names = self._names(replica)
+        self._shown = {key: shown for key, shown in self._shown.items() if key.partition("@")[0] not in names}
         descriptor = create(layout.num_bytes)
-        for name in self._names(replica):
-            weights = self._weights.get(name.partition(".")[2])
-            memory = {"replica": descriptor} | ({} if weights is None else {"weights": weights})
-            self.children.start(name, self.modules[name], str(self._boot_file), memory)
-        os.close(descriptor)  # it lives as long as a child has it
+        try:
+            for name in names:
+                weights = self._weights.get(name.partition(".")[2])
+                memory = {"replica": descriptor} | ({} if weights is None else {"weights": weights})
+                self.children.start(name, self.modules[name], str(self._boot_file), memory)
+        finally:
+            os.close(descriptor)  # it lives as long as a child has it
         replica.become("starting")
 
     def _wait_until_ready(self) -> bool:
@@ -242,12 +249,12 @@ class Supervisor:
     def _events(self, deadline: float | None = None) -> Iterator[Event]:
         """Everything that happens; `TimedOut` at the deadline. Replicas that are late, to start or to give a sign of
         life, are lost by then."""
+        looked = time.monotonic()
         while True:
-            due = [self._due(replica) for replica in self.replicas if replica.state != "lost"]
-            until = min([*due, *([] if deadline is None else [deadline])])
-            event = self.children.next_event(until)
-            now = time.monotonic()
-            if now > until + wire.BEAT_SECONDS:  # we stood still ourselves: perhaps everything did
+            event = self.children.next_event(min(looked + _TICK_SECONDS, deadline or math.inf))
+            now, before = time.monotonic(), looked
+            looked = now
+            if now - before > 2 * _TICK_SECONDS:  # we stood still ourselves: perhaps everything did
                 for replica in self.replicas:
                     replica.heard = now
             if not isinstance(event, TimedOut):
@@ -275,6 +282,9 @@ class Supervisor:
 
     def _take(self, event: Event) -> None:
         """What a child of a running service says, or its end."""
+        number = replica_of(event.child) if isinstance(event, Said | Ended) else None
+        if number is not None and self.replicas[number].state == "lost":
+            return  # the rest of it
         match event:
             case Said(name, wire.Progress() as progress):
                 self._show(name, progress)
@@ -317,6 +327,7 @@ class Supervisor:
             process, failed = replica.failure
             reason, kind = f"{process} died ({failed.error})", "hang" if failed.hangs else "error"
         loss = impact_of(self.plan, process, kind, detected)
+        epoch = self.children.by_name[f"engine {replica.number}"].epoch
         self.children.kill(self._names(replica))
         if replica.state == "serving" and time.monotonic() - replica.since > STEADY_SECONDS:
             replica.deaths = 0
@@ -336,11 +347,21 @@ class Supervisor:
             if comes_back
             else "",
         )
-        self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason, comes_back, loss))
+        self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason, epoch, comes_back, loss))
+        replica.become("lost")
         if comes_back:
-            self._start(replica)
-        else:
-            replica.become("lost")
+            try:
+                self._start(replica)
+            except OSError as error:  # no process, no memory, no descriptor to be had
+                self._give_up(replica, f"replica {replica.number} cannot be started again: {error}")
+
+    def _give_up(self, replica: Replica, reason: str) -> None:
+        """It does not come back after all."""
+        self.children.kill(self._names(replica))
+        if all(other.state == "lost" for other in self.replicas):
+            raise ProcessDied(reason)
+        log.error("%s", reason)
+        self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason))
 
     def _how_it_ended(self, name: str) -> str:
         return self.children.by_name[name].how_it_ended()

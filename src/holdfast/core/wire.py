@@ -281,9 +281,9 @@ class Endpoints(msgspec.Struct, frozen=True):
         """PULL bound by the worker; its engine pushes `ToWorker`."""
         return f"ipc://{self.folder}/worker-{rank}"
 
-    def meeting(self, replica: int) -> str:
+    def meeting(self, replica: int, epoch: int) -> str:
         """File through which the ranks of a replica find each other, where they share no memory."""
-        return f"{self.folder}/meeting-{replica}"
+        return f"{self.folder}/meeting-{replica}-{epoch}"
 
 
 class Boot(msgspec.Struct, frozen=True):
@@ -363,6 +363,8 @@ class ReplicaLost(_Message, frozen=True):
 
     replica: int
     reason: str
+    epoch: int = -1
+    """Of the engine that is gone; it says nothing any more."""
     comes_back: bool = False
     loss: Loss | None = None
     """None: nothing was lost, the service ends."""

@@ -142,8 +142,8 @@ async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
             match decode(receiving.result()):
                 case Stop():
                     return None
-                case ReplicaLost(replica, reason, comes_back, loss):
-                    router.replica_lost(replica, reason, comes_back=comes_back, loss=loss)
+                case ReplicaLost(replica, reason, epoch, comes_back, loss):
+                    router.replica_lost(replica, reason, epoch=epoch, comes_back=comes_back, loss=loss)
                 case Drain(deadline):
                     if draining is not None:
                         draining.cancel()

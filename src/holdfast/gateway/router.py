@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -69,7 +69,7 @@ class _Live:
     first_token: float | None = None
     last_token: float = 0.0
     num_tokens: int = 0
-    incident: Incident | None = None
+    incidents: list[Incident] = field(default_factory=list)
     """That hit it, until it gets its next token."""
 
 
@@ -105,6 +105,10 @@ class Router:
         self._incoming.bind(endpoints.gateway)
         self._outgoing = {replica: self._connect(replica) for replica in range(num_replicas)}
         self._ready: dict[int, EngineReady] = {}
+        self._lost_epoch: dict[int, int] = {}
+        """Of each replica that was lost: what this engine, or one before, still says is not heard."""
+        self._promised = 0
+        """Tokens a request may hold, as the door knows it."""
         self._coming: set[int] = set()
         """Replicas that are lost and will announce themselves again."""
         self._balancer = Balancer()
@@ -149,6 +153,8 @@ class Router:
         while True:
             message = decode(await self._incoming.recv())
             if isinstance(message, EngineReady):
+                if message.epoch <= self._lost_epoch.get(message.replica, -1):
+                    continue
                 self._ready[message.replica] = message
                 self._coming.discard(message.replica)
                 self.incidents.came_back(message.replica)
@@ -162,7 +168,8 @@ class Router:
     async def wait_ready(self) -> int:
         """Until every replica has announced itself; the tokens a request may hold in each of them."""
         await self._all_ready.wait()
-        return min(ready.max_model_len for ready in self._ready.values())
+        self._promised = min(ready.max_model_len for ready in self._ready.values())
+        return self._promised
 
     def submit(self, requests: Sequence[Submit], arrived: float) -> Mailbox:
         """Make these engine requests live, all or none. Their ids must never have been used; `arrived` is the
@@ -179,7 +186,10 @@ class Router:
                 code="queue_full",
                 retry_after=1,
             )
-        replica = self._balancer.choose(requests[0].prompt_token_ids, self._loads())
+        loads = self._loads_for(requests)
+        if not loads:
+            raise Unavailable("no replica has room for so long a request now", retry_after=1)
+        replica = self._balancer.choose(requests[0].prompt_token_ids, loads)
         mailbox = Mailbox()
         self._idle.clear()
         for request in requests:
@@ -209,12 +219,15 @@ class Router:
         for request_id in request_ids:
             self._log.close(request_id)
 
-    def replica_lost(self, replica: int, reason: str, *, comes_back: bool = False, loss: Loss | None = None) -> None:
+    def replica_lost(
+        self, replica: int, reason: str, *, epoch: int = -1, comes_back: bool = False, loss: Loss | None = None
+    ) -> None:
         """The replica is gone, for good or until it announces itself again. Its requests go on in the others, from
         where the token log says they are; without another they wait for the first that comes back, or end with an
         error when none does."""
         logger.error("replica %d is lost: %s", replica, reason)
         self._ready.pop(replica, None)
+        self._lost_epoch[replica] = epoch
         (self._coming.add if comes_back else self._coming.discard)(replica)
         self._all_ready.clear()
         self._metrics.engine_lost(replica)
@@ -224,10 +237,11 @@ class Router:
         if loss is not None:
             rung: Rung = "failover" if self._ready else "restart" if self._coming else "error"
             self._metrics.replica_lost(loss.kind, rung)
-            incident = Incident(replica, reason, loss, rung, len(orphans), time.time())
+            hit = [live for live in orphans if live.replica == replica]
+            incident = Incident(replica, reason, loss, rung, len(hit), time.time())
             self.incidents.add(incident)
-            for live in orphans:
-                live.incident = incident
+            for live in hit:
+                live.incidents.append(incident)
         if self._ready:
             self._move(orphans)
         elif self._coming:
@@ -240,12 +254,27 @@ class Router:
         """Have those replicas that there are go on with these requests."""
         for live in orphans:
             known = self._log[live.submit.request_id].token_ids
-            live.replica = self._balancer.choose(live.submit.prompt_token_ids, self._loads())
+            loads = self._loads_for([live.submit])
+            if not loads:
+                self._fail([live.submit.request_id], "the replica came back with less memory than the request needs")
+                continue
+            live.replica = self._balancer.choose(live.submit.prompt_token_ids, loads)
             self._outgoing[live.replica].send(
                 encode(msgspec.structs.replace(live.submit, output_token_ids=known)), zmq.NOBLOCK
             )
         if orphans:
             logger.warning("%d requests go on", len(orphans))
+
+    def _loads_for(self, requests: Sequence[Submit]) -> dict[int, int]:
+        """`_loads` of the replicas that hold what these may come to: one that was started again may have less memory
+        than all had when the door learned what to let in."""
+        longest = max(len(request.prompt_token_ids) + request.params.max_tokens for request in requests)
+        rooms = {replica: self._ready[replica].max_model_len for replica in self._ready}
+        return {
+            replica: load
+            for replica, load in self._loads().items()
+            if rooms[replica] >= self._promised or rooms[replica] >= longest
+        }
 
     def _loads(self) -> dict[int, int]:
         """Live requests of every replica that can take one."""
@@ -312,10 +341,11 @@ class Router:
     def _observe(self, live: _Live, num_new: int, now: float) -> None:
         if num_new == 0:
             return
-        if live.incident is not None:
-            live.incident.went_on()
-            self._metrics.recovery.observe(time.time() - live.incident.loss.detected)
-            live.incident = None
+        if live.incidents:
+            self._metrics.recovery.observe(time.time() - live.incidents[0].loss.detected)
+            for incident in live.incidents:
+                incident.went_on()
+            live.incidents.clear()
         if live.first_token is None:
             live.first_token = now
             self._metrics.first_token.observe(now - live.arrived)

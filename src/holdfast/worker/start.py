@@ -51,6 +51,8 @@ class Post:
     memory: int | None = None
     weights: int | None = None
     meeting: str = ""
+    again: bool = False
+    """In the place of one that died: the other replicas have their memory already."""
 
     @classmethod
     def alone(cls, model: ModelInfo) -> Post:
@@ -238,7 +240,9 @@ def _num_blocks(config: ServeConfig, model: ModelInfo, runner: Runner, post: Pos
     if device.type == "cpu" and not post.place.is_alone:  # what is exchanged lies in memory as well
         free = max(free - layout_of(post.place.replica, spec, config.scheduler).num_bytes, 0)
     if cache.kv_cache_memory_bytes is not None:
-        budget, sharing = cache.kv_cache_memory_bytes, post.num_ranks if device.type == "cpu" else 1
+        budget, sharing = cache.kv_cache_memory_bytes, 1
+        if device.type == "cpu":
+            sharing = post.place.replica.num_ranks if post.again else post.num_ranks
         if budget * sharing > free:
             each = f" for {sharing} ranks" if sharing > 1 else ""
             raise ConfigError(f"--kv-cache-memory-bytes {budget}: only {free} bytes are free on {device.type}{each}")
