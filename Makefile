@@ -34,7 +34,7 @@ test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
 	@$(PY) -m pytest -m gpu tests $(ARGS)
 
 parity: $(VENV)/.installed-dev $(VENV)/.demo ## every model family against transformers, slow tests too
-	@$(PY) -m pytest tests/parity $(ARGS)
+	@$(PY) -m pytest tests/parity tests/unit/test_cuda_compiles.py $(ARGS)
 
 sanitize: $(VENV)/.installed-dev ## the kernel tests with AddressSanitizer and UBSan watching the C code
 	@mkdir -p build
