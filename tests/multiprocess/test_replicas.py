@@ -132,7 +132,7 @@ def test_both_replicas_die_at_once_again_and_again(model: str, tmp_path: Path):
                 service.child(f"holdfast worker {replica}.0.0").send_signal(signal.SIGKILL)
             wait_for("both back", lambda: service.text().count("serves again") == 2 * deaths, 30)  # noqa: B023
             service.wait_ready()
-            assert len(service.children) == 5
+            wait_for("five processes", lambda: len(service.living_children()) == 5, 5)
             assert contents(asyncio.run(ask(service.url, bodies(20)))) == calm
         incidents = httpx.get(f"{service.url}/cluster").json()["incidents"]
         assert len(incidents) == 6

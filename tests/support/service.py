@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import signal
@@ -91,10 +92,12 @@ class Service:
 
     def child(self, title: str) -> psutil.Process:
         """The child with this process title, such as "holdfast worker 0.0.0"."""
-        for child in self.children:
-            if " ".join(child.cmdline()).strip() == title:
-                return child
-        raise AssertionError(f"no child titled {title!r}: {[child.cmdline() for child in self.children]}")
+        titles = {}
+        for child in self.living_children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # ZombieProcess is one: it has just ended
+                titles[" ".join(child.cmdline()).strip()] = child
+        assert title in titles, f"no child titled {title!r}: {list(titles)}"
+        return titles[title]
 
     def text(self) -> str:
         """What the service has logged."""
