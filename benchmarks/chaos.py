@@ -16,17 +16,9 @@ import tempfile
 from pathlib import Path
 
 from support.checkpoints import random_model, save
-from support.skewed import skewed_mixtral
+from support.skewed import EXPERTS, SHAPE, skewed_mixtral
 from support.tiny import byte_tokenizer
 
-SHAPE = {
-    "hidden_size": 64,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "max_position_embeddings": 2048,
-}
 TP, PP, DP, EP = (f"--{kind}-parallel-size" for kind in ("tensor", "pipeline", "data", "expert"))
 BALANCED = ("--enable-eplb", "--num-redundant-experts", "4", "--eplb-step-interval", "100")
 PLANS = {
@@ -44,7 +36,7 @@ def write_models(folder: Path) -> dict[str, str]:
         if name == "llama":
             model = random_model(model_type="llama", **SHAPE, vocab_size=size)
         else:
-            model = skewed_mixtral(**SHAPE, num_local_experts=16, num_experts_per_tok=2, vocab_size=size)
+            model = skewed_mixtral(**SHAPE, **EXPERTS, vocab_size=size)
         models[name] = save(model, folder / name)
     return models
 

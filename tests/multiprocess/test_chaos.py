@@ -63,7 +63,9 @@ def reply(text: str) -> httpx.Response:
         (lambda: reply("as it was"), None),
         (lambda: reply("as it wasas it was"), "changed"),
         (lambda: httpx.Response(500, text="no"), "lost"),
-        (lambda: httpx.Response(503, text="later"), None),
+        (lambda: httpx.Response(503, json={"error": {"code": "recovering"}}), None),
+        (lambda: httpx.Response(503, json={"error": {"code": None, "message": "worker 0.0.0 died"}}), "lost"),
+        (lambda: httpx.Response(503, text="later"), "lost"),
     ],
 )
 def test_a_reply_that_is_not_as_undisturbed_is_wrong(answer, wrong: str | None):

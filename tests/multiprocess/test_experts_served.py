@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -13,28 +13,18 @@ from support.builds import builds
 from support.checkpoints import save
 from support.crowd import Answers, ask
 from support.service import Service, wait_for
-from support.skewed import skewed_mixtral
+from support.skewed import EXPERTS, SHAPE, skewed_mixtral
 from support.tiny import byte_tokenizer
 
 pytestmark = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
 
-SHAPE = {
-    "hidden_size": 64,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_local_experts": 16,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 1024,
-}
 FLAGS = ("--served-model-name", "m", "--max-model-len", "512", "--max-num-batched-tokens", "128")
 TWO_GROUPS = ("--tensor-parallel-size", "2", "--expert-parallel-size", "2")
 BALANCED = ("--enable-eplb", "--num-redundant-experts", "4", "--eplb-step-interval", "40")
 
 
 def write(folder: Path) -> str:
-    return save(skewed_mixtral(**SHAPE, vocab_size=byte_tokenizer(folder)), folder)
+    return save(skewed_mixtral(**SHAPE, **EXPERTS, vocab_size=byte_tokenizer(folder)), folder)
 
 
 def expert_rows(service: Service) -> dict[str, float]:
@@ -115,7 +105,7 @@ def test_experts_that_cannot_be_read_stay_where_they_are(alone: Answers, change:
         assert service.stop() == 0, service.text()[-3000:]
 
 
-def test_stop_while_experts_are_read(model: str, tmp_path: Path):
+def test_stop_while_experts_are_read(model: str, alone: Answers, tmp_path: Path):
     """With moves all the time: every worker ends as it was told to, none is aborted."""
     flags = (
         "--tensor-parallel-size",
@@ -127,11 +117,11 @@ def test_stop_while_experts_are_read(model: str, tmp_path: Path):
         "1",
     )
     service = Service(model, *FLAGS, *flags, log=tmp_path / "log").wait_ready()
-    asking = threading.Thread(target=lambda: asyncio.run(ask(service.url)))
-    asking.start()
-    wait_for("a move", lambda: "moving some" in service.text(), 20)
-    assert service.stop() == 0
-    asking.join()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(lambda: asyncio.run(ask(service.url)))
+        wait_for("a move", lambda: "moving some" in service.text(), 20)
+        assert service.stop() == 0
+        assert asking.result() == alone
     for sign in ("terminate called", "Traceback", "died", "killed"):
         assert sign not in service.text(), service.text()[-3000:]
 

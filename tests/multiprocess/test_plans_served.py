@@ -17,6 +17,7 @@ from support.builds import builds
 from support.checkpoints import random_model, save
 from support.crowd import Answers, ask
 from support.service import Service
+from support.skewed import EXPERTS, SHAPE
 from support.tiny import byte_tokenizer
 
 pytestmark = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
@@ -30,17 +31,7 @@ LLAMA = {
     "num_hidden_layers": 5,
     "max_position_embeddings": 1024,
 }
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 64,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_local_experts": 16,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 1024,
-}
+MIXTRAL = {"model_type": "mixtral", **SHAPE, **EXPERTS, "max_position_embeddings": 1024}
 FLAGS = ("--served-model-name", "m", "--max-model-len", "512", "--max-num-batched-tokens", "128")
 
 

@@ -8,6 +8,16 @@ from transformers import PreTrainedModel
 
 from support.checkpoints import random_model
 
+SHAPE = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 2048,
+}
+EXPERTS = {"num_local_experts": 16, "num_experts_per_tok": 2}
+
 
 def skewed_mixtral(*, exponent: float = 1.0, seed: int = 0, **config: object) -> PreTrainedModel:
     """The first number of the residual stream is the same for every token, and no layer changes it: it carries the

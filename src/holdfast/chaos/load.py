@@ -22,6 +22,8 @@ _KINDS: tuple[Body, ...] = (
     {"temperature": 0.9, "top_k": 40, "stop": [" of", "zq"]},
     {"temperature": 0, "logprobs": 0, "ignore_eos": True},
 )
+_AT_THE_DOOR = {"recovering", "starting", "queue_full"}
+"""Codes of refusals; any other 503 is the end of a request that was accepted."""
 _SENTENCE = "The harbour lay quiet that morning, and the boats came in one by one. "
 
 
@@ -68,10 +70,18 @@ async def ask(client: httpx.AsyncClient, body: Body) -> Choices:
 
 
 def _check(status: int, text: str) -> None:
-    if status in {429, 503}:
+    if status in {429, 503} and _code_of(text) in _AT_THE_DOOR:
         raise Refused(text)
     if status != 200:
         raise ValueError(f"HTTP {status}: {text}")
+
+
+def _code_of(text: str) -> object:
+    """Of an error in OpenAI's shape."""
+    try:
+        return msgspec.json.decode(text)["error"]["code"]
+    except (msgspec.DecodeError, LookupError, TypeError):
+        return None
 
 
 def _part(choice: dict[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.chaos.config import ChaosConfig
-from holdfast.chaos.load import Body, Choices, Load, ask, bodies
+from holdfast.chaos.load import Body, Choices, Load, Refused, ask, bodies
 from holdfast.chaos.service import Service
-from holdfast.core.errors import StartupError
+from holdfast.core.errors import ConfigError, StartupError
 
 _PATIENCE = 120.0
 """Seconds that getting over a fault may take."""
@@ -48,7 +48,7 @@ class Fault:
         return {int(victim.split(" ")[1].partition(".")[0]) for victim in self.victims}
 
     @property
-    def detected(self) -> float | None:
+    def detected(self) -> float:
         """Seconds until the first was noticed."""
         return min((incident["loss"]["detected"] for incident in self.incidents), default=self.at) - self.at
 
@@ -77,12 +77,15 @@ def run(model: str, config: ChaosConfig, flags: Sequence[str]) -> int:
     """0 when every request ended as it would have undisturbed, and nothing is left of the service; else 1."""
     report = asyncio.run(_run(model, config, flags))
     show(report, Console())
-    if config.report.json is not None:
-        Path(config.report.json).write_bytes(msgspec.json.format(_as_json(report)))
-    if config.report.plot is not None:
-        from holdfast.chaos.plot import timeline  # noqa: PLC0415 - matplotlib is slow to import
+    try:
+        if config.report.json is not None:
+            Path(config.report.json).write_bytes(msgspec.json.format(_as_json(report)))
+        if config.report.plot is not None:
+            from holdfast.chaos.plot import timeline  # noqa: PLC0415 - matplotlib is slow to import
 
-        timeline(report, Path(config.report.plot))
+            timeline(report, Path(config.report.plot))
+    except OSError as error:
+        raise ConfigError(f"--json/--plot: {error}") from error
     return 0 if report.is_good else 1
 
 
@@ -138,7 +141,10 @@ async def _calm(client: httpx.AsyncClient, asked: list[Body], streams: int) -> l
         async with gate:
             return await ask(client, body)
 
-    return list(await asyncio.gather(*[one(body) for body in asked]))
+    try:
+        return list(await asyncio.gather(*[one(body) for body in asked]))
+    except (httpx.HTTPError, ValueError, Refused) as error:
+        raise StartupError(f"a request failed before anything was disturbed: {error}") from error
 
 
 async def _strike(service: Service, kinds: list[str], dice: random.Random, pair_percent: int) -> Fault:
@@ -193,7 +199,7 @@ def show(report: Report, console: Console) -> None:
         table.add_row(
             kind,
             str(len(faults)),
-            _times([fault.detected for fault in faults if fault.detected is not None]),
+            _times([fault.detected for fault in faults if fault.incidents]),
             _times([min(found) for fault in faults if (found := fault.after("first_token"))]),
             _times([max(found) for fault in faults if (found := fault.after("last_token"))]),
             _times([fault.whole_again - fault.at for fault in faults if fault.whole_again is not None]),

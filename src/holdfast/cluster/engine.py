@@ -145,10 +145,11 @@ class Engine:
             worker.send(data)
 
     def _stats(self) -> wire.EngineStats:
+        if self.is_alone:
+            return self.scheduler.stats()
         ranks = [
             wire.RankStats(f"{self.replica}.{place.name}", *astuple(tally))
             for place, tally in zip(self.places, self.counters(), strict=True)
-            if not self.is_alone
         ]
         return msgspec.structs.replace(self.scheduler.stats(), ranks=ranks)
 

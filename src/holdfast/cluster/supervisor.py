@@ -288,14 +288,13 @@ class Supervisor:
         match event:
             case Said(name, wire.Progress() as progress):
                 self._show(name, progress)
-            case Said(name, wire.Beat()):
-                self.replicas[replica_of(name) or 0].heard = time.monotonic()
+            case Said(_, wire.Beat()) if number is not None:
+                self.replicas[number].heard = time.monotonic()
             case Said(name, wire.Ready()):
                 self._welcome_back(name)
             case Said(name, wire.Failed() as failed):
                 self._note_failure(name, failed)
             case Ended(name):
-                number = replica_of(name)
                 reason = f"{name} died ({self._how_it_ended(name)})"
                 if number is None:
                     raise ProcessDied(reason)

@@ -178,7 +178,7 @@ class Router:
         Raises `QueueFull` when too many live already, `Unavailable` when there is no replica.
         """
         if self.status != "ready":
-            raise Unavailable(f"the service is {self.status}", retry_after=1)
+            raise Unavailable(f"the service is {self.status}", code=self.status, retry_after=1)
         most = self.max_live - self._per_replica * (len(self._outgoing) - len(self._ready))
         if len(self._live) + len(requests) > most:
             raise QueueFull(
