@@ -84,14 +84,6 @@ def test_a_signal_to_every_process_still_drains(service: Service):
     assert stream.result()[-1] == "[DONE]"
 
 
-def test_a_gateway_killed_while_draining_is_a_failure(service: Service):
-    Stream(service, max_tokens=900)
-    service.signal(signal.SIGTERM)
-    wait_for("draining", lambda: service.health()[0] == 503, 10)
-    service.child("holdfast gateway").kill()
-    assert service.wait_end() == 1
-
-
 def test_a_second_signal_ends_live_requests_with_an_error(service: Service):
     stream = Stream(service, max_tokens=900)
     service.signal(signal.SIGTERM)
@@ -197,12 +189,6 @@ def text(events: list[str]) -> str:
     """Of a whole stream."""
     assert events[-1] == "[DONE]", events[-1]
     return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1] if json.loads(event)["choices"])
-
-
-def test_a_killed_gateway_ends_the_service(service: Service):
-    service.child("holdfast gateway").kill()
-    assert service.wait_end() == 1
-    assert "gateway died (killed by SIGKILL)" in service.text()
 
 
 def test_no_orphan_when_the_supervisor_is_killed(service: Service):

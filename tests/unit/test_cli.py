@@ -72,6 +72,9 @@ SERVE_FLAGS = [
     "--shutdown-timeout",
     "--startup-timeout",
     "--max-restarts",
+    "--token-log-dir",
+    "--token-log-sync",
+    "--resume-window",
     "--log-level",
 ]
 

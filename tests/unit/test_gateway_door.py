@@ -9,9 +9,10 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from holdfast.core.boot import Endpoints
 from holdfast.core.config import ServeConfig, ServerConfig
-from holdfast.core.wire import Endpoints
 from holdfast.gateway.app import Service, build_app
+from holdfast.gateway.calls import Calls
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.router import Router
 from holdfast.gateway.tokenlog import TokenLog
@@ -20,8 +21,9 @@ from holdfast.gateway.tokenlog import TokenLog
 @pytest_asyncio.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
     metrics = Metrics("m")
-    router = Router(Endpoints(str(tmp_path)), TokenLog(), metrics, max_live=1)
-    yield Service(router, metrics, ServeConfig(server=ServerConfig(api_key=("key",))))
+    log = TokenLog()
+    router = Router(Endpoints(str(tmp_path)), log, metrics, max_live=1)
+    yield Service(router, Calls(log, router, 1.0), metrics, ServeConfig(server=ServerConfig(api_key=("key",))))
     router.close()
 
 

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
+from holdfast.core.boot import Endpoints
 from holdfast.core.errors import QueueFull, StepFailed
 from holdfast.core.request import TokenLogprobs
-from holdfast.core.wire import Endpoints, TokenOutput
+from holdfast.core.wire import TokenOutput
 from holdfast.gateway.generation import Generation, Piece
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.openai import ServedModel, chat_job, completion_job
 from holdfast.gateway.protocol import ChatCompletionRequest, CompletionRequest
 from holdfast.gateway.replies import ChatReply, CompletionReply, error_body, event
 from holdfast.gateway.router import Router
-from holdfast.gateway.tokenlog import TokenLog
+from holdfast.gateway.tokenlog import LogEntry, TokenLog
 from support.gateway import byte_tokenizer, served_model
 
 
@@ -50,7 +51,7 @@ def model(tmp_path: Path) -> ServedModel:
 def complete(model: ServedModel, router: Router) -> Start:
     async def complete(**fields: object) -> Talk:
         request = CompletionRequest.model_validate({"prompt": "abc"} | fields)
-        return Talk(await completion_job(request, model, "id"), router, model.tokenizer)
+        return Talk(await completion_job(request, model, "id"), [], router, model.tokenizer)
 
     return complete
 
@@ -59,7 +60,7 @@ def complete(model: ServedModel, router: Router) -> Start:
 def chat(model: ServedModel, router: Router) -> Start:
     async def chat(**fields: object) -> Talk:
         request = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "x"}]} | fields)
-        return Talk(await chat_job(request, model, "id"), router, model.tokenizer)
+        return Talk(await chat_job(request, model, "id"), [], router, model.tokenizer)
 
     return chat
 
@@ -226,3 +227,44 @@ def test_an_event_is_one_line_whatever_a_client_takes_for_a_lines_end(end: str) 
     line, *rest = event({"text": f"a{end}é"}).decode().splitlines()
     assert rest == [""]
     assert json.loads(line.removeprefix("data: ")) == {"text": f"a{end}é"}
+
+
+@pytest.mark.parametrize("stop", [None, "lo w", "o w\u00f6", "rld"])
+@pytest.mark.parametrize("ends", [{"finish": "length"}, {"finish": "stop", "stop_token_id": 98}, {}])
+async def test_from_any_position_on_a_reader_is_told_the_rest(
+    model: ServedModel, router: Router, stop: str | None, ends: dict[str, Any]
+) -> None:
+    """What one who read token by token had been told by then, and what one who comes back there is told, are one."""
+    asked = {"prompt": "abc", "stop_token_ids": [98]} | ({"stop": stop} if stop else {})
+    job = await completion_job(CompletionRequest.model_validate(asked), model, "id")
+    entry = LogEntry(job.submits[0])
+    token_ids = list("hello w\u00f6rld b".encode())
+
+    def reader(after: int = 0) -> Generation:
+        return Generation(job, [entry], router, model.tokenizer, [after])
+
+    async def told_by(generation: Generation) -> list[Piece]:
+        """All that there is now."""
+        pieces = []
+        async for some in generation.pieces():
+            pieces += some
+            if generation.choices[0].num_tokens >= len(entry.token_ids):
+                break
+        return pieces
+
+    first, told = reader(), [(0, "", [])]
+    for index, token_id in enumerate(token_ids):
+        last = index == len(token_ids) - 1
+        entry.add(TokenOutput(entry.submit.request_id, index, [token_id], **(ends if last else {})))
+        if first.choices[0].finished:
+            continue
+        pieces = first.pieces()
+        for piece in await anext(pieces):
+            before, text, reasons = told[-1]
+            reasons = [*reasons, piece.finish_reason] if piece.finish_reason else reasons
+            told.append((before + 1 + bool(piece.finish_reason), text + piece.text, reasons))
+    _, all_text, all_reasons = told[-1]
+    for at, text, reasons in told:
+        rest = [] if at > len(token_ids) + 1 else await told_by(reader(at))
+        assert text + "".join(piece.text for piece in rest) == all_text
+        assert reasons + [piece.finish_reason for piece in rest if piece.finish_reason] == all_reasons

@@ -12,13 +12,14 @@ import pytest_asyncio
 import zmq
 import zmq.asyncio
 
+from holdfast.core.boot import Endpoints
 from holdfast.core.errors import QueueFull, Unavailable
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import (
     Abort,
-    Endpoints,
     EngineReady,
     EngineStats,
+    Hello,
     Loss,
     Outputs,
     Submit,
@@ -28,12 +29,17 @@ from holdfast.core.wire import (
     encode,
 )
 from holdfast.gateway.metrics import Metrics
-from holdfast.gateway.router import Mailbox, Router
-from holdfast.gateway.tokenlog import TokenLog
+from holdfast.gateway.router import Router
+from holdfast.gateway.tokenlog import Accepted, Reader, TokenLog
 
 STATS = EngineStats(0, 0, 10, 0, 0, 0, 0)
 LOSS = Loss("worker 0.0.0", "death", 0, ["worker 0.0.0"], [], 0.0)
 DEADLINE = 10
+
+
+def call(*names: str, max_tokens: int = 8) -> Accepted:
+    params = SamplingParams(seed=0, max_tokens=max_tokens)
+    return Accepted("cmpl-x", "completions", b"{}", 0, [Submit(name, [1, 2], params) for name in names])
 
 
 class Wire:
@@ -51,12 +57,15 @@ class Wire:
         await self.push.send(encode(Outputs(0, 0, list(outputs), stats)))
 
     async def hear(self) -> Submit | Abort:
-        message: Submit | Abort = decoder(ToEngine).decode(await asyncio.wait_for(self.pull.recv(), DEADLINE))
-        return message
+        """What the router has sent; but for its greetings."""
+        while True:
+            message = decoder(ToEngine).decode(await asyncio.wait_for(self.pull.recv(), DEADLINE))
+            if not isinstance(message, Hello):
+                assert isinstance(message, Submit | Abort)
+                return message
 
-    def submit(self, *names: str, waited: float = 0.0, max_tokens: int = 8) -> Mailbox:
-        params = SamplingParams(seed=0, max_tokens=max_tokens)
-        return self.router.submit([Submit(name, [1, 2], params) for name in names], time.monotonic() - waited)
+    def submit(self, *names: str, waited: float = 0.0, max_tokens: int = 8) -> Reader:
+        return Reader(self.router.submit(call(*names, max_tokens=max_tokens), time.monotonic() - waited))
 
     def sample(self, name: str) -> float | None:
         """A metric's value."""
@@ -80,7 +89,7 @@ async def wire(tmp_path: Path) -> AsyncIterator[Wire]:
     wire.context.destroy(linger=0)
 
 
-async def read(mailbox: Mailbox) -> list[TokenOutput]:
+async def read(mailbox: Reader) -> list[TokenOutput]:
     return await asyncio.wait_for(mailbox.get(), DEADLINE)
 
 
@@ -94,7 +103,7 @@ async def test_outputs_reach_their_mailbox_through_the_log(wire: Wire) -> None:
     assert wire.log["a"].token_ids == [5]
     assert wire.router.num_live == 1
     assert len(wire.log) == 2, "b's reply is not delivered yet"
-    wire.router.forget(["a", "b"])
+    wire.router.forget(call("a", "b"))
     assert await wire.hear() == Abort(["a"])
     assert len(wire.log) == wire.router.num_live == 0
 
@@ -175,7 +184,8 @@ async def test_what_is_left_when_a_replica_is_lost(tmp_path: Path) -> None:
             await wire.push.send(encode(EngineReady(replica, 0, 64)))
         assert await asyncio.wait_for(router.wait_ready(), DEADLINE) == 64
         mailboxes = {name: wire.submit(name) for name in "abc"}
-        first = decoder(ToEngine).decode(await asyncio.wait_for(other.recv(), DEADLINE))
+        greeting, first = [decoder(ToEngine).decode(await asyncio.wait_for(other.recv(), DEADLINE)) for _ in range(2)]
+        assert greeting == Hello(0)
         assert isinstance(first, Submit)
         moved = first.request_id
         busy = EngineStats(5, 3, 10, 5, 100, 10, 1)

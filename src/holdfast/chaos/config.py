@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from holdfast.core.config import option
 from holdfast.core.errors import ConfigError
 
-FAULTS = ("kill-worker", "kill-engine", "stop-worker", "stop-engine")
-"""SIGKILL or SIGSTOP of a worker or an engine."""
+FAULTS = ("kill-worker", "kill-engine", "kill-gateway", "stop-worker", "stop-engine", "stop-gateway")
+"""SIGKILL or SIGSTOP of a worker, an engine or the gateway."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,36 +43,87 @@ def bodies(model: str, count: int, max_tokens: int, seed: int) -> list[Body]:
     ]
 
 
+class Unknown(Exception):
+    """The service does not know the request."""
+
+
 class Refused(Exception):
     """Not accepted: the service is recovering, or full."""
 
 
-async def ask(client: httpx.AsyncClient, body: Body) -> Choices:
-    """One request to its end. Raises `Refused`, or `httpx.HTTPError` or `ValueError` when it was lost."""
-    if not body["stream"]:
-        reply = await client.post("/v1/completions", json=body)
-        _check(reply.status_code, reply.text)
-        return {choice["index"]: _part(choice) for choice in reply.json()["choices"]}
-    choices: Choices = {}
-    async with client.stream("POST", "/v1/completions", json=body) as reply:
-        if reply.status_code != 200:
-            _check(reply.status_code, (await reply.aread()).decode())
-        async for line in reply.aiter_lines():
-            if not line.startswith("data: "):
-                continue
-            if line == "data: [DONE]":
-                return choices
-            event = msgspec.json.decode(line[6:])
-            if "error" in event:
-                raise ValueError(event["error"]["message"])
-            for choice in event["choices"]:
-                _extend(choices, choice)
-    raise ValueError("the stream ended without [DONE]")
+class Unheard(Exception):
+    """The connection broke before anything came, and the service does not know the request: it was not accepted."""
+
+
+class Visit:
+    """One request to its end, however many connections that takes."""
+
+    def __init__(self, client: httpx.AsyncClient, body: Body) -> None:
+        self.num_returns = 0
+        self._client = client
+        self._id = uuid.uuid4().hex
+        self._streams = body["stream"]
+        self._body = body | {"request_id": self._id}
+        if self._streams:
+            self._body["stream_options"] = {"resumable": True}
+        self._choices: Choices = {}
+        self._last_id: str | None = None
+
+    async def reply(self) -> Choices:
+        """Raises `Refused` or `Unheard`, or `httpx.HTTPError` or `ValueError` when the request was lost."""
+        try:
+            return await self._over("POST", "/v1/completions", json=self._body)
+        except httpx.TransportError:
+            pass
+        while True:
+            try:
+                return await self._come_back()
+            except (Refused, httpx.TransportError):
+                await asyncio.sleep(0.05)
+
+    async def _come_back(self) -> Choices:
+        self.num_returns += 1
+        path = f"/v1/requests/cmpl-{self._id}"
+        try:
+            if not self._streams:
+                return await self._over("GET", path)
+            headers = {} if self._last_id is None else {"Last-Event-ID": self._last_id}
+            return await self._over("GET", f"{path}/stream", headers=headers)
+        except Unknown as error:
+            if self._choices:
+                raise ValueError(f"a request of which tokens came is not known any more: {error}") from error
+            raise Unheard from error
+
+    async def _over(self, method: str, path: str, **more: Any) -> Choices:
+        """All that comes over one connection, added to what came before."""
+        if not self._streams:
+            reply = await self._client.request(method, path, **more)
+            _check(reply.status_code, reply.text)
+            return {choice["index"]: _part(choice) for choice in reply.json()["choices"]}
+        async with self._client.stream(method, path, **more) as reply:
+            if reply.status_code != 200:
+                _check(reply.status_code, (await reply.aread()).decode())
+            coming = None
+            async for line in reply.aiter_lines():
+                if line == "data: [DONE]":
+                    return self._choices
+                if line.startswith("id: "):
+                    coming = line[4:]
+                elif line.startswith("data: "):
+                    event = msgspec.json.decode(line[6:])
+                    if "error" in event:
+                        raise ValueError(event["error"]["message"])
+                    for choice in event["choices"]:
+                        _extend(self._choices, choice)
+                    self._last_id = coming or self._last_id
+        raise ValueError("the stream ended without [DONE]")
 
 
 def _check(status: int, text: str) -> None:
     if status in {429, 503} and _code_of(text) in _AT_THE_DOOR:
         raise Refused(text)
+    if status == 404 and _code_of(text) == "request_not_found":
+        raise Unknown(text)
     if status != 200:
         raise ValueError(f"HTTP {status}: {text}")
 
@@ -124,6 +176,8 @@ class Load:
     over: asyncio.Event = field(default_factory=asyncio.Event)
     num_done: int = 0
     num_refused: int = 0
+    num_unheard: int = 0
+    num_returns: int = 0
     wrong: list[Wrong] = field(default_factory=list)
     tokens_at: list[tuple[float, int]] = field(default_factory=list)
     """When each request ended, and how many characters it had: for the timeline."""
@@ -137,16 +191,19 @@ class Load:
             index += step
 
     async def _once(self, index: int) -> None:
-        began = time.time()
+        began, visit = time.time(), Visit(self.client, self.asked[index])
         try:
-            found = await ask(self.client, self.asked[index])
-        except Refused:
-            self.num_refused += 1
+            found = await visit.reply()
+        except (Refused, Unheard) as error:
+            self.num_refused += isinstance(error, Refused)
+            self.num_unheard += isinstance(error, Unheard)
             await asyncio.sleep(0.05)
             return
         except (httpx.HTTPError, ValueError) as error:
             self.wrong.append(Wrong(index, began, f"lost: {type(error).__name__}: {error}"))
             return
+        finally:
+            self.num_returns += visit.num_returns
         self.num_done += 1
         self.tokens_at.append((time.time(), sum(len(choice["text"]) for choice in found.values())))
         if found != self.expected[index]:

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from holdfast.chaos.config import FAULTS
 from holdfast.chaos.run import Report
 
+_COLOURS = ("red", "purple", "blue", "orange", "brown", "cyan")
+
 
 def timeline(report: Report, path: Path) -> None:
     """A PNG with two panels: text served over time, with faults as spans until all is whole again; and how long each
@@ -18,7 +20,7 @@ def timeline(report: Report, path: Path) -> None:
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
     served, delays = figure.subplots(2, 1, sharex=True)
-    colours = dict(zip(FAULTS, ("tab:red", "tab:purple", "tab:orange", "tab:brown"), strict=True))
+    colours = dict(zip(FAULTS, (f"tab:{name}" for name in _COLOURS), strict=True))
     ends = [at for at, _ in report.load.tokens_at] + [fault.at for fault in report.faults]
     begin = min(ends, default=0.0)
     seconds = np.array([at - begin for at, _ in report.load.tokens_at])

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.chaos.config import ChaosConfig
-from holdfast.chaos.load import Body, Choices, Load, Refused, ask, bodies
+from holdfast.chaos.load import Body, Choices, Load, Refused, Visit, bodies
 from holdfast.chaos.service import Service
 from holdfast.core.errors import ConfigError, StartupError
 
@@ -43,9 +43,9 @@ class Fault:
     """When every replica served again."""
 
     @property
-    def replicas(self) -> set[int]:
-        """Those that it hit."""
-        return {int(victim.split(" ")[1].partition(".")[0]) for victim in self.victims}
+    def members(self) -> set[int | None]:
+        """The replicas that it hit; None: the gateway."""
+        return {int(victim.split(" ")[1].partition(".")[0]) if " " in victim else None for victim in self.victims}
 
     @property
     def detected(self) -> float:
@@ -126,11 +126,14 @@ async def _disturb(
         load.over.set()
         await running
     seconds = time.monotonic() - begun
-    incidents = (await client.get("/cluster")).json()["incidents"]
-    for fault in faults:  # by now all is known of them
-        known = {(incident["replica"], incident["loss"]["detected"]) for incident in fault.incidents}
-        fault.incidents = [each for each in incidents if (each["replica"], each["loss"]["detected"]) in known]
+    now = {_key(incident): incident for incident in (await client.get("/cluster")).json()["incidents"]}
+    for fault in faults:  # by now all is known of them, but what only an earlier gateway knew
+        fault.incidents = [now.get(_key(incident), incident) for incident in fault.incidents]
     return load, faults, seconds
+
+
+def _key(incident: dict[str, Any]) -> tuple[int | None, float]:
+    return incident["replica"], incident["loss"]["detected"]
 
 
 async def _calm(client: httpx.AsyncClient, asked: list[Body], streams: int) -> list[Choices]:
@@ -139,7 +142,7 @@ async def _calm(client: httpx.AsyncClient, asked: list[Body], streams: int) -> l
 
     async def one(body: Body) -> Choices:
         async with gate:
-            return await ask(client, body)
+            return await Visit(client, body).reply()
 
     try:
         return list(await asyncio.gather(*[one(body) for body in asked]))
@@ -179,7 +182,7 @@ async def _get_over(service: Service, client: httpx.AsyncClient, fault: Fault) -
         ]
         seen = {incident["replica"] for incident in fault.incidents}
         whole = all(replica["status"] == "ready" for replica in state["replicas"])
-        if seen >= fault.replicas and whole and all(incident["back"] is not None for incident in fault.incidents):
+        if seen >= fault.members and whole and all(incident["back"] is not None for incident in fault.incidents):
             fault.whole_again = time.time()
             return
     raise StartupError(
@@ -210,7 +213,8 @@ def show(report: Report, console: Console) -> None:
     counts = ", ".join(f"{rung} {rungs.count(rung)} times" for rung in sorted(set(rungs)))
     console.print(
         f"{len(report.faults)} faults in {report.seconds:.0f} s; {report.load.num_done} requests served, "
-        f"{report.load.num_refused} refused at the door; {hit} were hit; {counts or 'no incident'}"
+        f"{report.load.num_refused} refused at the door, {report.load.num_unheard} never heard of; {hit} were hit; "
+        f"{report.load.num_returns} came back for the rest; {counts or 'no incident'}"
     )
     lost = sum(wrong.what.startswith("lost") for wrong in report.load.wrong)
     console.print(f"lost requests: {lost}; changed replies: {len(report.load.wrong) - lost}")
@@ -233,6 +237,8 @@ def _as_json(report: Report) -> bytes:
             "seconds": report.seconds,
             "requests": report.load.num_done,
             "refused": report.load.num_refused,
+            "unheard": report.load.num_unheard,
+            "came_back": report.load.num_returns,
             "wrong": report.load.wrong,
             "exit_status": report.status,
             "processes_left": report.left,

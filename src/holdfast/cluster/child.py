@@ -24,13 +24,14 @@ import setproctitle
 import zmq
 
 from holdfast.core import wire
+from holdfast.core.boot import Boot
 from holdfast.core.errors import CollectiveFailed, ReplicaHangs, UserError
 from holdfast.core.logs import setup_logging
 
 Control = zmq.Socket[bytes]
 """A child's DEALER to the supervisor: sends `ToSupervisor`, receives `ToChild`."""
 
-Body = Callable[[wire.Boot, Control], None]
+Body = Callable[[Boot, Control], None]
 
 
 def run_child(body: Body) -> None:
@@ -39,7 +40,7 @@ def run_child(body: Body) -> None:
     Exit status 0: `body` returned (it was told to stop). 1: it raised; the supervisor has been told why.
     """
     name, boot_file, death_fd = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    boot = msgspec.json.decode(Path(boot_file).read_bytes(), type=wire.Boot)
+    boot = msgspec.json.decode(Path(boot_file).read_bytes(), type=Boot)
     threading.Thread(target=_die_with_parent, args=(death_fd, boot.endpoints.folder), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # told to everybody; the supervisor decides
         signal.signal(number, signal.SIG_IGN)
@@ -65,9 +66,9 @@ def run_child(body: Body) -> None:
     sys.exit(status)
 
 
-def shared_memory(what: Literal["replica", "weights"]) -> int | None:
-    """The descriptor of memory that this process shares with others, if there are any: with the rest of its replica,
-    or, for the weights, with the same rank of other replicas."""
+def inherited(what: Literal["replica", "weights", "listener"]) -> int | None:
+    """A descriptor that the supervisor gave us, if it did: of memory that this process shares with the rest of its
+    replica, or, for the weights, with the same rank of other replicas; of the socket that the service listens on."""
     return _numbers().get(what)
 
 

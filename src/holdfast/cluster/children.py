@@ -20,6 +20,7 @@ import zmq
 
 from holdfast.cluster.process import Child
 from holdfast.core import wire
+from holdfast.core.boot import Endpoints
 from holdfast.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Children:
     """`with Children(...) as children:` no child outlives the with block, and this process's signals are events.
     Raises `ConfigError` when no sockets can be made in the run's folder."""
 
-    def __init__(self, endpoints: wire.Endpoints) -> None:
+    def __init__(self, endpoints: Endpoints) -> None:
         self.by_name: dict[str, Child] = {}
         self._endpoints = endpoints
         self._happened: deque[Event] = deque()

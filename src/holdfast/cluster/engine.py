@@ -13,10 +13,11 @@ import msgspec
 import zmq
 
 from holdfast.cache.blocks import BlockPool
-from holdfast.cluster.child import Control, epoch, run_child, shared_memory
+from holdfast.cluster.child import Control, epoch, inherited, run_child
 from holdfast.cluster.experts import ExpertBalancer
 from holdfast.cluster.hang import LOOK_SECONDS, HangWatch
 from holdfast.core import wire
+from holdfast.core.boot import Boot
 from holdfast.core.errors import ReplicaHangs
 from holdfast.core.plan import places
 from holdfast.parallel.segment import RankTally, attach, layout_of, read_chosen, read_tally
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Owns the sockets of a replica; what runs when is the scheduler's business."""
 
-    def __init__(self, boot: wire.Boot, control: Control, replica: int) -> None:
+    def __init__(self, boot: Boot, control: Control, replica: int) -> None:
         self.boot = boot
         self.replica = replica
         self.epoch = epoch()
@@ -50,6 +51,8 @@ class Engine:
         self._open_shared_memory()
         self.watch, self._looked = HangWatch(boot.config.device.collective_timeout), 0.0  # until workers are ready
         self._beat = 0.0
+        self._gateway_epoch = -1
+        """Of the gateway that is served; none has said Hello yet."""
         self.gateway = self._socket(zmq.PUSH)
         self.gateway.connect(endpoints.gateway)
         self._decode_request = wire.decoder(wire.ToEngine).decode
@@ -82,7 +85,9 @@ class Engine:
             if self.balancer is not None and (placement := self.balancer.look()) is not None:
                 self._tell_workers(placement)
             assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work that is never scheduled"
-            self.gateway.send(wire.encode(wire.Outputs(self.replica, self.epoch, outputs, self._stats())))
+            self.gateway.send(
+                wire.encode(wire.Outputs(self.replica, self.epoch, outputs, self._stats(), self._gateway_epoch))
+            )
             if not self.scheduler.has_work and log.isEnabledFor(logging.DEBUG):
                 self.scheduler.check_integrity()  # every reference to every block, whenever we fall idle
 
@@ -108,7 +113,6 @@ class Engine:
                 self.boot.plan.pipeline_batching, len(self.plan.stages), depth, config.scheduler.max_num_seqs
             ),
         )
-        self.gateway.send(wire.encode(wire.EngineReady(self.replica, self.epoch, max_model_len)))
         self.control.send(wire.encode(wire.Ready()))
         return scheduler
 
@@ -120,7 +124,7 @@ class Engine:
     def _open_shared_memory(self) -> None:
         """`counters` reads the tallies of all ranks, in the order of `places`; `balancer` watches their experts."""
         self.balancer: ExpertBalancer | None = None
-        descriptor, model, config = shared_memory("replica"), self.boot.model, self.boot.config
+        descriptor, model, config = inherited("replica"), self.boot.model, self.boot.config
         assert descriptor is not None, "an engine shares memory with its workers"
         layout = layout_of(self.plan, model.spec, config.scheduler)
         memory = attach(descriptor, layout)
@@ -161,10 +165,23 @@ class Engine:
         """Take in what the gateway has sent."""
         while self.requests.poll(0):
             message = self._decode_request(self.requests.recv())
-            if isinstance(message, wire.Submit):
+            if isinstance(message, wire.Hello):
+                self._greet(message.gateway)
+            elif message.gateway != self._gateway_epoch:
+                continue  # of a gateway that is gone
+            elif isinstance(message, wire.Submit):
                 self.scheduler.add(message)
             else:
                 self.scheduler.abort(message.request_ids)
+
+    def _greet(self, gateway: int) -> None:
+        """A gateway is there, the first or the next. It knows what is to be gone on with, and asks for it again: the
+        blocks that are computed stay cached meanwhile."""
+        if gateway > self._gateway_epoch:
+            self.scheduler.abort_all()
+            self._gateway_epoch = gateway
+            ready = wire.EngineReady(self.replica, self.epoch, self.scheduler.max_model_len, gateway)
+            self.gateway.send(wire.encode(ready))
 
     def _take_result(self) -> list[wire.TokenOutput]:
         """What the oldest step in flight gave each request, if it is done."""
@@ -215,7 +232,7 @@ def settle(scheduler: Scheduler, result: wire.StepResult | wire.StepError) -> li
     return scheduler.fail(result.step_id, error)
 
 
-def run(boot: wire.Boot, control: Control) -> None:
+def run(boot: Boot, control: Control) -> None:
     Engine(boot, control, replica=int(sys.argv[1].removeprefix("engine "))).run()
 
 

@@ -36,7 +36,7 @@ class Child:
     @classmethod
     def start(cls, module: str, name: str, boot_file: str, memory: Mapping[str, int], epoch: int = 0) -> Child:
         """`python -m module name boot_file fd epoch=…`, in a process group of its own. `memory`: descriptors of what
-        it shares with others, by the names of `child.shared_memory`. `epoch`: how many had its name before."""
+        it shares with others, by the names of `child.inherited`. `epoch`: how many had its name before."""
         read_end, write_end = os.pipe()
         more = [f"{what}={number}" for what, number in {"epoch": epoch, **memory}.items()]
         try:

@@ -13,8 +13,9 @@ from typing import TypeVar
 import torch
 import zmq
 
-from holdfast.cluster.child import Control, epoch, run_child, shared_memory
+from holdfast.cluster.child import Control, epoch, inherited, run_child
 from holdfast.core import wire
+from holdfast.core.boot import Boot
 from holdfast.core.errors import ModelError
 from holdfast.core.plan import Place
 from holdfast.kernels.cpu.kernels import CpuKernels
@@ -26,14 +27,12 @@ from holdfast.worker.start import Post, start_runner
 log = logging.getLogger(__name__)
 
 
-def run(boot: wire.Boot, control: Control) -> None:
+def run(boot: Boot, control: Control) -> None:
     """Load the model, report for duty, run steps until told to stop."""
     rank = sys.argv[1].removeprefix("worker ")
     replica, stage, index = (int(part) for part in rank.split("."))
     place, meeting = Place(boot.plan.replicas[replica], stage, index), boot.endpoints.meeting(replica, epoch())
-    post = Post(
-        boot.plan, replica, place, shared_memory("replica"), shared_memory("weights"), meeting, again=epoch() > 0
-    )
+    post = Post(boot.plan, replica, place, inherited("replica"), inherited("weights"), meeting, again=epoch() > 0)
 
     def progress(text: str, fraction: float | None) -> None:
         control.send(wire.encode(wire.Progress(text, fraction)))

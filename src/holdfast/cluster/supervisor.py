@@ -3,30 +3,35 @@
     starting ──all ready──▶ serving ──signal──▶ draining ──gateway gone──▶ stopped
         └──────failure or signal──────────────────┴──▶ stopped
 
-It holds no device and serves no request. A replica that loses a process is killed whole and started again.
+It holds no device and serves no request. A member (a replica, the gateway) that loses a process is killed whole and
+started again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import setproctitle
 
 from holdfast.cluster.children import STOP_SECONDS, Children, Ended, Event, Said, Signalled, TimedOut
+from holdfast.cluster.listener import listen, url_of
+from holdfast.cluster.members import GATEWAY, Member, members
 from holdfast.cluster.plans import check_balancing, check_memory, impact_of, plan_of
 from holdfast.core import wire
+from holdfast.core.boot import Boot, Endpoints
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError, HoldfastError, ProcessDied, StartupError
 from holdfast.core.logs import setup_logging
@@ -39,27 +44,6 @@ from holdfast.parallel.segment import create, layout_of
 from holdfast.parallel.weights import HEADER
 
 log = logging.getLogger(__name__)
-
-GATEWAY = "gateway"
-
-
-def modules(plan: Plan) -> dict[str, str]:
-    """Name → module of every child; the slowest to start come first."""
-    replicas = range(len(plan.replicas))
-    return {
-        **{
-            f"worker {replica}.{place.name}": "holdfast.cluster.rank"
-            for replica in replicas
-            for place in places(plan.replicas[replica])
-        },
-        GATEWAY: "holdfast.gateway",
-        **{f"engine {replica}": "holdfast.cluster.engine" for replica in replicas},
-    }
-
-
-def replica_of(child: str) -> int | None:
-    """None: it serves all of them."""
-    return None if child == GATEWAY else int(child.split(" ")[1].partition(".")[0])
 
 
 def serve(model: str, config: ServeConfig) -> int:
@@ -80,58 +64,45 @@ def serve(model: str, config: ServeConfig) -> int:
     check_memory(config, info, plan)
     folder = tempfile.mkdtemp(prefix="holdfast-")
     try:
-        with Children(wire.Endpoints(folder)) as children:
-            return Supervisor(children, wire.Endpoints(folder), config, plan, info).run()
+        with contextlib.closing(listen(config.server)) as listener, Children(Endpoints(folder)) as children:
+            return Supervisor(children, Endpoints(folder), config, plan, info, listener).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-HEARTBEAT_LOSS_SECONDS = 3.0
-"""An engine that has not been heard for so long stands still: three beats."""
 _TICK_SECONDS = 0.5
 """Between two looks at who is late."""
-STEADY_SECONDS = 60.0
-"""A replica that has served for so long starts with a clean record when it dies."""
-
-
-@dataclass(slots=True)
-class Replica:
-    """What has become of a replica."""
-
-    number: int
-    state: Literal["starting", "serving", "lost"] = "starting"
-    since: float = field(default_factory=time.monotonic)
-    """Of the state."""
-    deaths: int = 0
-    """In a row."""
-    heard: float = field(default_factory=time.monotonic)
-    """Its engine's last sign of life, once it serves."""
-    failure: tuple[str, wire.Failed] | None = None
-    """Its first process to fail by itself, this time, and what it said."""
-
-    def become(self, state: Literal["starting", "serving", "lost"]) -> None:
-        self.state, self.since = state, time.monotonic()
-        self.heard = self.since
 
 
 class Supervisor:
     """The life of one service; `run` is all of it."""
 
-    def __init__(
-        self, children: Children, endpoints: wire.Endpoints, config: ServeConfig, plan: Plan, model: ModelInfo
+    def __init__(  # noqa: PLR0917
+        self,
+        children: Children,
+        endpoints: Endpoints,
+        config: ServeConfig,
+        plan: Plan,
+        model: ModelInfo,
+        listener: socket.socket,
     ) -> None:
         self.children = children
         self.endpoints = endpoints
         self.config = config
         self.plan = plan
         self.model = model
-        self.modules = modules(plan)
-        self.replicas = [Replica(number) for number in range(len(plan.replicas))]
+        self.listener = listener
+        self.members = members(plan)
+        self.replicas, self.gateway = self.members[:-1], self.members[-1]
+        self._of = {process: member for member in self.members for process in member.processes}
         self._started = time.monotonic()
         self._shown: dict[str, float] = {}
         self._weights: dict[str, int] = {}
         """Descriptors of the memory of weights that replicas hold together, by the name of a place; open as long
         as we live, for replicas that come back."""
+        self._untold: wire.Replaces | None = None
+        """What a new gateway is told once it is heard."""
+        self._drain_until: float | None = None
 
     def run(self) -> int:
         """Start, serve, drain."""
@@ -139,9 +110,8 @@ class Supervisor:
         if self.plan.shard_weights:
             for place in places(self.plan.replicas[0]):
                 self._weights[place.name] = create(HEADER + packed_room(self.model.spec, place))
-        for replica in self.replicas:  # the slowest first
-            self._start(replica)
-        self.children.start(GATEWAY, self.modules[GATEWAY], str(self._boot_file), {})
+        for member in self.members:
+            self._start(member)
         try:
             if not self._wait_until_ready():
                 return 0
@@ -162,42 +132,43 @@ class Supervisor:
     def _write_boot_file(self) -> None:
         self._boot_file.touch(mode=0o600)
         self._boot_file.write_bytes(
-            msgspec.json.encode(wire.Boot(self.config, self.model, self.endpoints, self.plan, stamp_of(self.model)))
+            msgspec.json.encode(Boot(self.config, self.model, self.endpoints, self.plan, stamp_of(self.model)))
         )
 
-    def _names(self, replica: Replica) -> list[str]:
-        """Of its processes."""
-        return [name for name in self.modules if replica_of(name) == replica.number]
-
-    def _start(self, replica: Replica) -> None:
-        """All processes of a replica, with new memory between them."""
-        layout = layout_of(self.plan.replicas[replica.number], self.model.spec, self.config.scheduler)
-        names = self._names(replica)
+    def _start(self, member: Member) -> None:
+        """All its processes; those of a replica with new memory between them."""
+        names = list(member.processes)
         self._shown = {key: shown for key, shown in self._shown.items() if key.partition("@")[0] not in names}
-        descriptor = create(layout.num_bytes)
-        try:
-            for name in names:
-                weights = self._weights.get(name.partition(".")[2])
-                memory = {"replica": descriptor} | ({} if weights is None else {"weights": weights})
-                self.children.start(name, self.modules[name], str(self._boot_file), memory)
-        finally:
-            os.close(descriptor)  # it lives as long as a child has it
-        replica.become("starting")
+        if member.number is None:
+            self._start_all(member, {"listener": self.listener.fileno()})
+        else:
+            layout = layout_of(self.plan.replicas[member.number], self.model.spec, self.config.scheduler)
+            descriptor = create(layout.num_bytes)
+            try:
+                self._start_all(member, {"replica": descriptor})
+            finally:
+                os.close(descriptor)  # it lives as long as a child has it
+        member.become("starting")
+
+    def _start_all(self, member: Member, descriptors: dict[str, int]) -> None:
+        for name, module in member.processes.items():
+            weights = self._weights.get(name.partition(".")[2])
+            more = {} if weights is None else {"weights": weights}
+            self.children.start(name, module, str(self._boot_file), descriptors | more)
 
     def _wait_until_ready(self) -> bool:
         """False: a signal came first. Raises the error of the child that could not start."""
-        deadline, url = self._started + self.config.server.startup_timeout, ""
+        deadline = self._started + self.config.server.startup_timeout
         for event in self.children.events(deadline):
             match event:
                 case Said(name, wire.Progress() as progress):
                     self._show(name, progress)
-                case Said(name, wire.Ready(text)):
+                case Said(name, wire.Ready()):
                     self.children.by_name[name].ready = True
-                    url = text or url
                     if all(child.ready for child in self.children.by_name.values()):
-                        for replica in self.replicas:
-                            replica.become("serving")
-                        self._welcome(url)
+                        for member in self.members:
+                            member.become("serving")
+                        self._welcome(url_of(self.config.server, self.listener))
                         return True
                 case Said(name, wire.Failed() as failed):
                     raise _startup_error(name, failed)
@@ -236,7 +207,7 @@ class Supervisor:
         )
 
     def _watch(self) -> bool:
-        """Until a signal comes (True). Raises `ProcessDied` when the gateway ends, or the last replica for good."""
+        """Until a signal comes (True). Raises `ProcessDied` when the gateway or the last replica is lost for good."""
         for event in self._events():
             match event:
                 case Signalled(number):
@@ -247,7 +218,7 @@ class Supervisor:
         raise AssertionError("events never end")
 
     def _events(self, deadline: float | None = None) -> Iterator[Event]:
-        """Everything that happens; `TimedOut` at the deadline. Replicas that are late, to start or to give a sign of
+        """Everything that happens; `TimedOut` at the deadline. Members that are late, to start or to give a sign of
         life, are lost by then."""
         looked = time.monotonic()
         while True:
@@ -255,112 +226,112 @@ class Supervisor:
             now, before = time.monotonic(), looked
             looked = now
             if now - before > 2 * _TICK_SECONDS:  # we stood still ourselves: perhaps everything did
-                for replica in self.replicas:
-                    replica.heard = now
+                for member in self.members:
+                    member.heard = now
             if not isinstance(event, TimedOut):
                 yield event
                 continue
-            for replica in self.replicas:
-                if replica.state != "lost" and now >= self._due(replica):
-                    self._lose_late(replica)
+            for member in self.members:
+                if member.state != "lost" and now >= member.due(self.config.server.startup_timeout):
+                    self._lose_late(member)
             if deadline is not None and now >= deadline:
                 yield event
 
-    def _due(self, replica: Replica) -> float:
-        """By when it must have said something."""
-        if replica.state == "starting":
-            return replica.since + self.config.server.startup_timeout
-        return replica.heard + HEARTBEAT_LOSS_SECONDS
-
-    def _lose_late(self, replica: Replica) -> None:
-        if replica.state == "starting":
-            late = next(name for name in self._names(replica) if not self.children.by_name[name].ready)
-            self._lose(replica, late, f"{late} was not ready in time")
+    def _lose_late(self, member: Member) -> None:
+        if member.state == "starting":
+            late = next((name for name in member.processes if not self.children.by_name[name].ready), member.speaker)
+            self._lose(member, late, f"{late} was not ready in time")
         else:
-            engine = f"engine {replica.number}"
-            self._lose(replica, engine, f"{engine} has not been heard for {HEARTBEAT_LOSS_SECONDS:g} s", hangs=True)
+            reason = f"{member.speaker} has not been heard for {member.most_silent:g} s"
+            self._lose(member, member.speaker, reason, hangs=True)
 
     def _take(self, event: Event) -> None:
         """What a child of a running service says, or its end."""
-        number = replica_of(event.child) if isinstance(event, Said | Ended) else None
-        if number is not None and self.replicas[number].state == "lost":
+        if not isinstance(event, Said | Ended):
+            return
+        member = self._of[event.child]
+        if member.state == "lost":
             return  # the rest of it
+        if member is self.gateway and isinstance(event, Said) and self._untold is not None:
+            self._tell_gateway(self._untold)
         match event:
             case Said(name, wire.Progress() as progress):
                 self._show(name, progress)
-            case Said(_, wire.Beat()) if number is not None:
-                self.replicas[number].heard = time.monotonic()
+            case Said(_, wire.Beat()):
+                member.heard = time.monotonic()
             case Said(name, wire.Ready()):
-                self._welcome_back(name)
-            case Said(name, wire.Failed() as failed):
-                self._note_failure(name, failed)
+                self._welcome_back(member, name)
+            case Said(name, wire.Failed() as failed):  # others of its member fail because of it, perhaps before it
+                log.error("%s failed: %s", name, failed.traceback)
+                if not failed.follows:
+                    member.failure = member.failure or (name, failed)
             case Ended(name):
-                reason = f"{name} died ({self._how_it_ended(name)})"
-                if number is None:
-                    raise ProcessDied(reason)
-                self._lose(self.replicas[number], name, reason)
+                self._lose(member, name, f"{name} died ({self._how_it_ended(name)})")
 
-    def _welcome_back(self, name: str) -> None:
+    def _tell_gateway(self, replaces: wire.Replaces) -> None:
+        """What a new one has to know, now that it hears us."""
+        self._untold = None
+        self.children.send(GATEWAY, replaces)
+        for replica in self.replicas:
+            if replica.state != "serving":
+                assert replica.number is not None
+                comes_back = replica.state == "starting"
+                epoch = self.children.by_name[replica.speaker].epoch - comes_back
+                self.children.send(GATEWAY, wire.ReplicaLost(replica.number, "it is gone", epoch, comes_back))
+        if self._drain_until is not None:
+            self.children.send(GATEWAY, wire.Drain(max(0.0, self._drain_until - time.monotonic())))
+
+    def _welcome_back(self, member: Member, name: str) -> None:
         self.children.by_name[name].ready = True
-        number = replica_of(name)
-        assert number is not None, name
-        replica = self.replicas[number]
-        if all(self.children.by_name[other].ready for other in self._names(replica)):
-            log.warning("replica %d serves again, after %.1f s", number, time.monotonic() - replica.since)
-            replica.become("serving")
+        if all(self.children.by_name[other].ready for other in member.processes):
+            log.warning("%s serves again, after %.1f s", member.name, time.monotonic() - member.since)
+            member.become("serving")
 
-    def _note_failure(self, name: str, failed: wire.Failed) -> None:
-        """The others of its replica fail because of it, and may end before it."""
-        log.error("%s failed: %s", name, failed.traceback)
-        number = replica_of(name)
-        if number is not None and not failed.follows:
-            self.replicas[number].failure = self.replicas[number].failure or (name, failed)
-
-    def _lose(self, replica: Replica, process: str, reason: str, *, hangs: bool = False) -> None:
+    def _lose(self, member: Member, process: str, reason: str, *, hangs: bool = False) -> None:
         """A process of it has ended that should not. The rest is killed: nobody waits for the dead. It starts again,
-        unless it has died too often; the gateway has its requests go on in the others, or wait for it. The last one's
-        end is that of the service: raises `ProcessDied`."""
+        unless it has died too often. The requests of a replica go on in the others, or wait for it: the gateway is
+        told. Those of the gateway are in its log. Raises `ProcessDied` when there is nobody left to serve."""
         detected: float = time.time()
         kind: wire.LossKind = "hang" if hangs else "death"
-        if replica.failure is not None:  # the first to fail is the cause, whoever was the first to end
-            process, failed = replica.failure
+        if member.failure is not None:  # the first to fail is the cause, whoever was the first to end
+            process, failed = member.failure
             reason, kind = f"{process} died ({failed.error})", "hang" if failed.hangs else "error"
         loss = impact_of(self.plan, process, kind, detected)
-        epoch = self.children.by_name[f"engine {replica.number}"].epoch
-        self.children.kill(self._names(replica))
-        if replica.state == "serving" and time.monotonic() - replica.since > STEADY_SECONDS:
-            replica.deaths = 0
-        replica.deaths += 1
-        replica.failure = None
-        comes_back = replica.deaths <= self.config.server.max_restarts
-        if not comes_back and all(other.state == "lost" for other in self.replicas if other is not replica):
+        epoch = self.children.by_name[member.speaker].epoch
+        self.children.kill(member.processes)
+        deaths, most = member.count_death(), self.config.server.max_restarts
+        comes_back = deaths <= most
+        others = [other for other in self.replicas if other is not member]
+        if not comes_back and (member is self.gateway or all(other.state == "lost" for other in others)):
             raise ProcessDied(reason)
-        serving = sum(other.state == "serving" for other in self.replicas if other is not replica)
+        serving = sum(other.state == "serving" for other in others)
         log.error(
-            "%s: replica %d is lost, %d %s on%s",
+            "%s: %s is lost, %d replica%s serve%s%s",
             reason,
-            replica.number,
+            member.name,
             serving,
-            "go" if serving != 1 else "goes",
-            f"; it is started again ({replica.deaths} of --max-restarts {self.config.server.max_restarts})"
-            if comes_back
-            else "",
+            "s" if serving != 1 else "",
+            "s" if serving == 1 else "",
+            f"; it is started again ({deaths} of --max-restarts {most})" if comes_back else "",
         )
-        self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason, epoch, comes_back, loss))
-        replica.become("lost")
+        if member.number is None:
+            self._untold = wire.Replaces(reason, loss)
+        else:
+            self.children.send(GATEWAY, wire.ReplicaLost(member.number, reason, epoch, comes_back, loss))
+        member.become("lost")
         if comes_back:
             try:
-                self._start(replica)
+                self._start(member)
             except OSError as error:  # no process, no memory, no descriptor to be had
-                self._give_up(replica, f"replica {replica.number} cannot be started again: {error}")
+                self._give_up(member, f"{member.name} cannot be started again: {error}")
 
-    def _give_up(self, replica: Replica, reason: str) -> None:
+    def _give_up(self, member: Member, reason: str) -> None:
         """It does not come back after all."""
-        self.children.kill(self._names(replica))
-        if all(other.state == "lost" for other in self.replicas):
+        self.children.kill(member.processes)
+        if member.number is None or all(other.state == "lost" for other in self.replicas):
             raise ProcessDied(reason)
         log.error("%s", reason)
-        self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason))
+        self.children.send(GATEWAY, wire.ReplicaLost(member.number, reason))
 
     def _how_it_ended(self, name: str) -> str:
         return self.children.by_name[name].how_it_ended()
@@ -368,6 +339,7 @@ class Supervisor:
     def _drain(self) -> None:
         """Let the gateway finish its live requests; a second signal ends the wait."""
         timeout = self.config.server.shutdown_timeout
+        self._drain_until = time.monotonic() + timeout
         self.children.send(GATEWAY, wire.Drain(timeout))
         for event in self._events(time.monotonic() + timeout + STOP_SECONDS):
             match event:
@@ -383,8 +355,8 @@ class Supervisor:
     def _end_requests(self, reason: str) -> None:
         """Give every live request its definite error, then let the gateway go."""
         if self.children.is_alive(GATEWAY):
-            for replica in self.replicas:
-                self.children.send(GATEWAY, wire.ReplicaLost(replica.number, reason))
+            for number in range(len(self.replicas)):
+                self.children.send(GATEWAY, wire.ReplicaLost(number, reason))
             self.children.send(GATEWAY, wire.Drain(0.0))
             self.children.by_name[GATEWAY].wait(time.monotonic() + STOP_SECONDS)
 

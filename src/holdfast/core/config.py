@@ -229,8 +229,21 @@ class ServerConfig:
     startup_timeout: float = option(600.0, "Seconds that loading may take before the start is given up.")
     max_restarts: int = option(
         3,
-        "Times in a row that a replica is started again after one of its processes died. Its requests go on in other "
-        "replicas, or wait. A minute of service begins the count anew.",
+        "Times in a row that a replica, or the gateway, is started again after one of its processes died. Its "
+        "requests go on in other replicas, or wait. A minute of service begins the count anew.",
+    )
+    token_log_dir: str | None = option(
+        None,
+        "Folder for the log of accepted requests and their tokens. When all of the service was killed, the next one "
+        "with this folder finishes them. Default: a private folder that goes with the service.",
+    )
+    token_log_sync: Literal["os", "disk"] = option(
+        "os", "What a token in the log survives: os: the death of any process; disk: a loss of power, too (slower)."
+    )
+    resume_window: float = option(
+        120.0,
+        "Seconds that a request with stream_options.resumable, or one of an earlier gateway, is kept for its client "
+        "to come back for.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least level that is logged.")
 
@@ -268,6 +281,7 @@ class ServeConfig:
             ("--shutdown-timeout", self.server.shutdown_timeout, 0),
             ("--startup-timeout", self.server.startup_timeout, 0),
             ("--max-restarts", self.server.max_restarts, 0),
+            ("--resume-window", self.server.resume_window, 0),
         ):
             if value is not None and not least <= value <= MOST:
                 raise ConfigError(f"{flag} {value}: must be at least {least} and at most {MOST:.0e}")

@@ -13,10 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from holdfast.core.config import ServeConfig
-from holdfast.core.plan import ExpertPlacement, Plan
+from holdfast.core.plan import ExpertPlacement
 from holdfast.core.request import SamplingParams, TokenLogprobs
-from holdfast.core.spec import ModelInfo
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -37,15 +35,25 @@ class Submit(_Message, frozen=True):
     priority: int = 0
     output_token_ids: list[int] = []
     """What another replica has given it already: the request goes on after that."""
+    gateway: int = 0
+    """Epoch of the gateway that asks."""
 
 
 class Abort(_Message, frozen=True):
     """Forget these requests and free their blocks. Answered by nothing; unknown ids are ignored."""
 
     request_ids: list[str]
+    gateway: int = 0
 
 
-ToEngine = Submit | Abort
+class Hello(_Message, frozen=True):
+    """A gateway, of this epoch, is there: what an earlier one asked is forgotten. Answered by `EngineReady` once the
+    engine is."""
+
+    gateway: int
+
+
+ToEngine = Submit | Abort | Hello
 
 # --- engine → gateway ------------------------------------------------------------------------------
 
@@ -117,6 +125,8 @@ class Outputs(_Message, frozen=True):
     """Of the engine: how often one of this replica was started before it."""
     outputs: list[TokenOutput]
     stats: EngineStats
+    gateway: int = 0
+    """Epoch of the gateway that is answered."""
 
 
 class EngineReady(_Message, frozen=True):
@@ -126,6 +136,7 @@ class EngineReady(_Message, frozen=True):
     epoch: int
     max_model_len: int
     """Tokens a request may hold, prompt and output together."""
+    gateway: int = 0
 
 
 ToGateway = Outputs | EngineReady
@@ -254,49 +265,6 @@ ToEngineFromWorker = WorkerReady | StepResult | StepError | ExpertsLoaded
 # --- children ↔ supervisor -------------------------------------------------------------------------
 
 
-class Endpoints(msgspec.Struct, frozen=True):
-    """Where the processes of one `holdfast serve` meet: ipc:// addresses inside its private folder."""
-
-    folder: str
-
-    @property
-    def supervisor(self) -> str:
-        """ROUTER bound by the supervisor; every child connects a DEALER named after itself."""
-        return f"ipc://{self.folder}/supervisor"
-
-    @property
-    def gateway(self) -> str:
-        """PULL bound by the gateway; every engine pushes `ToGateway`."""
-        return f"ipc://{self.folder}/gateway"
-
-    def engine(self, replica: int) -> str:
-        """PULL bound by the engine; the gateway pushes `ToEngine`."""
-        return f"ipc://{self.folder}/engine-{replica}"
-
-    def results(self, replica: int) -> str:
-        """PULL bound by the engine; its workers push `ToEngineFromWorker`."""
-        return f"ipc://{self.folder}/results-{replica}"
-
-    def worker(self, rank: str) -> str:
-        """PULL bound by the worker; its engine pushes `ToWorker`."""
-        return f"ipc://{self.folder}/worker-{rank}"
-
-    def meeting(self, replica: int, epoch: int) -> str:
-        """File through which the ranks of a replica find each other, where they share no memory."""
-        return f"{self.folder}/meeting-{replica}-{epoch}"
-
-
-class Boot(msgspec.Struct, frozen=True):
-    """What every child reads when it starts (`boot.json` in the run folder)."""
-
-    config: ServeConfig
-    model: ModelInfo
-    endpoints: Endpoints
-    plan: Plan
-    stamp: list[tuple[str, int, int, int]] = []
-    """Of the checkpoint, see `models.inspect.stamp_of`: who reads it later must find the same."""
-
-
 class Progress(_Message, frozen=True):
     """A line for the user while the service starts. `fraction` in [0, 1], or None."""
 
@@ -324,7 +292,7 @@ class Failed(_Message, frozen=True):
 
 
 class Beat(_Message, frozen=True):
-    """The engine is there, busy or not: every `BEAT_SECONDS`."""
+    """The engine, or the gateway, is there, busy or not: every `BEAT_SECONDS`."""
 
 
 BEAT_SECONDS = 1.0
@@ -357,6 +325,13 @@ class Loss(msgspec.Struct, frozen=True):
     """Seconds since 1970."""
 
 
+class Replaces(_Message, frozen=True):
+    """To a gateway: it stands in for one that was lost."""
+
+    reason: str
+    loss: Loss
+
+
 class ReplicaLost(_Message, frozen=True):
     """To the gateway: this replica is gone. Its requests go on in others; without any they wait for one that comes
     back, or, when none does, end with this error."""
@@ -374,7 +349,7 @@ class Stop(_Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 
-ToChild = Drain | ReplicaLost | Stop
+ToChild = Drain | Replaces | ReplicaLost | Stop
 
 # --- coding ----------------------------------------------------------------------------------------
 

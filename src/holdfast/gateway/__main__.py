@@ -8,11 +8,11 @@ import uvloop
 import zmq.asyncio
 
 from holdfast.cluster.child import Control, run_child
-from holdfast.core import wire
+from holdfast.core.boot import Boot
 from holdfast.gateway.main import run
 
 
-def body(boot: wire.Boot, control: Control) -> None:
+def body(boot: Boot, control: Control) -> None:
     async def main() -> None:
         await run(boot, zmq.asyncio.Socket.shadow(control))
 

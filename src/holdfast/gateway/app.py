@@ -19,8 +19,9 @@ from holdfast import __version__
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, InvalidRequest, MachineError, Unavailable
 from holdfast.gateway import schema
+from holdfast.gateway.calls import Call, Calls
 from holdfast.gateway.door import Door, error_response, unless_disconnected
-from holdfast.gateway.generation import Generation, Piece
+from holdfast.gateway.generation import Generation, Piece, positions
 from holdfast.gateway.metrics import CONTENT_TYPE, Metrics
 from holdfast.gateway.openai import Job, ServedModel, chat_job, chat_prompt, completion_job, encode_prompts, off_loop
 from holdfast.gateway.protocol import (
@@ -34,6 +35,7 @@ from holdfast.gateway.protocol import (
 )
 from holdfast.gateway.replies import DONE, ChatReply, CompletionReply, Reply, error_body, event, to_json
 from holdfast.gateway.router import Router, Status
+from holdfast.gateway.tokenlog import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Service:
     """What the routes work with. `model` is there once the tokenizer is loaded and the engine ready."""
 
     router: Router
+    calls: Calls
     metrics: Metrics
     config: ServeConfig
     model: ServedModel | None = None
@@ -53,7 +56,7 @@ class Service:
     @property
     def status(self) -> Status:
         status = self.router.status
-        return "starting" if status == "ready" and self.model is None else status
+        return "starting" if status in {"ready", "recovering"} and self.model is None else status
 
     @property
     def served(self) -> ServedModel:
@@ -155,27 +158,44 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         body = await _read(request, CompletionRequest)
         job = await completion_job(body, service.served, _request_id(request, body, CompletionReply))
-        return await _answer(request, service, job, CompletionReply)
+        return await _accept(request, service, job, "completions")
 
     @app.post("/v1/chat/completions", **schema.body(ChatCompletionRequest, schema.ChatCompletion))
     async def chat_completions(request: Request) -> Response:
         body = await _read(request, ChatCompletionRequest)
         job = await chat_job(body, service.served, _request_id(request, body, ChatReply))
-        return await _answer(request, service, job, ChatReply)
+        return await _accept(request, service, job, "chat/completions")
+
+    @app.get("/v1/requests/{request_id:path}/stream", **schema.stream())
+    async def rest_of(request: Request, request_id: str, after: str | None = None) -> Response:
+        """The events of a request after that with the id `after` (or Last-Event-ID); all of them without one."""
+        call = service.calls.find(request_id)
+        asked = request.headers.get("last-event-id") if after is None else after
+        return EventStream(service, call, _positions(asked) if asked else None, with_ids=True)
+
+    @app.get("/v1/requests/{request_id:path}", responses=schema.responses(schema.AnyReply))
+    async def reply_of(request: Request, request_id: str) -> Response:
+        """The whole reply of a request that was accepted before, once it is there."""
+        return await _answer(request, service, service.calls.find(request_id))
 
 
-async def _answer(request: Request, service: Service, job: Job, shape: type[Reply]) -> Response:
-    """Submit the job; the whole reply, or the stream of it. Whatever happens, the engine is left clean."""
-    model = service.served
-    reply = shape(job, model.name, model.tokenizer, int(time.time()))
-    generation = Generation(job, service.router, model.tokenizer)
-    generation.submit(request.state.arrived)
-    if job.request.stream:
-        return EventStream(generation, reply)
+async def _accept(request: Request, service: Service, job: Job, endpoint: Endpoint) -> Response:
+    """Submit the job; the whole reply, or the stream of it."""
+    body, arrived = await request.body(), request.state.arrived
+    call = service.calls.accept(job, endpoint, body, int(time.time()), arrived)
+    if not job.request.stream:
+        return await _answer(request, service, call)
+    return EventStream(service, call, None, with_ids=bool(job.stream_options.resumable))
+
+
+async def _answer(request: Request, service: Service, call: Call) -> Response:
+    """The whole reply. Whatever happens, the engine is left clean."""
+    calls, model = service.calls, service.served
+    generation = calls.read(call, model.tokenizer)
     try:
-        body = await unless_disconnected(request.receive, _collect(generation, reply))
+        body = await unless_disconnected(request.receive, _collect(generation, calls.reply(call, model)))
     finally:
-        generation.close()
+        calls.leave(call, generation, model.tokenizer)
     return Response(status_code=_CLIENT_LEFT) if body is None else _json(body)
 
 
@@ -188,19 +208,27 @@ async def _collect(generation: Generation, reply: Reply) -> dict[str, Any]:
 
 
 class EventStream(Response):
-    """Server-sent events of one generation. An error after the start is an event of its own, and the last."""
+    """Server-sent events of one call. An error after the start is an event of its own, and the last.
 
-    def __init__(self, generation: Generation, reply: Reply) -> None:
+    The id of an event is the position that each choice has come to with it, see `tokenlog.LogEntry`.
+    """
+
+    def __init__(self, service: Service, call: Call, after: list[int] | None, *, with_ids: bool) -> None:
+        """Raises `InvalidRequest` for positions `after` that there are not."""
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._generation = generation
-        self._reply = reply
+        self._calls, self._call, self._tokenizer = service.calls, call, service.served.tokenizer
+        self._reply = service.calls.reply(call, service.served)
+        self._with_ids = with_ids
+        self._told = after or [0] * len(call.entries)
+        self._generation = service.calls.read(call, self._tokenizer, after)
+        self._reply.skip({index for index, at in enumerate(self._told) if at})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_disconnected(receive, self._stream(send))
         finally:
-            self._generation.close()
+            self._calls.leave(self._call, self._generation, self._tokenizer)
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -212,14 +240,36 @@ class EventStream(Response):
         generation, reply = self._generation, self._reply
         try:
             async for pieces in generation.pieces():
-                chunks = [chunk for piece in pieces for chunk in reply.chunks(generation, piece)]
-                if chunks:
-                    yield b"".join(map(event, chunks))
+                events = [each for piece in pieces for each in self._of_piece(piece)]
+                if events:
+                    yield b"".join(events)
         except HoldfastError as error:
             logger.warning("request %s: %s", generation.job.request_id, error)
             yield event(error_body(error))
             return
         yield (event(reply.usage_chunk(generation)) if generation.job.stream_options.include_usage else b"") + DONE
+
+    def _of_piece(self, piece: Piece) -> list[bytes]:
+        chunks = self._reply.chunks(self._generation, piece)
+        if not self._with_ids:
+            return list(map(event, chunks))
+        at, ends = self._generation.choices[piece.index].num_tokens, piece.finish_reason is not None
+        events = []
+        for left, chunk in reversed(list(enumerate(reversed(chunks)))):
+            if left <= ends:  # the last one, and, of two at the end, the one before
+                self._told[piece.index] = at + (ends and not left)
+                events.append(event(chunk, positions(self._told)))
+            else:
+                events.append(event(chunk))
+        return events
+
+
+def _positions(text: str) -> list[int]:
+    """An event's id, parsed. Raises `InvalidRequest`."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+        raise InvalidRequest(f"after {text[:50]!r}: must be the id of an event, as in 12 or 12,7", param="after")
+    return list(map(int, parts))
 
 
 async def _read(request: Request, kind: type[Body]) -> Body:

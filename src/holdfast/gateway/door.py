@@ -64,7 +64,8 @@ class Door:
             return
         self._check_key(headers)
         status = self._status()
-        if path not in ("/version", "/metrics", "/cluster") and status != "ready":
+        held = path.startswith("/v1/requests/") and status in {"recovering", "draining"}
+        if not held and path not in ("/version", "/metrics", "/cluster") and status != "ready":
             raise Unavailable(f"the service is {status}", code=status, retry_after=1)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body_bytes:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from holdfast.core.errors import StepFailed, Unavailable
+import msgspec
+
+from holdfast.core.errors import InvalidRequest, StepFailed, Unavailable
 from holdfast.core.request import TokenLogprobs
 from holdfast.core.wire import TokenOutput
 from holdfast.gateway.detokenizer import Detokenizer, StopStrings
 from holdfast.gateway.openai import Job
 from holdfast.gateway.router import Router
 from holdfast.gateway.tokenizer import Tokenizer
+from holdfast.gateway.tokenlog import LogEntry, Reader
 
 
 @dataclass(slots=True)
@@ -50,6 +53,8 @@ class Choice:
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.finished = False
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
         params = job.submits[index].params
         self._min_tokens = params.min_tokens
         self._stop_token_ids = params.stop_token_ids
@@ -88,23 +93,37 @@ class Choice:
 
     def _finish(self, piece: Piece, finish_reason: str, stop_reason: int | str | None) -> None:
         self.finished = True
-        piece.finish_reason = "stop" if isinstance(stop_reason, str) else finish_reason
-        piece.stop_reason = stop_reason
+        self.finish_reason = "stop" if isinstance(stop_reason, str) else finish_reason
+        self.stop_reason = stop_reason
+        piece.finish_reason, piece.stop_reason = self.finish_reason, stop_reason
 
 
 class Generation:
-    """A job in the engine's hands, once `submit()` was called. `close()` must follow then, whatever happens: it
-    frees what the job still holds."""
+    """A job as one reader sees it: what its entries in the token log hold and get, from given positions on. The text
+    before them is made again, and not told again. `close()` must follow."""
 
-    def __init__(self, job: Job, router: Router, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        job: Job,
+        entries: Sequence[LogEntry],
+        router: Router,
+        tokenizer: Tokenizer,
+        after: Sequence[int] | None = None,
+    ) -> None:
+        """Raises `InvalidRequest` for positions `after` that the log has not come to."""
         self.job = job
         self.choices = [Choice(index, job, tokenizer) for index in range(len(job.submits))]
         self._by_id = {choice.request_id: choice for choice in self.choices}
         self._router = router
-
-    def submit(self, arrived: float) -> None:
-        """`arrived`: when the API call came, in monotonic time. Raises `RequestError` when the router refuses."""
-        self._mailbox = self._router.submit(self.job.submits, arrived)
+        self._after = list(after) if after is not None else [0] * len(entries)
+        ends = [entry.end + entry.is_cut for entry in entries]
+        if len(self._after) != len(ends) or any(at > end for at, end in zip(self._after, ends, strict=True)):
+            raise InvalidRequest(
+                f"after {positions(self._after)}: the request's choices are at {positions(ends)}", param="after"
+            )
+        self._reader = Reader(entries)
+        self.is_over = False
+        """Every choice has finished, or one could not."""
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """What arrived since the last time, at most one piece per choice, until every choice has finished.
@@ -114,22 +133,42 @@ class Generation:
         num_open = len(self.choices)
         while num_open:
             pieces: dict[int, Piece] = {}
-            for output in await self._mailbox.get():
+            for output in await self._reader.get():
                 choice = self._by_id[output.request_id]
-                if output.finish == "error":
-                    reason, is_up = str(output.error), self._router.status == "ready"
-                    raise StepFailed(reason) if is_up else Unavailable(reason, retry_after=1)
                 if choice.finished:
                     continue
-                choice.feed(output, pieces.setdefault(choice.index, Piece(choice.index)))
+                if output.finish == "error":
+                    self.is_over = True
+                    reason, is_up = str(output.error), self._router.status == "ready"
+                    raise StepFailed(reason) if is_up else Unavailable(reason, retry_after=1)
+                pieces[choice.index] = self._feed(choice, output)
                 if choice.finished:
                     num_open -= 1
+                    self.is_over = not num_open
                     if output.finish is None:
                         self._router.abort([choice.request_id], reason="stop")
             yield [piece for piece in pieces.values() if piece]
 
+    def _feed(self, choice: Choice, output: TokenOutput) -> Piece:
+        """What of an output goes out: nothing that lies before the position asked for."""
+        told, piece = self._after[choice.index], Piece(choice.index)
+        known = min(told - choice.num_tokens, len(output.token_ids))
+        if known > 0:
+            ends = known == len(output.token_ids)
+            first, rest = split(output, known)
+            choice.feed(output if ends else first, Piece(choice.index))
+            if choice.finished:
+                if told <= choice.num_tokens:
+                    piece.finish_reason, piece.stop_reason = choice.finish_reason, choice.stop_reason
+                return piece
+            if ends:
+                return piece
+            output = rest
+        choice.feed(output, piece)
+        return piece
+
     def close(self) -> None:
-        self._router.forget([choice.request_id for choice in self.choices])
+        self._reader.close()
 
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object. A prompt counts once, however many choices it has."""
@@ -142,3 +181,26 @@ class Generation:
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in first_choices)},
         }
+
+
+def split(output: TokenOutput, count: int) -> tuple[TokenOutput, TokenOutput]:
+    """Its first tokens, and the rest with its end."""
+    first = msgspec.structs.replace(
+        output,
+        token_ids=output.token_ids[:count],
+        logprobs=None if output.logprobs is None else output.logprobs[:count],
+        finish=None,
+        stop_token_id=None,
+    )
+    rest = msgspec.structs.replace(
+        output,
+        start=output.start + count,
+        token_ids=output.token_ids[count:],
+        logprobs=None if output.logprobs is None else output.logprobs[count:],
+    )
+    return first, rest
+
+
+def positions(of_choices: Sequence[int]) -> str:
+    """Positions of a call's choices as clients see them: numbers with commas between."""
+    return ",".join(map(str, of_choices))

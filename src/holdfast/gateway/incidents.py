@@ -20,9 +20,10 @@ Rung = Literal["failover", "restart", "error"]
 
 
 class Incident(msgspec.Struct):
-    """One loss of a replica. Times: seconds since 1970; None: not yet, or never."""
+    """One loss of a replica, or of the gateway. Times: seconds since 1970; None: not yet, or never."""
 
-    replica: int
+    replica: int | None
+    """None: the gateway."""
     reason: str
     loss: Loss
     rung: Rung
@@ -58,7 +59,7 @@ class Incidents:
     def add(self, incident: Incident) -> None:
         self._kept.append(incident)
 
-    def came_back(self, replica: int) -> None:
+    def came_back(self, replica: int | None) -> None:
         """It serves again."""
         for incident in self._kept:
             if incident.replica == replica and incident.back is None:

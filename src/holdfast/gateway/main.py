@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import random
 import resource
 import socket
 import time
 from collections.abc import Generator
+from pathlib import Path
 
 import uvicorn
 import zmq.asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from holdfast.cluster.child import epoch, inherited
+from holdfast.core.boot import Boot, Endpoints
 from holdfast.core.config import ServerConfig
-from holdfast.core.errors import ConfigError
-from holdfast.core.wire import Boot, Drain, Ready, ReplicaLost, Stop, ToChild, decoder, encode
+from holdfast.core.wire import BEAT_SECONDS, Beat, Drain, Ready, Replaces, ReplicaLost, Stop, ToChild, decoder, encode
 from holdfast.gateway.app import Service, build_app
+from holdfast.gateway.calls import Calls
 from holdfast.gateway.chat import ChatTemplate, template_source
+from holdfast.gateway.logfile import LogFile
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.openai import ServedModel, check_sampling_defaults
 from holdfast.gateway.router import Router
@@ -68,26 +73,31 @@ class _Server(uvicorn.Server):
 async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
     """Serve HTTP until the supervisor says `Stop`, or a `Drain` is done.
 
-    `control` is connected to the supervisor. Raises `ConfigError` when the port cannot be bound, the chat template
-    cannot be read or a sampling default is out of range, `ModelError` when the tokenizer cannot be loaded.
+    `control` is connected to the supervisor. Raises `ConfigError` when the chat template cannot be read, a sampling
+    default is out of range or the token log cannot be had, `ModelError` when the tokenizer cannot be loaded.
     """
     config = boot.config
     name = config.model.served_model_name
     assert name is not None, "the supervisor names the model"
     metrics = Metrics(name)
-    with contextlib.closing(_listen(config.server)) as listener:
+    descriptor = inherited("listener")
+    assert descriptor is not None, "the supervisor listens"
+    file = LogFile(log_path(config.server, boot.endpoints), config.server.token_log_sync)
+    with socket.socket(fileno=descriptor) as listener, contextlib.closing(TokenLog(file, owner_of(boot))) as log:
         replicas = len(boot.plan.replicas)
         max_live = config.scheduler.max_num_seqs * replicas + config.scheduler.max_queued_seqs
         _raise_descriptor_limit(max_live)
         router = Router(
             boot.endpoints,
-            TokenLog(),
+            log,
             metrics,
             max_live=max_live,
             num_replicas=replicas,
             per_replica=config.scheduler.max_num_seqs,
+            epoch=epoch(),
         )
-        service = Service(router, metrics, config)
+        calls = Calls(log, router, config.server.resume_window)
+        service = Service(router, calls, metrics, config)
         server = _Server(
             uvicorn.Config(
                 build_app(service),
@@ -104,7 +114,9 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
         tasks = [
             asyncio.create_task(server.serve([listener])),
             asyncio.create_task(router.run()),
-            asyncio.create_task(_announce(boot, name, service, control, _url(config.server, listener))),
+            asyncio.create_task(_announce(boot, name, service, control)),
+            asyncio.create_task(calls.sweep()),
+            asyncio.create_task(_beat(control)),
             asyncio.create_task(_obey(control, router)),
         ]
         try:
@@ -116,7 +128,15 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
             for task in tasks[1:]:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            calls.close()
             router.close()
+
+
+async def _beat(control: zmq.asyncio.Socket) -> None:
+    """Give a sign of life, for ever."""
+    while True:
+        await control.send(encode(Beat()))
+        await asyncio.sleep(BEAT_SECONDS)
 
 
 async def _until_told(tasks: list[asyncio.Task[None]]) -> None:
@@ -142,6 +162,8 @@ async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
             match decode(receiving.result()):
                 case Stop():
                     return None
+                case Replaces(reason, loss):
+                    router.stands_in(reason, loss)
                 case ReplicaLost(replica, reason, epoch, comes_back, loss):
                     router.replica_lost(replica, reason, epoch=epoch, comes_back=comes_back, loss=loss)
                 case Drain(deadline):
@@ -155,14 +177,15 @@ async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
             draining.cancel()
 
 
-async def _announce(boot: Boot, name: str, service: Service, control: zmq.asyncio.Socket, url: str) -> None:
-    """Load the tokenizer while the engine loads the model; when both are there, tell the supervisor."""
+async def _announce(boot: Boot, name: str, service: Service, control: zmq.asyncio.Socket) -> None:
+    """Load the tokenizer while the engine loads the model; when both are there, take up what an earlier gateway left,
+    and tell the supervisor."""
     config = boot.config.model
     defaults = boot.model.sampling_defaults
     check_sampling_defaults(defaults, overrides=config.sampling_overrides(), folder=boot.model.path)
     tokenizer, template = await asyncio.to_thread(_load_text, boot)
     max_model_len = await service.router.wait_ready()
-    service.model = ServedModel(
+    model = ServedModel(
         name=name,
         tokenizer=tokenizer,
         chat_template=template,
@@ -174,7 +197,21 @@ async def _announce(boot: Boot, name: str, service: Service, control: zmq.asynci
         seeds=random.Random(config.seed),
         created=int(time.time()),
     )
-    await control.send(encode(Ready(url)))
+    await service.calls.resume(model)
+    service.model = model
+    await control.send(encode(Ready()))
+
+
+def log_path(config: ServerConfig, endpoints: Endpoints) -> Path:
+    """Where the token log lies: where the user wants it, or where it goes with the service."""
+    return Path(config.token_log_dir or endpoints.folder) / "tokens.log"
+
+
+def owner_of(boot: Boot) -> str:
+    """Whose tokens a log holds: the checkpoint, and what else they depend on."""
+    model, device = boot.config.model, boot.config.device
+    matters = (boot.stamp, model.dtype, model.quantized_activations, device.device, device.exactness)
+    return f"{boot.model.path}, {hashlib.blake2b(repr(matters).encode(), digest_size=8).hexdigest()}"
 
 
 def _raise_descriptor_limit(max_live: int) -> None:
@@ -190,22 +227,3 @@ def _load_text(boot: Boot) -> tuple[Tokenizer, ChatTemplate]:
     tokenizer = load_tokenizer(config.tokenizer or boot.model.path)
     source = template_source(config.chat_template, tokenizer.chat_template)
     return tokenizer, ChatTemplate(source, tokenizer.special_tokens)
-
-
-def _listen(config: ServerConfig) -> socket.socket:
-    """A listening socket. Raises `ConfigError` when the address is unknown or the port is taken."""
-    is_v6 = ":" in config.host
-    family, both = (socket.AF_INET6, socket.has_dualstack_ipv6()) if is_v6 else (socket.AF_INET, False)
-    try:
-        listener = socket.create_server((config.host, config.port), family=family, backlog=2048, dualstack_ipv6=both)
-    except OSError as error:
-        raise ConfigError(f"--host {config.host} --port {config.port}: {error.strerror}") from error
-    listener.setblocking(False)
-    return listener
-
-
-def _url(config: ServerConfig, listener: socket.socket) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    if ":" in host and not host.startswith("["):
-        host = f"[{host}]"
-    return f"http://{host}:{listener.getsockname()[1]}"

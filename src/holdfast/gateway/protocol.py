@@ -54,6 +54,9 @@ class StreamOptions(_Strict):
     continuous_usage_stats: bool | None = None
     """Every chunk carries the usage so far."""
     include_obfuscation: Literal[False] | None = None
+    resumable: bool | None = None
+    """Holdfast's: events carry ids, and the request outlives its connection for a while, so that the client can come
+    back for the rest at /v1/requests/{id}/stream."""
 
 
 class GenerationRequest(_Strict):

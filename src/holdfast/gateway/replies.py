@@ -33,12 +33,12 @@ def error_body(error: BaseException) -> Json:
     return {"error": {"message": message, "type": "internal_server_error", "param": None, "code": None}}
 
 
-def event(body: Json) -> bytes:
-    """One server-sent event: one line to every client, whatever it takes for a line's end."""
+def event(body: Json, at: str | None = None) -> bytes:
+    """One server-sent event: one line to every client, whatever it takes for a line's end. `at`: its id."""
     encoded = to_json(body)
     for end, escaped in _LINE_ENDS.items():
         encoded = encoded.replace(end, escaped)
-    return b"data: " + encoded + b"\n\n"
+    return (b"" if at is None else b"id: " + at.encode() + b"\n") + b"data: " + encoded + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
@@ -62,6 +62,10 @@ class Reply:
 
     def chunks(self, generation: Generation, piece: Piece) -> list[Json]:
         """What one piece sends."""
+        raise NotImplementedError
+
+    def skip(self, indices: set[int]) -> None:
+        """These choices have begun: their client has been told so."""
         raise NotImplementedError
 
     def usage_chunk(self, generation: Generation) -> Json:
@@ -114,6 +118,9 @@ class ChatReply(Reply):
     def __init__(self, job: Job, model_name: str, tokenizer: Tokenizer, created: int) -> None:
         super().__init__(job, model_name, tokenizer, created)
         self._opened: set[int] = set()
+
+    def skip(self, indices: set[int]) -> None:
+        self._opened |= indices
 
     def whole(self, generation: Generation, pieces: list[Piece]) -> Json:
         choices = [
@@ -179,6 +186,9 @@ class CompletionReply(Reply):
         super().__init__(job, model_name, tokenizer, created)
         self._unopened = set(range(len(job.submits)))
         self._echoes: list[tuple[str, list[str]]] = [self._echo_of(index) for index in range(len(job.prompts))]
+
+    def skip(self, indices: set[int]) -> None:
+        self._unopened -= indices
 
     def whole(self, generation: Generation, pieces: list[Piece]) -> Json:
         choices = [self._choice(generation, piece) for piece in pieces]

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,14 +14,16 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from holdfast.core.errors import QueueFull, TokenLogGap, Unavailable
+from holdfast.core.boot import Endpoints
+from holdfast.core.errors import QueueFull, Unavailable
 from holdfast.core.wire import (
     Abort,
-    Endpoints,
     EngineReady,
+    Hello,
     Loss,
     Outputs,
     Submit,
+    ToEngine,
     ToGateway,
     TokenOutput,
     decoder,
@@ -30,37 +32,17 @@ from holdfast.core.wire import (
 from holdfast.gateway.balance import Balancer
 from holdfast.gateway.incidents import Incident, Incidents, Rung
 from holdfast.gateway.metrics import Metrics
-from holdfast.gateway.tokenlog import TokenLog
+from holdfast.gateway.tokenlog import Accepted, LogEntry, TokenLog
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["starting", "ready", "recovering", "draining", "lost"]
 
 
-class Mailbox:
-    """Outputs of the engine requests of one API call, in order of arrival. One reader."""
-
-    def __init__(self) -> None:
-        self._outputs: list[TokenOutput] = []
-        self._arrived = asyncio.Event()
-
-    def put(self, output: TokenOutput) -> None:
-        self._outputs.append(output)
-        self._arrived.set()
-
-    async def get(self) -> list[TokenOutput]:
-        """Everything that arrived since the last call; waits until there is something."""
-        await self._arrived.wait()
-        self._arrived.clear()
-        outputs, self._outputs = self._outputs, []
-        return outputs
-
-
 @dataclass(slots=True)
 class _Live:
     """An engine request that is owed an end."""
 
-    mailbox: Mailbox
     submit: Submit
     replica: int | None
     """None: it waits for one."""
@@ -74,12 +56,15 @@ class _Live:
 
 
 class Router:
-    """Sends requests to replicas and their outputs to mailboxes.
+    """Sends requests to replicas and their outputs to the token log.
 
-    `submit` makes a request live and opens its log entry. It stops being live by exactly one of: an output
-    with a `finish`, `abort` by the reader (who then knows the end by itself), or an error output from
-    `replica_lost` or `end_all`. What an engine says about a request that is not live is dropped. The log entry
-    goes when the reader calls `forget`, after its reply was delivered or its client left.
+    `submit` opens a call in the log and makes its requests live. A request stops being live by exactly one of: an
+    output with a `finish`, `abort` by a reader (who then knows the end by itself), or an error that `replica_lost` or
+    `end_all` writes into the log. What an engine says about a request that is not live is dropped. The call leaves
+    the log when `forget` is called.
+
+    A gateway that was started again (`epoch` > 0) says `Hello` to the engines: they forget what an earlier one asked,
+    and what they still say of it is not heard. `resume` makes live what the log holds unfinished.
     """
 
     def __init__(
@@ -91,10 +76,12 @@ class Router:
         max_live: int,
         num_replicas: int = 1,
         per_replica: int = 0,
+        epoch: int = 0,
     ) -> None:
         """Binds the gateway's PULL. `max_live`: engine requests that may live at once; `per_replica` fewer without
         one of the replicas."""
         self.max_live = max_live
+        self.epoch = epoch
         self._per_replica = per_replica
         self._endpoints = endpoints
         self._log = log
@@ -104,21 +91,25 @@ class Router:
         self._incoming.set_hwm(0)
         self._incoming.bind(endpoints.gateway)
         self._outgoing = {replica: self._connect(replica) for replica in range(num_replicas)}
+        self._all_ready = asyncio.Event()
         self._ready: dict[int, EngineReady] = {}
         self._lost_epoch: dict[int, int] = {}
         """Of each replica that was lost: what this engine, or one before, still says is not heard."""
         self._promised = 0
         """Tokens a request may hold, as the door knows it."""
-        self._coming: set[int] = set()
+        self._coming: set[int] = set(range(num_replicas)) if epoch else set()
         """Replicas that are lost and will announce themselves again."""
         self._balancer = Balancer()
         self._live: dict[str, _Live] = {}
         self.incidents = Incidents()
+        self._own_loss: Incident | None = None
+        """Of the gateway that this one stands in for."""
+        self._serves_since: float | None = None
         self._draining = False
         self._was_ready = False
-        self._all_ready = asyncio.Event()
         self._idle = asyncio.Event()
-        self._idle.set()
+        if not log.calls:  # else not before `resume` has seen them all
+            self._idle.set()
 
     @property
     def status(self) -> Status:
@@ -152,6 +143,8 @@ class Router:
         decode = decoder(ToGateway).decode
         while True:
             message = decode(await self._incoming.recv())
+            if message.gateway != self.epoch:
+                continue
             if isinstance(message, EngineReady):
                 if message.epoch <= self._lost_epoch.get(message.replica, -1):
                     continue
@@ -160,25 +153,27 @@ class Router:
                 self.incidents.came_back(message.replica)
                 self._was_ready = True
                 self._move([live for live in self._live.values() if live.replica is None])
-                if len(self._ready) == len(self._outgoing):
+                if self.epoch or len(self._ready) == len(self._outgoing):
                     self._all_ready.set()
             else:
                 self._deliver(message)
 
     async def wait_ready(self) -> int:
-        """Until every replica has announced itself; the tokens a request may hold in each of them."""
+        """Until every replica has announced itself, or, for a gateway that was started again, one of those that are
+        left; the tokens a request may hold in each of them."""
         await self._all_ready.wait()
         self._promised = min(ready.max_model_len for ready in self._ready.values())
         return self._promised
 
-    def submit(self, requests: Sequence[Submit], arrived: float) -> Mailbox:
-        """Make these engine requests live, all or none. Their ids must never have been used; `arrived` is the
-        monotonic time from which users wait.
+    def submit(self, call: Accepted, arrived: float) -> list[LogEntry]:
+        """Make a call's engine requests live, all or none; their entries. `arrived` is the monotonic time from which
+        users wait.
 
         Raises `QueueFull` when too many live already, `Unavailable` when there is no replica.
         """
         if self.status != "ready":
             raise Unavailable(f"the service is {self.status}", code=self.status, retry_after=1)
+        requests = call.submits
         most = self.max_live - self._per_replica * (len(self._outgoing) - len(self._ready))
         if len(self._live) + len(requests) > most:
             raise QueueFull(
@@ -190,15 +185,36 @@ class Router:
         if not loads:
             raise Unavailable("no replica has room for so long a request now", retry_after=1)
         replica = self._balancer.choose(requests[0].prompt_token_ids, loads)
-        mailbox = Mailbox()
         self._idle.clear()
+        self._log.open(call)
         for request in requests:
-            self._live[request.request_id] = _Live(mailbox, request, replica, arrived)
-            self._log.open(request.request_id, request.prompt_token_ids, request.params)
-            self._outgoing[replica].send(encode(request), zmq.NOBLOCK)
-        return mailbox
+            self._live[request.request_id] = _Live(request, replica, arrived)
+            self._send(replica, msgspec.structs.replace(request, gateway=self.epoch))
+        return self._log.entries_of(call)
 
-    def abort(self, request_ids: Iterable[str], reason: Literal["stop", "abort", "error"] = "abort") -> None:
+    def resume(self, call: Accepted) -> list[LogEntry]:
+        """Make live what the log holds unfinished of a call; it waits for a replica if there is none yet."""
+        entries = self._log.entries_of(call)
+        for entry in entries:
+            if not entry.has_ended:
+                live = _Live(entry.submit, None, time.monotonic(), num_tokens=len(entry.token_ids))
+                if entry.token_ids:
+                    live.first_token = live.last_token = live.arrived
+                self._live[entry.submit.request_id] = live
+                self._idle.clear()
+                self._hit_by_own_loss(live)
+                if self._ready:
+                    self._move([live])
+        return entries
+
+    def all_resumed(self) -> None:
+        """Nothing else is left of an earlier gateway; from now on this one serves."""
+        self._serves_since = time.time()
+        self.incidents.came_back(None)
+        if not self._live:
+            self._idle.set()
+
+    def abort(self, request_ids: Collection[str], reason: Literal["stop", "abort", "error"] = "abort") -> None:
         """End these requests here and in the engine; those that are not live are ignored.
 
         `reason`: `stop` when the reader found the end in the text, `abort` when nobody reads any more, `error` when
@@ -210,14 +226,14 @@ class Router:
                 if live.replica is not None:
                     of_replica.setdefault(live.replica, []).append(request_id)
                 self._end(request_id, reason)
+        self._log.cut(request_ids)
         for replica, ids in of_replica.items():
-            self._outgoing[replica].send(encode(Abort(ids)), zmq.NOBLOCK)
+            self._send(replica, Abort(ids, self.epoch))
 
-    def forget(self, request_ids: Sequence[str]) -> None:
-        """The reply is delivered or nobody waits for it: abort what still lives, drop the log entries."""
-        self.abort(request_ids)
-        for request_id in request_ids:
-            self._log.close(request_id)
+    def forget(self, call: Accepted) -> None:
+        """The reply is delivered or nobody waits for it: it leaves the log, and what still lives is aborted."""
+        self._log.forget(call.key)
+        self.abort([submit.request_id for submit in call.submits])
 
     def replica_lost(
         self, replica: int, reason: str, *, epoch: int = -1, comes_back: bool = False, loss: Loss | None = None
@@ -225,6 +241,9 @@ class Router:
         """The replica is gone, for good or until it announces itself again. Its requests go on in the others, from
         where the token log says they are; without another they wait for the first that comes back, or end with an
         error when none does."""
+        ready = self._ready.get(replica)
+        if ready is not None and 0 <= epoch < ready.epoch:
+            return  # an earlier one
         logger.error("replica %d is lost: %s", replica, reason)
         self._ready.pop(replica, None)
         self._lost_epoch[replica] = epoch
@@ -250,6 +269,19 @@ class Router:
         else:
             self._fail([live.submit.request_id for live in orphans], reason)
 
+    def stands_in(self, reason: str, loss: Loss) -> None:
+        """For a gateway that was lost. Its requests are ours."""
+        self._metrics.replica_lost(loss.kind, "restart")
+        self._own_loss = Incident(None, reason, loss, "restart", 0, time.time(), back=self._serves_since)
+        self.incidents.add(self._own_loss)
+        for live in self._live.values():
+            self._hit_by_own_loss(live)
+
+    def _hit_by_own_loss(self, live: _Live) -> None:
+        if self._own_loss is not None:
+            self._own_loss.requests += 1
+            live.incidents.append(self._own_loss)
+
     def _move(self, orphans: Sequence[_Live]) -> None:
         """Have those replicas that there are go on with these requests."""
         for live in orphans:
@@ -259,9 +291,7 @@ class Router:
                 self._fail([live.submit.request_id], "the replica came back with less memory than the request needs")
                 continue
             live.replica = self._balancer.choose(live.submit.prompt_token_ids, loads)
-            self._outgoing[live.replica].send(
-                encode(msgspec.structs.replace(live.submit, output_token_ids=known)), zmq.NOBLOCK
-            )
+            self._send(live.replica, msgspec.structs.replace(live.submit, output_token_ids=known, gateway=self.epoch))
         if orphans:
             logger.warning("%d requests go on", len(orphans))
 
@@ -309,7 +339,11 @@ class Router:
         socket = self._context.socket(zmq.PUSH)
         socket.set_hwm(0)
         socket.connect(self._endpoints.engine(replica))
+        socket.send(encode(Hello(self.epoch)), zmq.NOBLOCK)
         return socket
+
+    def _send(self, replica: int, message: ToEngine) -> None:
+        self._outgoing[replica].send(encode(message), zmq.NOBLOCK)
 
     def _deliver(self, message: Outputs) -> None:
         ready = self._ready.get(message.replica)
@@ -317,25 +351,23 @@ class Router:
             return  # its last words, heard after it was lost
         self._metrics.engine_stats(message.replica, message.stats)
         now = time.monotonic()
+        wanted = []
         for output in message.outputs:
             live = self._live.get(output.request_id)
-            if live is None or live.replica != message.replica:  # ended, or moved from a replica that was lost
-                continue
-            try:
-                new = self._log.append(output)
-            except TokenLogGap as error:
-                self._fail([output.request_id], str(error))
-                continue
-            if new is not None:
-                self._observe(live, len(new.token_ids), now)
-                live.mailbox.put(new)
-                if new.finish is not None:
-                    self._end(output.request_id, new.finish)
+            if live is not None and live.replica == message.replica:  # else it ended, or moved from a lost replica
+                wanted.append(output)
+        for new in self._log.append(wanted):
+            self._observe(self._live[new.request_id], len(new.token_ids), now)
+            if new.finish == "error":  # which may be the log's own word
+                self.abort([new.request_id], "error")
+            elif new.finish is not None:
+                self._end(new.request_id, new.finish)
 
     def _fail(self, request_ids: list[str], reason: str) -> None:
-        for request_id in request_ids:
-            live = self._live[request_id]
-            live.mailbox.put(TokenOutput(request_id, live.num_tokens, [], finish="error", error=reason))
+        ends = [self._log[name] for name in request_ids]
+        self._log.append(
+            TokenOutput(entry.submit.request_id, entry.end, [], finish="error", error=reason) for entry in ends
+        )
         self.abort(request_ids, "error")
 
     def _observe(self, live: _Live, num_new: int, now: float) -> None:

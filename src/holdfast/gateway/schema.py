@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 from pydantic.json_schema import models_json_schema
 
 from holdfast.gateway.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -60,7 +60,7 @@ class Loss(BaseModel):
 
 
 class Incident(BaseModel):
-    replica: int
+    replica: int | None
     reason: str
     loss: Loss
     rung: Literal["failover", "restart", "error"]
@@ -166,6 +166,10 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class AnyReply(RootModel[Completion | ChatCompletion]):
+    pass
+
+
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -181,6 +185,12 @@ def health_responses() -> Responses:
 def text_responses(content_type: str) -> Responses:
     replies = responses(Error, statuses=(401, 405, 500))
     return replies | {200: {"content": {content_type: {"schema": {"type": "string"}}}}}
+
+
+def stream() -> dict[str, Any]:
+    """Arguments for a route that replies with events."""
+    replies = responses(Error, statuses=(400, 401, 404, 405, 500, 503))
+    return {"responses": replies | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}}
 
 
 def body(request: type[BaseModel], success: type[BaseModel]) -> dict[str, Any]:

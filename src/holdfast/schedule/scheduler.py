@@ -115,6 +115,10 @@ class Scheduler:
             if request_id in self._sequences:
                 self._remove(self._sequences[request_id][1])
 
+    def abort_all(self) -> None:
+        """Forget every request."""
+        self.abort(list(self._sequences))
+
     @property
     def has_work(self) -> bool:
         return bool(self._sequences or self._in_flight)

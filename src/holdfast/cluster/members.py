@@ -1,0 +1,66 @@
+"""The parts of a service that live and die whole: replicas, and the gateway."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from holdfast.core import wire
+from holdfast.core.plan import Plan, places
+
+GATEWAY = "gateway"
+STEADY_SECONDS = 60.0
+"""A member that has served for so long starts with a clean record when it dies."""
+
+State = Literal["starting", "serving", "lost"]
+
+
+@dataclass(slots=True)
+class Member:
+    """`processes`: name → module, the slowest to start first. `speaker`: the one whose beats are waited for,
+    `most_silent` seconds at most. `number`: of a replica."""
+
+    name: str
+    processes: dict[str, str]
+    speaker: str
+    most_silent: float
+    number: int | None = None
+    state: State = "starting"
+    since: float = field(default_factory=time.monotonic)
+    """Of the state."""
+    deaths: int = 0
+    """In a row."""
+    heard: float = field(default_factory=time.monotonic)
+    """The speaker's last sign of life, once it serves."""
+    failure: tuple[str, wire.Failed] | None = None
+    """Its first process to fail by itself, this time, and what it said."""
+
+    def become(self, state: State) -> None:
+        self.state, self.since = state, time.monotonic()
+        self.heard = self.since
+
+    def count_death(self) -> int:
+        """How many there were in a row, this one included."""
+        steady = self.state == "serving" and time.monotonic() - self.since > STEADY_SECONDS
+        self.deaths = 1 if steady else self.deaths + 1
+        self.failure = None
+        return self.deaths
+
+    def due(self, startup_timeout: float) -> float:
+        """By when it must have said something."""
+        if self.state == "starting":
+            return self.since + startup_timeout
+        return self.heard + self.most_silent
+
+
+def members(plan: Plan) -> list[Member]:
+    """Of a service that runs this plan; the slowest to start come first."""
+    replicas = []
+    for number, replica in enumerate(plan.replicas):
+        workers = {f"worker {number}.{place.name}": "holdfast.cluster.rank" for place in places(replica)}
+        engine = f"engine {number}"
+        processes = {**workers, engine: "holdfast.cluster.engine"}
+        replicas.append(Member(f"replica {number}", processes, engine, 3 * wire.BEAT_SECONDS, number))
+    # a gateway may be busy with a large body for a while, an engine never
+    return [*replicas, Member(GATEWAY, {GATEWAY: "holdfast.gateway"}, GATEWAY, 10 * wire.BEAT_SECONDS)]
