@@ -86,7 +86,9 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         """The truth about the service: 200 when it can take requests."""
         status = service.status
-        body = {"status": status, "requests": service.router.num_live}
+        body: dict[str, Any] = {"status": status, "requests": service.router.num_live}
+        if service.calls.log_failure is not None:
+            body["token_log"] = service.calls.log_failure
         return _json(body, 200 if status == "ready" else 503, None if status == "ready" else {"Retry-After": "1"})
 
     @app.get("/cluster", responses=schema.responses(schema.Cluster, statuses=(401, 405, 500)))

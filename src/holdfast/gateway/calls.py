@@ -55,6 +55,11 @@ class Calls:
         """By key."""
         self._finishing: set[asyncio.Task[None]] = set()
 
+    @property
+    def log_failure(self) -> str | None:
+        """Why the log's file does not hold everything, if it does not."""
+        return self._log.failure
+
     def accept(self, job: Job, endpoint: Endpoint, body: bytes, created: int, arrived: float) -> Call:
         """Raises `RequestError` when the router refuses."""
         accepted = Accepted(job.request_id, endpoint, body, created, job.submits)

@@ -29,6 +29,8 @@ class Error(BaseModel):
 class Health(BaseModel):
     status: Literal["starting", "ready", "recovering", "draining", "lost"]
     requests: int
+    token_log: str | None = None
+    """Why it is not written, if it is not."""
 
 
 class Version(BaseModel):
