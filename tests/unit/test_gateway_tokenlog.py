@@ -185,3 +185,13 @@ def test_a_file_without_room_does_not_stop_the_log_and_is_made_good(tmp_path: Pa
     assert state(again) == known
     assert len(again["a"].token_ids) == 51
     again.close()
+
+
+def test_a_file_that_is_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.log"
+    file = LogFile(path)
+    file.append(b"\x93\xa5Other\x01\x02")
+    file.close()
+    for _ in range(2):  # and it is let go
+        with pytest.raises(ConfigError, match="not a token log that this version can read"):
+            reopened(path)

@@ -220,10 +220,14 @@ class EventStream(Response):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._calls, self._call, self._tokenizer = service.calls, call, service.served.tokenizer
-        self._reply = service.calls.reply(call, service.served)
         self._with_ids = with_ids
         self._told = after or [0] * len(call.entries)
         self._generation = service.calls.read(call, self._tokenizer, after)
+        try:
+            self._reply = service.calls.reply(call, service.served)
+        except BaseException:
+            self._calls.leave(call, self._generation, self._tokenizer)
+            raise
         self._reply.skip({index for index, at in enumerate(self._told) if at})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -122,7 +122,7 @@ class Calls:
     async def sweep(self) -> None:
         """Forget calls that nobody has come back for, for ever; those of an earlier gateway when they are over."""
         while True:
-            await asyncio.sleep(min(1.0, self._window / 4))
+            await asyncio.sleep(max(0.05, min(1.0, self._window / 4)))
             now = time.monotonic()
             for call in list(self._staying.values()):
                 unread = not call.num_readers and (call.is_over or not call.must_finish)
@@ -145,7 +145,7 @@ class Calls:
                 logger.warning("request %s: %s", call.job.request_id, error)
             finally:
                 generation.close()
-            call.is_over, call.idle_since = True, time.monotonic()
+                call.is_over, call.idle_since = True, time.monotonic()
 
         task = asyncio.create_task(finish())
         self._finishing.add(task)

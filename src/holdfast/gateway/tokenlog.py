@@ -186,7 +186,11 @@ class TokenLog:
         """Why the file does not hold everything."""
         self._retry_at = 0.0
         if file is not None:
-            self._load(file)
+            try:
+                self._load(file)
+            except (msgspec.DecodeError, LookupError) as error:
+                file.close()
+                raise ConfigError(f"{file.path}: not a token log that this version can read: {error}") from error
             self._begin_anew(file)
 
     def __len__(self) -> int:
