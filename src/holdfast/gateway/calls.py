@@ -40,6 +40,8 @@ class Call:
     is_over: bool = False
     idle_since: float = field(default_factory=time.monotonic)
     """When the last reader left, or it was over with nobody reading."""
+    finisher: asyncio.Task[None] | None = None
+    """Reads it to its end for nobody."""
 
 
 class Calls:
@@ -53,7 +55,6 @@ class Calls:
         self._by_name: dict[str, Call] = {}
         self._staying: dict[str, Call] = {}
         """By key."""
-        self._finishing: set[asyncio.Task[None]] = set()
 
     @property
     def log_failure(self) -> str | None:
@@ -100,7 +101,7 @@ class Calls:
             self._forget(call)
             return
         self._staying[call.accepted.key] = call
-        if not call.is_over:
+        if not call.is_over and call.finisher is None:
             self._finish_unread(call, tokenizer)
 
     async def resume(self, model: ServedModel) -> None:
@@ -130,8 +131,9 @@ class Calls:
                     self._forget(call)
 
     def close(self) -> None:
-        for task in self._finishing:
-            task.cancel()
+        for call in self._staying.values():
+            if call.finisher is not None:
+                call.finisher.cancel()
 
     def _finish_unread(self, call: Call, tokenizer: Tokenizer) -> None:
         """Somebody has to find stop strings and the end."""
@@ -147,12 +149,12 @@ class Calls:
                 generation.close()
                 call.is_over, call.idle_since = True, time.monotonic()
 
-        task = asyncio.create_task(finish())
-        self._finishing.add(task)
-        task.add_done_callback(self._finishing.discard)
+        call.finisher = asyncio.create_task(finish())
 
     def _forget(self, call: Call) -> None:
         self._staying.pop(call.accepted.key, None)
+        if call.finisher is not None:
+            call.finisher.cancel()  # nothing more comes for it
         if self._by_name.get(call.accepted.name) is call:
             del self._by_name[call.accepted.name]
         self._router.forget(call.accepted)

@@ -65,11 +65,21 @@ class LogFile:
         try:
             self._write(fd, data)
             os.replace(new, self.path)
+            if self._sync:
+                self._sync_folder()
         except OSError:
             os.close(fd)
             raise
         os.close(self._fd)
         self._fd, self.size = fd, len(data)
+
+    def _sync_folder(self) -> None:
+        """So that the new file's name, too, survives."""
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def close(self) -> None:
         os.close(self._fd)

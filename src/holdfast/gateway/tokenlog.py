@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -185,6 +185,7 @@ class TokenLog:
         self.failure: str | None = None
         """Why the file does not hold everything."""
         self._retry_at = 0.0
+        self._most_bytes = self.LEAST_BYTES
         if file is not None:
             try:
                 self._load(file)
@@ -312,7 +313,7 @@ class TokenLog:
 
     def _write(self, record: _Record) -> None:
         """Before its content counts, but for calls and ends that a new file holds anyway."""
-        file: Any = self._file
+        file = self._file
         if file is None:
             return
         if self.failure is not None:
