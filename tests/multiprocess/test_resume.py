@@ -158,7 +158,7 @@ def test_replies_that_are_not_streamed_and_streams_without_ids_are_there(start: 
         found = httpx.get(f"{service.url}/v1/requests/{name}", timeout=60).json()
         assert (found["id"], found["choices"]) == (name, calm["choices"])
     [incident] = httpx.get(f"{service.url}/cluster").json()["incidents"]
-    assert (incident["replica"], incident["rung"], incident["requests"]) == (None, "restart", 2)
+    assert (incident["member"], incident["rung"], incident["requests"]) == ("gateway", "restart", 2)
     assert httpx.get(f"{service.url}/v1/requests/nobody").status_code == 404
 
 

@@ -90,6 +90,11 @@ class Service:
             lines = [line for line in reply.read().decode().splitlines() if line and line[0] != "#"]
         return {line.split("{")[0].split(" ")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
+    def incidents(self) -> list[dict[str, object]]:
+        """What /cluster tells of losses."""
+        with urllib.request.urlopen(f"{self.url}/cluster", timeout=5) as reply:
+            return json.load(reply)["incidents"]
+
     def child(self, title: str) -> psutil.Process:
         """The child with this process title, such as "holdfast worker 0.0.0"."""
         titles = {}

@@ -86,13 +86,20 @@ class BlockPool:
                 del self._queue[block]
             self._refs[block] += 1
 
-    def publish(self, block: int, prefix_hash: bytes, token_ids: Sequence[int]) -> None:
-        """A held block is full and computed: others may share it. If its prefix is known already, nothing changes."""
+    def block_of(self, prefix_hash: bytes) -> int | None:
+        """The block that is known by it. Takes no ownership."""
+        return self._by_hash.get(prefix_hash)
+
+    def publish(self, block: int, prefix_hash: bytes, token_ids: Sequence[int]) -> bool:
+        """A held block is full and computed: others may share it. If its prefix is known already, nothing changes
+        (False)."""
         assert self._refs[block] > 0
         assert len(token_ids) == self.block_size
         if prefix_hash not in self._by_hash and self._prefix[block] is None:
             self._by_hash[prefix_hash] = block
             self._prefix[block] = (prefix_hash, tuple(token_ids))
+            return True
+        return False
 
     def release(self, blocks: Sequence[int]) -> None:
         """One holder lets go. The last blocks of a sequence are evicted before its first, which others may share."""

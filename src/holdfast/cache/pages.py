@@ -17,19 +17,24 @@ def bytes_per_block(num_layers: int, num_kv_heads: int, head_dim: int, block_siz
 
 @dataclass(frozen=True, slots=True)
 class KVPages:
-    """K and V pages of every layer: per layer [P blocks, G heads, S tokens, D].
+    """K and V pages of every layer: [K and V, L layers, P blocks, G heads, S tokens, D] in one piece of memory.
 
-    A (block, layer, head) cell lies in one piece of S · D numbers, in the backend's own order, so that checkpoints
-    can be keyed by it. Which request a block belongs to is not known here (`cache.blocks` owns that).
+    A (block, layer, head) cell of K, and of V, lies in one piece of S · D numbers, in the backend's own order, so
+    that checkpoints can be keyed by it. Which request a block belongs to is not known here: `cache.blocks` owns that.
     """
 
+    data: Tensor
     k: tuple[Tensor, ...]
+    """Views, per layer [P, G, S, D]."""
     v: tuple[Tensor, ...]
-    block_size: int
 
     @property
     def num_blocks(self) -> int:
-        return self.k[0].shape[0]
+        return self.data.shape[2]
+
+    @property
+    def block_size(self) -> int:
+        return self.data.shape[4]
 
     @classmethod
     def allocate(
@@ -44,9 +49,8 @@ class KVPages:
         device: torch.device,
     ) -> KVPages:
         """All zero: padded block tables may read a page before it is written, and 0 · NaN is NaN."""
-        shape = (num_blocks, num_kv_heads, block_size, head_dim)
-        pages = [_zeros(shape, dtype, device) for _ in range(2 * num_layers)]
-        return cls(k=tuple(pages[:num_layers]), v=tuple(pages[num_layers:]), block_size=block_size)
+        data = _zeros((2, num_layers, num_blocks, num_kv_heads, block_size, head_dim), dtype, device)
+        return cls(data, tuple(data[0]), tuple(data[1]))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

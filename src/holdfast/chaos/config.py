@@ -8,8 +8,20 @@ from importlib.util import find_spec
 from holdfast.core.config import option
 from holdfast.core.errors import ConfigError
 
-FAULTS = ("kill-worker", "kill-engine", "kill-gateway", "stop-worker", "stop-engine", "stop-gateway")
-"""SIGKILL or SIGSTOP of a worker, an engine or the gateway."""
+FAULTS = (
+    "kill-worker",
+    "kill-engine",
+    "kill-gateway",
+    "kill-store",
+    "kill-worker+store",
+    "stop-worker",
+    "stop-engine",
+    "stop-gateway",
+    "stop-store",
+    "spoil-worker",
+)
+"""SIGKILL or SIGSTOP of a worker, an engine, the gateway, the checkpoint store. `spoil`: bytes of the store's memory
+are changed, then the worker is killed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from holdfast.chaos.config import FAULTS
 from holdfast.chaos.run import Report
 
-_COLOURS = ("red", "purple", "blue", "orange", "brown", "cyan")
+_COLOURS = ("red", "purple", "blue", "olive", "pink", "orange", "brown", "cyan", "gray", "green")
 
 
 def timeline(report: Report, path: Path) -> None:

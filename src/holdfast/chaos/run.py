@@ -27,7 +27,7 @@ from holdfast.core.errors import ConfigError, StartupError
 
 _PATIENCE = 120.0
 """Seconds that getting over a fault may take."""
-_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "spoil": signal.SIGKILL}
 
 
 @dataclass(slots=True)
@@ -43,9 +43,12 @@ class Fault:
     """When every replica served again."""
 
     @property
-    def members(self) -> set[int | None]:
-        """The replicas that it hit; None: the gateway."""
-        return {int(victim.split(" ")[1].partition(".")[0]) if " " in victim else None for victim in self.victims}
+    def members(self) -> set[str]:
+        """What it hit: `replica 0`, `gateway`, `store`."""
+        return {
+            f"replica {victim.split(' ')[1].partition('.')[0]}" if " " in victim else victim
+            for victim in self.victims
+        }
 
     @property
     def detected(self) -> float:
@@ -132,8 +135,8 @@ async def _disturb(
     return load, faults, seconds
 
 
-def _key(incident: dict[str, Any]) -> tuple[int | None, float]:
-    return incident["replica"], incident["loss"]["detected"]
+def _key(incident: dict[str, Any]) -> tuple[str, float]:
+    return incident["member"], incident["loss"]["detected"]
 
 
 async def _calm(client: httpx.AsyncClient, asked: list[Body], streams: int) -> list[Choices]:
@@ -152,12 +155,15 @@ async def _calm(client: httpx.AsyncClient, asked: list[Body], streams: int) -> l
 
 async def _strike(service: Service, kinds: list[str], dice: random.Random, pair_percent: int) -> Fault:
     kind = dice.choice(kinds)
-    action, _, role = kind.partition("-")
-    living = {name: process for name, process in service.processes().items() if name.startswith(role)}
-    if not living:
-        raise StartupError(f"there is no {role} to {action}:\n{service.said()[-3000:]}")
-    number = 2 if len(living) > 1 and dice.randrange(100) < pair_percent else 1
-    victims = dice.sample(sorted(living), number)
+    action, _, roles = kind.partition("-")
+    living, victims = service.processes(), []
+    for role in roles.split("+"):
+        found = sorted(name for name in living if name.startswith(role))
+        if not found:
+            raise StartupError(f"there is no {role} to {action}:\n{service.said()[-3000:]}")
+        victims += dice.sample(found, 2 if len(found) > 1 and dice.randrange(100) < pair_percent else 1)
+    if action == "spoil":
+        service.spoil(dice)
     fault = Fault(kind, victims, time.time())
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):  # it died by itself, which is noticed as well
@@ -180,7 +186,7 @@ async def _get_over(service: Service, client: httpx.AsyncClient, fault: Fault) -
         fault.incidents = [
             incident for incident in state["incidents"] if incident["loss"]["detected"] >= fault.at - 0.001
         ]
-        seen = {incident["replica"] for incident in fault.incidents}
+        seen = {incident["member"] for incident in fault.incidents}
         whole = all(replica["status"] == "ready" for replica in state["replicas"])
         if seen >= fault.members and whole and all(incident["back"] is not None for incident in fault.incidents):
             fault.whole_again = time.time()
@@ -208,6 +214,8 @@ def show(report: Report, console: Console) -> None:
             _times([fault.whole_again - fault.at for fault in faults if fault.whole_again is not None]),
         )
     console.print(table)
+    recomputed = [incident["recomputed_most"] for fault in report.faults for incident in fault.incidents]
+    tokens = sum(incident["recomputed"] for fault in report.faults for incident in fault.incidents)
     hit = sum(incident["requests"] for fault in report.faults for incident in fault.incidents)
     rungs = [incident["rung"] for fault in report.faults for incident in fault.incidents]
     counts = ", ".join(f"{rung} {rungs.count(rung)} times" for rung in sorted(set(rungs)))
@@ -216,6 +224,7 @@ def show(report: Report, console: Console) -> None:
         f"{report.load.num_refused} refused at the door, {report.load.num_unheard} never heard of; {hit} were hit; "
         f"{report.load.num_returns} came back for the rest; {counts or 'no incident'}"
     )
+    console.print(f"tokens computed again: {tokens}; of one request at most {max(recomputed, default=0)}")
     lost = sum(wrong.what.startswith("lost") for wrong in report.load.wrong)
     console.print(f"lost requests: {lost}; changed replies: {len(report.load.wrong) - lost}")
     console.print(f"exit status {report.status}, processes left: {len(report.left)}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,9 @@ from holdfast.core.errors import StartupError
 
 _START_SECONDS = 600.0
 _STOP_SECONDS = 60.0
-_TITLE = re.compile(r"holdfast (worker [\d.]+|engine \d+|gateway)")
+_SPOILT_EVERY = 100_000
+"""Bytes."""
+_TITLE = re.compile(r"holdfast (worker [\d.]+|engine \d+|gateway|store)")
 
 
 class Service:
@@ -44,7 +48,7 @@ class Service:
         return self._log.read_text(errors="replace")
 
     def processes(self) -> dict[str, psutil.Process]:
-        """Its children that live, by their names: "worker 0.0.0", "engine 0", "gateway"."""
+        """Its children that live, by their names: "worker 0.0.0", "engine 0", "gateway", "store"."""
         found = {}
         for child in psutil.Process(self.process.pid).children(recursive=True):
             self._seen[child.pid] = child
@@ -55,6 +59,21 @@ class Service:
             if title is not None:
                 found[title[1]] = child
         return found
+
+    def spoil(self, dice: random.Random) -> None:
+        """Change bytes of the checkpoint store's memory, here and there where there is something."""
+        store = self.processes()["store"]
+        [path] = [
+            file
+            for file in Path(f"/proc/{store.pid}/fd").iterdir()
+            if str(file.readlink()).startswith("/memfd:holdfast-store")
+        ][:1]
+        with path.open("r+b", buffering=0) as memory:
+            for begin, end in _extents(memory.fileno()):
+                for at in range(begin, end, _SPOILT_EVERY):
+                    place = dice.randrange(at, min(at + _SPOILT_EVERY, end))
+                    [byte] = os.pread(memory.fileno(), 1, place)
+                    os.pwrite(memory.fileno(), bytes([byte ^ 0xFF]), place)
 
     async def stop(self) -> tuple[int, list[int]]:
         """SIGTERM; its exit status, and the pids of children that outlived it (they are killed then)."""
@@ -71,3 +90,15 @@ class Service:
         for child in left:
             child.kill()
         return status, [child.pid for child in left]
+
+
+def _extents(descriptor: int) -> Iterator[tuple[int, int]]:
+    """Where a sparse file has something: first byte, and the one after the last."""
+    end = 0
+    while True:
+        try:
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError:
+            return
+        end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        yield begin, end

@@ -66,9 +66,10 @@ def run_child(body: Body) -> None:
     sys.exit(status)
 
 
-def inherited(what: Literal["replica", "weights", "listener"]) -> int | None:
+def inherited(what: Literal["replica", "weights", "store", "listener"]) -> int | None:
     """A descriptor that the supervisor gave us, if it did: of memory that this process shares with the rest of its
-    replica, or, for the weights, with the same rank of other replicas; of the socket that the service listens on."""
+    replica, for the weights with the same rank of other replicas, for the store with all workers; of the socket that
+    the service listens on."""
     return _numbers().get(what)
 
 

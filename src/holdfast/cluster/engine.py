@@ -16,8 +16,10 @@ from holdfast.cache.blocks import BlockPool
 from holdfast.cluster.child import Control, epoch, inherited, run_child
 from holdfast.cluster.experts import ExpertBalancer
 from holdfast.cluster.hang import LOOK_SECONDS, HangWatch
+from holdfast.cluster.keeper import Keeper
 from holdfast.core import wire
 from holdfast.core.boot import Boot
+from holdfast.core.checkpoints import Find, Forget, FromStore, Keep, Kept
 from holdfast.core.errors import ReplicaHangs
 from holdfast.core.plan import places
 from holdfast.parallel.segment import RankTally, attach, layout_of, read_chosen, read_tally
@@ -26,6 +28,9 @@ from holdfast.schedule.fit import fit_model_len
 from holdfast.schedule.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+MOST_UPCOMING = 8
+"""Requests whose blocks are fetched before they are let in."""
 
 
 class Engine:
@@ -48,6 +53,7 @@ class Engine:
             worker = self._socket(zmq.PUSH)
             worker.connect(endpoints.worker(f"{replica}.{place.name}"))
             self.workers.append(worker)
+        self.keeper: Keeper | None = None
         self._open_shared_memory()
         self.watch, self._looked = HangWatch(boot.config.device.collective_timeout), 0.0  # until workers are ready
         self._beat = 0.0
@@ -55,8 +61,11 @@ class Engine:
         """Of the gateway that is served; none has said Hello yet."""
         self.gateway = self._socket(zmq.PUSH)
         self.gateway.connect(endpoints.gateway)
+        self.store = self._socket(zmq.DEALER)
+        self.store.connect(endpoints.store)
         self._decode_request = wire.decoder(wire.ToEngine).decode
         self._decode_result = wire.decoder(wire.ToEngineFromWorker).decode
+        self._decode_stored = wire.decoder(FromStore).decode
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self.control.context.socket(kind)
@@ -77,14 +86,18 @@ class Engine:
         if self.is_alone:
             depth = 2 if ready[0].runs_ahead else 1
         self.scheduler = self._make_scheduler(min(each.num_blocks for each in ready), depth)
-        while not self._wait_for(*self._awaited(depth), busy=self.scheduler.num_in_flight > 0):
+        if self.boot.config.cache.checkpoint_memory_bytes:
+            self.keeper = Keeper(self.scheduler.pool, len(self.workers), self._ask_store, self._tell_workers)
+        while not self._wait_for(*self._awaited(depth), busy=self._is_busy):
             self._take_requests()
             outputs = self._take_result()
+            self._keep_blocks()
             while self.scheduler.num_in_flight < depth and (step := self.scheduler.schedule()):
                 self._tell_workers(step)
             if self.balancer is not None and (placement := self.balancer.look()) is not None:
                 self._tell_workers(placement)
-            assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work that is never scheduled"
+            waits = self.scheduler.num_in_flight or (self.keeper is not None and self.keeper.is_busy)
+            assert waits or not self.scheduler.has_work, "work that is never scheduled"
             self.gateway.send(
                 wire.encode(wire.Outputs(self.replica, self.epoch, outputs, self._stats(), self._gateway_epoch))
             )
@@ -143,23 +156,59 @@ class Engine:
                 planner=ThreadPoolExecutor(1, "experts"),
             )
 
+    @property
+    def _is_busy(self) -> bool:
+        """Whether the workers have something to do."""
+        return self.scheduler.num_in_flight > 0 or (self.keeper is not None and self.keeper.is_loading)
+
+    def _ask_store(self, message: Keep | Find | Forget) -> None:
+        with contextlib.suppress(zmq.Again):  # it does not listen: it is not waited for either
+            self.store.send(wire.encode(message), zmq.NOBLOCK)
+
+    def _keep_blocks(self) -> None:
+        """What the store has answered, what there is for it to keep, and who is to come in next."""
+        published = self.scheduler.take_published()
+        if self.keeper is None:
+            return
+        while self.store.poll(0):
+            message = self._decode_stored(self.store.recv())
+            if isinstance(message, Kept):
+                self.keeper.kept(message)
+            else:
+                self.keeper.found(message)
+        self.keeper.keep(published)
+        self.keeper.look()
+        num_running = len(self.scheduler.running)
+        if num_running < self.boot.config.scheduler.max_num_seqs:
+            self.keeper.prepare(self.scheduler.upcoming(MOST_UPCOMING), num_running)
+
     def _tell_workers(self, message: wire.ToWorker) -> None:
         data = wire.encode(message)
         for worker in self.workers:
             worker.send(data)
 
     def _stats(self) -> wire.EngineStats:
+        stats = self.scheduler.stats()
+        if self.keeper is not None:
+            stats = msgspec.structs.replace(
+                stats,
+                saved_blocks=self.keeper.num_saved,
+                restored_blocks=self.keeper.num_restored,
+                broken_blocks=self.keeper.num_broken,
+            )
         if self.is_alone:
-            return self.scheduler.stats()
+            return stats
         ranks = [
             wire.RankStats(f"{self.replica}.{place.name}", *astuple(tally))
             for place, tally in zip(self.places, self.counters(), strict=True)
         ]
-        return msgspec.structs.replace(self.scheduler.stats(), ranks=ranks)
+        return msgspec.structs.replace(stats, ranks=ranks)
 
     def _awaited(self, depth: int) -> list[zmq.Socket[bytes]]:
         """Whose message lets the loop go on. A request can wait for a result when steps enough are in flight."""
-        return [self.results] if self.scheduler.num_in_flight == depth else [self.results, self.requests]
+        if self.scheduler.num_in_flight == depth:
+            return [self.results]
+        return [self.results, self.requests, self.store]
 
     def _take_requests(self) -> None:
         """Take in what the gateway has sent."""
@@ -170,7 +219,9 @@ class Engine:
             elif message.gateway != self._gateway_epoch:
                 continue  # of a gateway that is gone
             elif isinstance(message, wire.Submit):
-                self.scheduler.add(message)
+                sequence = self.scheduler.add(message)
+                if self.keeper is not None:
+                    self.keeper.look_up(sequence)
             else:
                 self.scheduler.abort(message.request_ids)
 
@@ -188,6 +239,10 @@ class Engine:
         if not self.results.poll(0):
             return []
         result = self._decode_result(self.results.recv())
+        if isinstance(result, wire.BlocksLoaded):
+            assert self.keeper is not None, result
+            self.keeper.loaded(result)
+            return []
         if isinstance(result, wire.ExpertsLoaded):
             assert self.balancer is not None, result
             if (message := self.balancer.loaded(result)) is not None:

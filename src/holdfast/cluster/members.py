@@ -1,4 +1,4 @@
-"""The parts of a service that live and die whole: replicas, and the gateway."""
+"""The parts of a service that live and die whole: replicas, the checkpoint store, and the gateway."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from holdfast.core import wire
 from holdfast.core.plan import Plan, places
 
 GATEWAY = "gateway"
+STORE = "store"
 STEADY_SECONDS = 60.0
 """A member that has served for so long starts with a clean record when it dies."""
 
@@ -54,7 +55,7 @@ class Member:
         return self.heard + self.most_silent
 
 
-def members(plan: Plan) -> list[Member]:
+def members(plan: Plan, *, has_store: bool) -> list[Member]:
     """Of a service that runs this plan; the slowest to start come first."""
     replicas = []
     for number, replica in enumerate(plan.replicas):
@@ -62,5 +63,7 @@ def members(plan: Plan) -> list[Member]:
         engine = f"engine {number}"
         processes = {**workers, engine: "holdfast.cluster.engine"}
         replicas.append(Member(f"replica {number}", processes, engine, 3 * wire.BEAT_SECONDS, number))
+    silence = 3 * wire.BEAT_SECONDS
+    store = [Member(STORE, {STORE: "holdfast.cluster.store"}, STORE, silence)] if has_store else []
     # a gateway may be busy with a large body for a while, an engine never
-    return [*replicas, Member(GATEWAY, {GATEWAY: "holdfast.gateway"}, GATEWAY, 10 * wire.BEAT_SECONDS)]
+    return [*replicas, *store, Member(GATEWAY, {GATEWAY: "holdfast.gateway"}, GATEWAY, 10 * wire.BEAT_SECONDS)]

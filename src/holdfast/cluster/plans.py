@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from holdfast.cache.store import StoreLayout
 from holdfast.core import wire
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError
@@ -13,6 +15,10 @@ from holdfast.hardware.host import available_memory
 from holdfast.models.parameters import expert_bytes, weight_bytes
 from holdfast.parallel.cuts import check_plan, make_plan
 from holdfast.parallel.placement import groups_of
+
+STORE_LIMIT = 4_000_000_000
+STORE_SHARE = 0.2
+"""Of the free memory: the checkpoint store's, at most."""
 
 
 def plan_of(config: ServeConfig, model: ModelInfo) -> Plan:
@@ -50,6 +56,20 @@ def check_balancing(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
         raise ConfigError(
             f"--num-redundant-experts {redundant}: must be at most {most}, when each of {groups} groups has all"
         )
+
+
+def with_checkpoint_memory(config: ServeConfig, model: ModelInfo) -> ServeConfig:
+    """The configuration with the size of the checkpoint store filled in. Raises `ConfigError` for one that is of no
+    use."""
+    given, cached = config.cache.checkpoint_memory_bytes, config.cache.enable_prefix_caching
+    if given and not cached:
+        raise ConfigError("--checkpoint-memory-bytes: works with prefix caching only")
+    size = min(STORE_LIMIT, int(STORE_SHARE * available_memory())) if given is None else given
+    config = replace(config, cache=replace(config.cache, checkpoint_memory_bytes=size if cached else 0))
+    if given and not StoreLayout.of(config, model).num_slots:
+        one = replace(StoreLayout.of(config, model), num_slots=1).num_bytes
+        raise ConfigError(f"--checkpoint-memory-bytes {given}: a block needs {one}")
+    return config
 
 
 def impact_of(plan: Plan, process: str, kind: wire.LossKind, detected: float) -> wire.Loss:

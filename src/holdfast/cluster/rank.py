@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 import zmq
 
+from holdfast.cache.store import StoreLayout, StoreMemory
 from holdfast.cluster.child import Control, epoch, inherited, run_child
 from holdfast.core import wire
 from holdfast.core.boot import Boot
@@ -20,6 +21,7 @@ from holdfast.core.errors import ModelError
 from holdfast.core.plan import Place
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.models.inspect import stamp_of
+from holdfast.worker.copier import BlockCopier
 from holdfast.worker.experts import ExpertMover
 from holdfast.worker.runner import Launched, Runner
 from holdfast.worker.start import Post, start_runner
@@ -53,13 +55,18 @@ def run(boot: Boot, control: Control) -> None:
     control.send(wire.encode(wire.Ready()))
 
     mover = ExpertMover(boot.model, boot.stamp, runner, rank)
+    copier = None
+    if (store := inherited("store")) is not None:
+        copier = BlockCopier(runner.pages, StoreMemory(store, StoreLayout.of(boot.config, boot.model)), place)
     try:
-        serve(control, steps, results, runner, mover)
+        serve(control, steps, results, runner, mover, copier)
     finally:
         mover.close()
 
 
-def serve(control: Control, steps: Socket, results: Socket, runner: Runner, mover: ExpertMover) -> None:
+def serve(  # noqa: PLR0917
+    control: Control, steps: Socket, results: Socket, runner: Runner, mover: ExpertMover, copier: BlockCopier | None
+) -> None:
     """Take steps and give results until told to stop."""
     rank, speaks = mover.rank, runner.decoder.place.speaks
     decode = wire.decoder(wire.ToWorker).decode
@@ -69,7 +76,9 @@ def serve(control: Control, steps: Socket, results: Socket, runner: Runner, move
     poller.register(control, zmq.POLLIN)
     poller.register(mover.fd, zmq.POLLIN)
     while True:
-        readable = dict(poller.poll(0 if launched else None))
+        readable = dict(poller.poll(_patience(copier) if not launched else 0))
+        if copier is not None:
+            copier.pump()
         if mover.fd in readable:
             results.send(wire.encode(mover.report()))
         if control in readable:
@@ -77,14 +86,14 @@ def serve(control: Control, steps: Socket, results: Socket, runner: Runner, move
             return  # the only word a worker is sent is Stop
         if steps in readable and len(launched) < (2 if runner.runs_ahead else 1):
             match decode(steps.recv()):
-                case wire.PlaceExperts() as placement:
-                    mover.place(placement)
-                case wire.UseExperts():
-                    mover.use()
-                case wire.DropExperts():
-                    mover.drop()
                 case wire.Step() as step:
                     launched.append((step, attempt(runner, step, rank, partial(runner.launch, step))))
+                case wire.SaveBlocks() | wire.LoadBlocks() as message:
+                    assert copier is not None, message
+                    copy_blocks(message, copier, results)
+                    runner.moved()
+                case message:
+                    move_experts(message, mover)
             continue
         if not launched:
             continue
@@ -96,6 +105,30 @@ def serve(control: Control, steps: Socket, results: Socket, runner: Runner, move
             state = attempt(runner, step, rank, partial(runner.finish, state))
         if speaks:
             results.send(wire.encode(state))
+
+
+def copy_blocks(message: wire.SaveBlocks | wire.LoadBlocks, copier: BlockCopier, results: Socket) -> None:
+    """Between two steps."""
+    if isinstance(message, wire.SaveBlocks):
+        copier.save(message.blocks)
+    else:
+        results.send(wire.encode(wire.BlocksLoaded(message.load_id, copier.load(message.blocks))))
+
+
+def move_experts(message: wire.PlaceExperts | wire.UseExperts | wire.DropExperts, mover: ExpertMover) -> None:
+    """Between two steps."""
+    match message:
+        case wire.PlaceExperts():
+            mover.place(message)
+        case wire.UseExperts():
+            mover.use()
+        case wire.DropExperts():
+            mover.drop()
+
+
+def _patience(copier: BlockCopier | None) -> int | None:
+    """Milliseconds until a look at what the device is sending; None: for ever."""
+    return None if copier is None or copier.is_idle else 1
 
 
 Socket = zmq.Socket[bytes]

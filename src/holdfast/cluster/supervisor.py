@@ -26,10 +26,11 @@ from pathlib import Path
 import msgspec
 import setproctitle
 
+from holdfast.cache.store import StoreLayout
 from holdfast.cluster.children import STOP_SECONDS, Children, Ended, Event, Said, Signalled, TimedOut
 from holdfast.cluster.listener import listen, url_of
 from holdfast.cluster.members import GATEWAY, Member, members
-from holdfast.cluster.plans import check_balancing, check_memory, impact_of, plan_of
+from holdfast.cluster.plans import check_balancing, check_memory, impact_of, plan_of, with_checkpoint_memory
 from holdfast.core import wire
 from holdfast.core.boot import Boot, Endpoints
 from holdfast.core.config import ServeConfig
@@ -62,6 +63,7 @@ def serve(model: str, config: ServeConfig) -> int:
     plan = plan_of(config, info)
     check_balancing(config, info, plan)
     check_memory(config, info, plan)
+    config = with_checkpoint_memory(config, info)
     folder = tempfile.mkdtemp(prefix="holdfast-")
     try:
         with contextlib.closing(listen(config.server)) as listener, Children(Endpoints(folder)) as children:
@@ -92,8 +94,13 @@ class Supervisor:
         self.plan = plan
         self.model = model
         self.listener = listener
-        self.members = members(plan)
-        self.replicas, self.gateway = self.members[:-1], self.members[-1]
+        self._store: int | None = None
+        """Descriptor of the checkpoint store's memory: as long as we live nothing in it is lost."""
+        if config.cache.checkpoint_memory_bytes:
+            self._store = create(StoreLayout.of(config, model).num_bytes, "holdfast-store")
+        self.members = members(plan, has_store=self._store is not None)
+        self.replicas = [member for member in self.members if member.number is not None]
+        self.gateway = self.members[-1]
         self._of = {process: member for member in self.members for process in member.processes}
         self._started = time.monotonic()
         self._shown: dict[str, float] = {}
@@ -139,8 +146,10 @@ class Supervisor:
         """All its processes; those of a replica with new memory between them."""
         names = list(member.processes)
         self._shown = {key: shown for key, shown in self._shown.items() if key.partition("@")[0] not in names}
-        if member.number is None:
+        if member is self.gateway:
             self._start_all(member, {"listener": self.listener.fileno()})
+        elif member.number is None:
+            self._start_all(member, {})
         else:
             layout = layout_of(self.plan.replicas[member.number], self.model.spec, self.config.scheduler)
             descriptor = create(layout.num_bytes)
@@ -152,8 +161,10 @@ class Supervisor:
 
     def _start_all(self, member: Member, descriptors: dict[str, int]) -> None:
         for name, module in member.processes.items():
-            weights = self._weights.get(name.partition(".")[2])
-            more = {} if weights is None else {"weights": weights}
+            found = {"weights": self._weights.get(name.partition(".")[2]), "store": self._store}
+            more = {
+                what: number for what, number in found.items() if number is not None and member is not self.gateway
+            }
             self.children.start(name, module, str(self._boot_file), descriptors | more)
 
     def _wait_until_ready(self) -> bool:
@@ -286,11 +297,14 @@ class Supervisor:
         if all(self.children.by_name[other].ready for other in member.processes):
             log.warning("%s serves again, after %.1f s", member.name, time.monotonic() - member.since)
             member.become("serving")
+            if member.number is None and member is not self.gateway:
+                self.children.send(GATEWAY, wire.StoreBack())
 
     def _lose(self, member: Member, process: str, reason: str, *, hangs: bool = False) -> None:
         """A process of it has ended that should not. The rest is killed: nobody waits for the dead. It starts again,
         unless it has died too often. The requests of a replica go on in the others, or wait for it: the gateway is
-        told. Those of the gateway are in its log. Raises `ProcessDied` when there is nobody left to serve."""
+        told. Those of the gateway are in its log; the store's loss hits none. Raises `ProcessDied` when there is
+        nobody left to serve."""
         detected: float = time.time()
         kind: wire.LossKind = "hang" if hangs else "death"
         if member.failure is not None:  # the first to fail is the cause, whoever was the first to end
@@ -314,8 +328,10 @@ class Supervisor:
             "s" if serving == 1 else "",
             f"; it is started again ({deaths} of --max-restarts {most})" if comes_back else "",
         )
-        if member.number is None:
+        if member is self.gateway:
             self._untold = wire.Replaces(reason, loss)
+        elif member.number is None:
+            self.children.send(GATEWAY, wire.StoreLost(reason, loss))
         else:
             self.children.send(GATEWAY, wire.ReplicaLost(member.number, reason, epoch, comes_back, loss))
         member.become("lost")
@@ -328,10 +344,11 @@ class Supervisor:
     def _give_up(self, member: Member, reason: str) -> None:
         """It does not come back after all."""
         self.children.kill(member.processes)
-        if member.number is None or all(other.state == "lost" for other in self.replicas):
+        if member is self.gateway or all(other.state == "lost" for other in self.replicas):
             raise ProcessDied(reason)
         log.error("%s", reason)
-        self.children.send(GATEWAY, wire.ReplicaLost(member.number, reason))
+        if member.number is not None:
+            self.children.send(GATEWAY, wire.ReplicaLost(member.number, reason))
 
     def _how_it_ended(self, name: str) -> str:
         return self.children.by_name[name].how_it_ended()

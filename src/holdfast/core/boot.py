@@ -36,6 +36,11 @@ class Endpoints(msgspec.Struct, frozen=True):
         """PULL bound by the worker; its engine pushes `ToWorker`."""
         return f"ipc://{self.folder}/worker-{rank}"
 
+    @property
+    def store(self) -> str:
+        """ROUTER bound by the checkpoint store; every engine connects a DEALER."""
+        return f"ipc://{self.folder}/store"
+
     def meeting(self, replica: int, epoch: int) -> str:
         """File through which the ranks of a replica find each other, where they share no memory."""
         return f"{self.folder}/meeting-{replica}-{epoch}"

@@ -187,6 +187,13 @@ class CacheConfig:
         0.9, "Share of a GPU's memory for weights, workspace and KV cache together, in (0, 1]."
     )
     enable_prefix_caching: bool = option(True, "Keep finished blocks and reuse them for equal prefixes.")
+    checkpoint_memory_bytes: int | None = option(
+        None,
+        "Memory of this machine for copies of finished blocks: requests go on from them after a loss, and prefixes "
+        "that the KV cache had no room for come back from them; 0: none. Default: at most 4G and 20 % of the free "
+        "memory, taken as it is filled; none without prefix caching.",
+        bytes=True,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +279,7 @@ class ServeConfig:
             ("--eplb-step-interval", self.device.eplb_step_interval, 1),
             ("--block-size", self.cache.block_size, 1),
             ("--kv-cache-memory-bytes", self.cache.kv_cache_memory_bytes, 1),
+            ("--checkpoint-memory-bytes", self.cache.checkpoint_memory_bytes, 0),
             ("--max-num-seqs", self.scheduler.max_num_seqs, 1),
             ("--max-num-batched-tokens", self.scheduler.max_num_batched_tokens, 1),
             ("--max-queued-seqs", self.scheduler.max_queued_seqs, 0),

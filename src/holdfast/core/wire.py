@@ -76,7 +76,8 @@ class TokenOutput(_Message, frozen=True):
     stop_token_id: int | None = None
     """The token that ended the request, when it was one of `stop_token_ids` or an end-of-sequence token."""
     num_cached_tokens: int = 0
-    """Prompt tokens taken from the prefix cache instead of being computed."""
+    """Tokens taken from the prefix cache instead of being computed, with the first output after a `Submit`; or, as
+    long as that is the request's first, of its last start."""
     error: str | None = None
 
 
@@ -113,6 +114,12 @@ class EngineStats(_Message, frozen=True):
     prefix_hits: int
     """Counter: prompt tokens found there."""
     preemptions: int
+    saved_blocks: int = 0
+    """Counter: that went to the checkpoint store."""
+    restored_blocks: int = 0
+    """Counter: that came back from it."""
+    broken_blocks: int = 0
+    """Counter: that were not what they should be."""
     ranks: list[RankStats] = []
     """Of a replica that has several."""
 
@@ -201,7 +208,21 @@ class DropExperts(_Message, frozen=True):
     """The experts stay where they are; what was loaded for the placement is not needed."""
 
 
-ToWorker = Step | PlaceExperts | UseExperts | DropExperts
+class SaveBlocks(_Message, frozen=True):
+    """Copy these full blocks into the checkpoint store. Not answered."""
+
+    blocks: list[tuple[int, int, bytes]]
+    """Block, slot, prefix hash."""
+
+
+class LoadBlocks(_Message, frozen=True):
+    """Fill these blocks from the checkpoint store, in this order. Answered by `BlocksLoaded`."""
+
+    load_id: int
+    blocks: list[tuple[int, int, bytes]]
+
+
+ToWorker = Step | PlaceExperts | UseExperts | DropExperts | SaveBlocks | LoadBlocks
 """Every worker of a replica gets the same, in the same order. Stop comes from the supervisor."""
 
 # --- worker → engine -------------------------------------------------------------------------------
@@ -260,7 +281,14 @@ class ExpertsLoaded(_Message, frozen=True):
     error: str = ""
 
 
-ToEngineFromWorker = WorkerReady | StepResult | StepError | ExpertsLoaded
+class BlocksLoaded(_Message, frozen=True):
+    """The first `num_good` of the blocks are what they should be."""
+
+    load_id: int
+    num_good: int
+
+
+ToEngineFromWorker = WorkerReady | StepResult | StepError | ExpertsLoaded | BlocksLoaded
 
 # --- children ↔ supervisor -------------------------------------------------------------------------
 
@@ -345,11 +373,22 @@ class ReplicaLost(_Message, frozen=True):
     """None: nothing was lost, the service ends."""
 
 
+class StoreLost(_Message, frozen=True):
+    """To the gateway: the process of the checkpoint store is gone, which hits no request."""
+
+    reason: str
+    loss: Loss
+
+
+class StoreBack(_Message, frozen=True):
+    """To the gateway: it is there again."""
+
+
 class Stop(_Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 
-ToChild = Drain | Replaces | ReplicaLost | Stop
+ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | Stop
 
 # --- coding ----------------------------------------------------------------------------------------
 

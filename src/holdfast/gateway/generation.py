@@ -65,7 +65,8 @@ class Choice:
 
     def feed(self, output: TokenOutput, piece: Piece) -> None:
         """Add an output to `piece`. A stop string ends the choice in the middle of an output, too."""
-        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if output.start == 0:
+            self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         for position, token_id in enumerate(output.token_ids):

@@ -15,15 +15,16 @@ KEPT = 10_000
 """Incidents, the latest."""
 
 
-Rung = Literal["failover", "restart", "error"]
-"""What the live requests of a lost replica do: go on in others, wait until one is back, end."""
+Rung = Literal["failover", "restart", "error", "none"]
+"""What the live requests of a lost replica do: go on in others, wait until one is back, end. None: no request needs
+what was lost."""
 
 
 class Incident(msgspec.Struct):
-    """One loss of a replica, or of the gateway. Times: seconds since 1970; None: not yet, or never."""
+    """One loss of a replica, the gateway or the store. Times: seconds since 1970; None: not yet, or never."""
 
-    replica: int | None
-    """None: the gateway."""
+    member: str
+    """`replica 0`, `gateway`, `store`."""
     reason: str
     loss: Loss
     rung: Rung
@@ -38,12 +39,18 @@ class Incident(msgspec.Struct):
     last_token: float | None = None
     """When the last of them did, for the first time."""
     back: float | None = None
-    """When the replica served again."""
+    """When the member served again."""
+    recomputed: int = 0
+    """Tokens whose keys and values had been there before, and were neither cached nor restored."""
+    recomputed_most: int = 0
+    """Of one request."""
 
-    def went_on(self) -> None:
-        """One of its requests has got a token."""
+    def went_on(self, recomputed: int) -> None:
+        """One of its requests has got a token, after so many were computed again."""
         now = time.time()
         self.resumed += 1
+        self.recomputed += recomputed
+        self.recomputed_most = max(self.recomputed_most, recomputed)
         self.first_token, self.last_token = self.first_token or now, now
 
 
@@ -56,11 +63,16 @@ class Incidents:
     def __iter__(self) -> Iterator[Incident]:
         return iter(self._kept)
 
-    def add(self, incident: Incident) -> None:
+    def begin(
+        self, member: str, reason: str, loss: Loss, rung: Rung, *, requests: int = 0, back: float | None = None
+    ) -> Incident:
+        """A new one, decided now."""
+        incident = Incident(member, reason, loss, rung, requests, time.time(), back=back)
         self._kept.append(incident)
+        return incident
 
-    def came_back(self, replica: int | None) -> None:
+    def came_back(self, member: str) -> None:
         """It serves again."""
         for incident in self._kept:
-            if incident.replica == replica and incident.back is None:
+            if incident.member == member and incident.back is None:
                 incident.back = time.time()

@@ -20,7 +20,20 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from holdfast.cluster.child import epoch, inherited
 from holdfast.core.boot import Boot, Endpoints
 from holdfast.core.config import ServerConfig
-from holdfast.core.wire import BEAT_SECONDS, Beat, Drain, Ready, Replaces, ReplicaLost, Stop, ToChild, decoder, encode
+from holdfast.core.wire import (
+    BEAT_SECONDS,
+    Beat,
+    Drain,
+    Ready,
+    Replaces,
+    ReplicaLost,
+    Stop,
+    StoreBack,
+    StoreLost,
+    ToChild,
+    decoder,
+    encode,
+)
 from holdfast.gateway.app import Service, build_app
 from holdfast.gateway.calls import Calls
 from holdfast.gateway.chat import ChatTemplate, template_source
@@ -166,6 +179,10 @@ async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
                     router.stands_in(reason, loss)
                 case ReplicaLost(replica, reason, epoch, comes_back, loss):
                     router.replica_lost(replica, reason, epoch=epoch, comes_back=comes_back, loss=loss)
+                case StoreLost(reason, loss):
+                    router.incidents.begin("store", reason, loss, "none")
+                case StoreBack():
+                    router.incidents.came_back("store")
                 case Drain(deadline):
                     if draining is not None:
                         draining.cancel()

@@ -18,6 +18,11 @@ _PER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15,
 _REQUEST_SECONDS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 
+_CHECKPOINTS = {
+    "saved_blocks": ("checkpoint_blocks_saved", "Blocks copied into the checkpoint store"),
+    "restored_blocks": ("checkpoint_blocks_restored", "Blocks filled from the checkpoint store"),
+    "broken_blocks": ("checkpoint_blocks_broken", "Blocks of the checkpoint store that were not what they should be"),
+}
 _RANKS = {
     "steps": ("steps", "Steps of a rank that has others beside it"),
     "step_seconds": ("step_seconds", "Time in these steps, waits included"),
@@ -64,6 +69,7 @@ class Metrics:
             field: Counter(f"holdfast:rank_{name}", text, ("model_name", "rank"), registry=self._registry)
             for field, (name, text) in _RANKS.items()
         }
+        self._checkpoints = {field: self._new(Counter, *described) for field, described in _CHECKPOINTS.items()}
         self._losses = Counter(
             "holdfast:replica_losses",
             "Replicas lost, by what happened and what their requests did",
@@ -86,6 +92,8 @@ class Metrics:
         self.prefix_queries.inc(stats.prefix_queries - (last.prefix_queries if last else 0))
         self.prefix_hits.inc(stats.prefix_hits - (last.prefix_hits if last else 0))
         self.preemptions.inc(stats.preemptions - (last.preemptions if last else 0))
+        for field, counter in self._checkpoints.items():
+            counter.inc(getattr(stats, field) - getattr(last, field, 0))
         before = {rank.rank: rank for rank in last.ranks} if last else {}
         for rank in stats.ranks:
             for field, counter in self._ranks.items():

@@ -150,7 +150,7 @@ class Router:
                     continue
                 self._ready[message.replica] = message
                 self._coming.discard(message.replica)
-                self.incidents.came_back(message.replica)
+                self.incidents.came_back(f"replica {message.replica}")
                 self._was_ready = True
                 self._move([live for live in self._live.values() if live.replica is None])
                 if self.epoch or len(self._ready) == len(self._outgoing):
@@ -210,7 +210,7 @@ class Router:
     def all_resumed(self) -> None:
         """Nothing else is left of an earlier gateway; from now on this one serves."""
         self._serves_since = time.time()
-        self.incidents.came_back(None)
+        self.incidents.came_back("gateway")
         if not self._live:
             self._idle.set()
 
@@ -257,8 +257,7 @@ class Router:
             rung: Rung = "failover" if self._ready else "restart" if self._coming else "error"
             self._metrics.replica_lost(loss.kind, rung)
             hit = [live for live in orphans if live.replica == replica]
-            incident = Incident(replica, reason, loss, rung, len(hit), time.time())
-            self.incidents.add(incident)
+            incident = self.incidents.begin(f"replica {replica}", reason, loss, rung, requests=len(hit))
             for live in hit:
                 live.incidents.append(incident)
         if self._ready:
@@ -272,8 +271,7 @@ class Router:
     def stands_in(self, reason: str, loss: Loss) -> None:
         """For a gateway that was lost. Its requests are ours."""
         self._metrics.replica_lost(loss.kind, "restart")
-        self._own_loss = Incident(None, reason, loss, "restart", 0, time.time(), back=self._serves_since)
-        self.incidents.add(self._own_loss)
+        self._own_loss = self.incidents.begin("gateway", reason, loss, "restart", back=self._serves_since)
         for live in self._live.values():
             self._hit_by_own_loss(live)
 
@@ -357,7 +355,7 @@ class Router:
             if live is not None and live.replica == message.replica:  # else it ended, or moved from a lost replica
                 wanted.append(output)
         for new in self._log.append(wanted):
-            self._observe(self._live[new.request_id], len(new.token_ids), now)
+            self._observe(self._live[new.request_id], new, now)
             if new.finish == "error":  # which may be the log's own word
                 self.abort([new.request_id], "error")
             elif new.finish is not None:
@@ -370,13 +368,14 @@ class Router:
         )
         self.abort(request_ids, "error")
 
-    def _observe(self, live: _Live, num_new: int, now: float) -> None:
-        if num_new == 0:
+    def _observe(self, live: _Live, new: TokenOutput, now: float) -> None:
+        if not (num_new := len(new.token_ids)):
             return
         if live.incidents:
             self._metrics.recovery.observe(time.time() - live.incidents[0].loss.detected)
+            known = len(live.submit.prompt_token_ids) + live.num_tokens - 1 if live.num_tokens else 0
             for incident in live.incidents:
-                incident.went_on()
+                incident.went_on(max(known - new.num_cached_tokens, 0))
             live.incidents.clear()
         if live.first_token is None:
             live.first_token = now

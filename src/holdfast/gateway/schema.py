@@ -62,16 +62,18 @@ class Loss(BaseModel):
 
 
 class Incident(BaseModel):
-    replica: int | None
+    member: str
     reason: str
     loss: Loss
-    rung: Literal["failover", "restart", "error"]
+    rung: Literal["failover", "restart", "error", "none"]
     requests: int
     decided: float
     resumed: int
     first_token: float | None
     last_token: float | None
     back: float | None
+    recomputed: int
+    recomputed_most: int
 
 
 class Cluster(BaseModel):

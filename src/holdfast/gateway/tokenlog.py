@@ -111,7 +111,8 @@ class LogEntry:
             self.logprobs = (self.logprobs or []) + output.logprobs
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
-        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if output.start == 0:
+            self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         self.finish, self.stop_token_id, self.error = output.finish, output.stop_token_id, output.error
         for reader in self.readers:
             reader.wake(self)

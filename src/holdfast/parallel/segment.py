@@ -141,9 +141,9 @@ def _whole_pages(num_bytes: int) -> int:
     return -(-num_bytes // PAGE) * PAGE
 
 
-def create(num_bytes: int) -> int:
+def create(num_bytes: int, name: str = "holdfast") -> int:
     """A file descriptor of that much shared memory, all zero. The caller closes it."""
-    descriptor = os.memfd_create("holdfast")
+    descriptor = os.memfd_create(name)
     os.ftruncate(descriptor, num_bytes)
     return descriptor
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, nsmallest
 
-from holdfast.cache.blocks import BlockPool
+from holdfast.cache.blocks import ROOT, BlockPool
 from holdfast.core.config import SchedulerConfig
 from holdfast.core.request import TokenLogprobs
 from holdfast.core.wire import (
@@ -88,6 +88,8 @@ class Scheduler:
         self._budget = config.max_num_batched_tokens
         """Tokens of a step: fewer after one that was too large for the device's memory."""
         self._good_steps = 0
+        self._published: list[tuple[bytes, bytes]] = []
+        """Blocks that may be shared since this was last asked, each with the one before."""
         self._dropped: list[str] = []
         """Requests the worker still holds but must forget."""
         self._steps = self._submitted = self._preemptions = 0
@@ -95,7 +97,7 @@ class Scheduler:
 
     # --- requests come and go ---
 
-    def add(self, submit: Submit) -> None:
+    def add(self, submit: Submit) -> Sequence:
         """Queue a request. The gateway has validated it: 1 ≤ prompt tokens < max_model_len, id not in use, and tokens
         still to come."""
         assert submit.request_id not in self._sequences, f"request id {submit.request_id} is in use"
@@ -108,6 +110,7 @@ class Scheduler:
         self._submitted += 1
         self._sequences[submit.request_id] = (self._submitted, sequence)
         heappush(self._waiting, (rank, self._submitted, sequence))
+        return sequence
 
     def abort(self, request_ids: list[str]) -> None:
         """Forget requests and release their blocks. Unknown ids are ignored."""
@@ -201,6 +204,8 @@ class Scheduler:
         It is let in only if all its tokens fit, and a block more for every running request: else it would soon
         preempt or be preempted.
         """
+        if sequence.held_back:
+            return 0
         cached = self._cached_prefix(sequence)
         num_cached = len(cached) * self.pool.block_size
         wanted = self.pool.blocks_for(sequence.num_tokens) - len(cached) + self.pool.num_idle(cached)
@@ -211,7 +216,7 @@ class Scheduler:
         new = self.pool.allocate(self.pool.blocks_for(num_cached + count) - len(cached))
         sequence.block_ids = cached + new
         sequence.num_computed = sequence.num_scheduled = num_cached
-        if sequence.num_output_tokens == 0:
+        if sequence.num_output_tokens == 0 or not sequence.life:
             sequence.num_cached_tokens = num_cached
         if self.prefix_caching:
             self._prefix_queries += sequence.num_tokens
@@ -242,12 +247,9 @@ class Scheduler:
                 continued.append((news, count))
         self._in_flight.append(_InFlight(self._steps, self.batching.lane, parts))
         dropped, self._dropped = self._dropped, []
+        counts = [count for _, count in new] + [count for _, count in continued]
         return Step(
-            self._steps,
-            [request for request, _ in new],
-            [request for request, _ in continued],
-            [count for _, count in new] + [count for _, count in continued],
-            dropped,
+            self._steps, [request for request, _ in new], [request for request, _ in continued], counts, dropped
         )
 
     # --- its result ---
@@ -309,13 +311,15 @@ class Scheduler:
         size = self.pool.block_size
         first, last = sequence.num_computed // size, (sequence.num_computed + count) // size
         sequence.num_computed += count
-        if self.prefix_caching:
-            for index, prefix_hash in enumerate(sequence.hashes(last)[first:], start=first):
+        if self.prefix_caching and last > first:
+            hashes = [ROOT, *sequence.hashes(last)]
+            for index in range(first, last):
                 tokens = sequence.token_ids[index * size : (index + 1) * size]
-                self.pool.publish(sequence.block_ids[index], prefix_hash, tokens)
+                if self.pool.publish(sequence.block_ids[index], hashes[index + 1], tokens):
+                    self._published.append((hashes[index + 1], hashes[index]))
 
     def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
-        first = sequence.num_output_tokens == 0
+        num_cached, sequence.num_cached_tokens = sequence.num_cached_tokens, 0
         prompt_logprobs = sequence.prompt_logprobs if sequence.wants_prompt_logprobs else None
         sequence.token_ids.append(token_id)
         finish = self._finish(sequence, token_id)
@@ -329,7 +333,7 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             finish=finish,
             stop_token_id=token_id if finish == "stop" else None,
-            num_cached_tokens=sequence.num_cached_tokens if first else 0,
+            num_cached_tokens=num_cached,
         )
 
     def _finish(self, sequence: Sequence, token_id: int) -> FinishReason | None:
@@ -354,6 +358,15 @@ class Scheduler:
         self.pool.release(sequence.reset())
 
     # --- looking in ---
+
+    def take_published(self) -> list[tuple[bytes, bytes]]:
+        """Hashes of blocks that were published since this was last called, each with that of the one before."""
+        published, self._published = self._published, []
+        return published
+
+    def upcoming(self, count: int) -> list[Sequence]:
+        """Those that will be let in next, at most so many."""
+        return [entry[2] for entry in nsmallest(count, self._waiting)] if self._waiting else []
 
     def stats(self) -> EngineStats:
         return EngineStats(

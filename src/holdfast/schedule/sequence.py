@@ -27,6 +27,9 @@ class Sequence:
         self.life = 0
         """Counts up whenever work in flight is given up: what steps of an earlier life return is void."""
         self.num_cached_tokens = 0
+        """Found in the prefix cache when it was let in, and not yet told."""
+        self.held_back = False
+        """Blocks of it may be on their way into the prefix cache: it is not to be let in yet."""
         self.block_ids: list[int] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.resident = False

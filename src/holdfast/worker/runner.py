@@ -61,7 +61,7 @@ class Runner:
         self.device = device
         self.max_tokens = max_tokens
         self.runs_ahead = runs_ahead
-        self._moved = moved
+        self.moved = moved
         self.requests = Requests()
         self._unfinished: Launched | None = None
         self.use_pages(pages)
@@ -85,7 +85,7 @@ class Runner:
     def launch(self, step: Step) -> Launched:
         """Begin a step. At most one other may be unfinished."""
         begun = time.perf_counter()
-        self._moved()
+        self.moved()
         launched = self._launch(step)
         if self.decoder.collectives is not None:
             self.decoder.collectives.count_step(time.perf_counter() - begun)
@@ -114,7 +114,7 @@ class Runner:
     def finish(self, launched: Launched) -> StepResult:
         """Wait for a step; what came of it."""
         self._settle(launched)
-        self._moved()
+        self.moved()
         chosen = launched.choice.read() if launched.choice else []
         sampled = [
             SampledToken(request.request_id, token_id, logprobs)

@@ -1,0 +1,91 @@
+"""Copies of KV blocks between a device's pages and the checkpoint store.
+
+On CPUs a copy is done when it is asked for, between two steps. On a GPU the blocks are gathered on the stream of the
+steps, so no later step can have changed them, and go to pinned memory on a stream beside; when they are there, a look
+in passing (`pump`) puts them into the store.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.cache.pages import KVPages
+from holdfast.cache.store import StoreMemory
+from holdfast.core.plan import Place
+
+Entry = tuple[int, int, bytes]
+"""Block, slot, prefix hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OnItsWay:
+    """Blocks that a GPU sends: `cells`, pinned, [N blocks, L, G, K and V], when `there` has happened."""
+
+    there: Any
+    cells: Tensor
+    entries: list[Entry]
+
+
+class BlockCopier:
+    """One rank's: of the layers and KV heads that `place` has."""
+
+    def __init__(self, pages: KVPages, memory: StoreMemory, place: Place) -> None:
+        self._memory = memory
+        self._layers, self._heads = place.layers, place.shard.kv_heads
+        self._device = pages.data.device
+        self._cells = pages.data.view(torch.uint8).flatten(4)
+        """[K and V, L, P blocks, G, bytes]."""
+        self._on_their_way: deque[_OnItsWay] = deque()
+        self._beside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._on_their_way
+
+    def save(self, entries: list[Entry]) -> None:
+        """Copy blocks into their slots; on a GPU: begin to."""
+        if self._beside is not None:
+            self._send(entries)
+            return
+        for block, slot, prefix_hash in entries:
+            self._store(slot, prefix_hash, self._cells[:, :, block].permute(1, 2, 0, 3).numpy())
+
+    @torch.inference_mode()
+    def load(self, entries: list[Entry]) -> int:
+        """Fill blocks from their slots; how many, from the first on, are what they should be."""
+        for count, (block, slot, prefix_hash) in enumerate(entries):
+            cells = self._memory.copy(slot, prefix_hash, self._layers, self._heads)
+            if cells is None:
+                return count
+            self._cells[:, :, block] = torch.from_numpy(cells).permute(2, 0, 1, 3).to(self._device)
+        return len(entries)
+
+    def pump(self) -> None:
+        """Put what has arrived into the store."""
+        while self._on_their_way and self._on_their_way[0].there.query():
+            arrived = self._on_their_way.popleft()
+            for cells, (_, slot, prefix_hash) in zip(arrived.cells.numpy(), arrived.entries, strict=True):
+                self._store(slot, prefix_hash, cells)
+
+    def _store(self, slot: int, prefix_hash: bytes, cells: np.ndarray) -> None:
+        """`cells`: [L, G, K and V, bytes]."""
+        self._memory.slots[slot, slice(*self._layers), slice(*self._heads)] = cells
+        self._memory.seal(slot, prefix_hash, self._layers, self._heads)
+
+    @torch.inference_mode()
+    def _send(self, entries: list[Entry]) -> None:
+        assert self._beside is not None
+        blocks = torch.tensor([block for block, _, _ in entries], device=self._device)
+        gathered = self._cells.index_select(2, blocks).permute(2, 1, 3, 0, 4).contiguous()
+        self._beside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._beside):
+            pinned = torch.empty(gathered.shape, dtype=torch.uint8, pin_memory=True)
+            pinned.copy_(gathered, non_blocking=True)
+            gathered.record_stream(self._beside)
+            self._on_their_way.append(_OnItsWay(self._beside.record_event(), pinned, entries))
