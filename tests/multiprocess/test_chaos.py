@@ -41,7 +41,7 @@ def test_faults_are_got_over_and_reported(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--faults", "kill-cat"), "'kill-cat' is not one of kill-worker, kill-engine, kill-gateway, stop-worker"),
+        (("--faults", "kill-cat"), "'kill-cat' is not one of kill-worker, kill-engine, kill-gateway, kill-store"),
         (("--kills", "-1"), "--kills -1: must be at least 0"),
         (("--", "--tensor-parallel-size", "0"), "--tensor-parallel-size 0: must be at least 1"),
     ],

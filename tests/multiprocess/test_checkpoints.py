@@ -104,7 +104,7 @@ def test_requests_go_on_from_their_blocks(
             incident = [each for each in service.incidents() if each["member"] == "replica 0"][-1:]
             if victims == ("worker 0.0.0",):
                 assert blocks(service, "restored") > restored
-                assert incident[0]["recomputed_most"] <= BLOCK + 2, incident
+                assert incident[0]["recomputed_most"] <= 5 * BLOCK, "by far not all"
             if "spoil" in victims:
                 assert blocks(service, "broken") > broken
         assert ("blocks of an earlier process are there" in service.text()) == (("store",) in rounds)

@@ -60,7 +60,7 @@ def test_processes_are_named_and_health_is_true(service: Service):
     assert service.health()[0] == 200
     for title in TITLES:
         assert service.child(title).is_running()
-    assert len(service.children) == 3
+    assert len(service.children) == len(TITLES)
     assert "curl " in service.text()
 
 
@@ -116,7 +116,7 @@ def test_a_killed_child_comes_back_and_its_request_goes_on(service: Service, tit
     assert service.health()[0] == 200
     assert text(Stream(service, max_tokens=200).result()) == text(calm)
     service.wait_ready()
-    assert len(service.children) == 3
+    assert len(service.children) == len(TITLES)
     assert "serves again, after" in service.text()
 
 

@@ -94,7 +94,7 @@ def test_requests_of_a_replica_that_dies_go_on_in_the_other(
         assert moved, service.text()[-2000:]
         assert int(moved[1]) > 3
         assert service.health()[0] == 200
-        wait_for("the rest of it is gone", lambda: len(service.living_children()) == 3, 10)
+        wait_for("the rest of it is gone", lambda: len(service.living_children()) == 4, 10)
         assert contents(asyncio.run(ask(service.url, asked))) == calm
         last.send_signal(signal.SIGKILL)
         assert service.wait_end() == 1
@@ -132,7 +132,7 @@ def test_both_replicas_die_at_once_again_and_again(model: str, tmp_path: Path):
                 service.child(f"holdfast worker {replica}.0.0").send_signal(signal.SIGKILL)
             wait_for("both back", lambda: service.text().count("serves again") == 2 * deaths, 30)  # noqa: B023
             service.wait_ready()
-            wait_for("five processes", lambda: len(service.living_children()) == 5, 5)
+            wait_for("six processes", lambda: len(service.living_children()) == 6, 5)
             assert contents(asyncio.run(ask(service.url, bodies(20)))) == calm
         incidents = httpx.get(f"{service.url}/cluster").json()["incidents"]
         assert len(incidents) == 6

@@ -21,7 +21,7 @@ START_SECONDS = 90.0
 STOP_SECONDS = 45.0
 POLL_SECONDS = 0.02
 
-TITLES = ("holdfast gateway", "holdfast engine 0", "holdfast worker 0.0.0")
+TITLES = ("holdfast gateway", "holdfast engine 0", "holdfast worker 0.0.0", "holdfast store")
 
 
 def demo_model() -> str:

@@ -59,6 +59,7 @@ SERVE_FLAGS = [
     "--gpu-memory-utilization",
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
+    "--checkpoint-memory-bytes",
     "--max-num-seqs",
     "--max-num-batched-tokens",
     "--max-queued-seqs",

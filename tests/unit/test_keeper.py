@@ -52,6 +52,7 @@ class Replica:
                     self.keeper.loaded(BlocksLoaded(message.load_id, num_good))
         self.told.clear()
         step = self.scheduler.schedule()
+        self.keeper.save()
         self.scheduler.check_integrity() if not self.keeper.is_loading else None
         if step is None:
             return {}
@@ -87,6 +88,7 @@ def kept_by_another() -> dict[bytes, int]:
         first.turn()
     first.keeper.keep(first.scheduler.take_published())
     first.answer()
+    first.keeper.save()
     assert len(first.slots) == 8, "34 tokens"
     assert first.keeper.num_saved == 8
     return first.slots

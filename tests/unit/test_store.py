@@ -14,7 +14,7 @@ from holdfast.cache.pages import KVPages
 from holdfast.cache.store import HASH_BYTES, StoreIndex, StoreLayout, StoreMemory
 from holdfast.cluster import store as process
 from holdfast.cluster.store import Store
-from holdfast.core.checkpoints import Find, Forget, Found, Keep, Kept
+from holdfast.core.checkpoints import Find, Forget, Found, Keep
 from holdfast.core.plan import Place, places
 from holdfast.core.spec import DecoderSpec, LayerSpec, RopeSpec
 from holdfast.parallel.cuts import make_plan
@@ -200,6 +200,7 @@ def test_memory_that_is_short_is_left_to_others(monkeypatch: pytest.MonkeyPatch)
     with memory_for(8) as (descriptor, layout):
         monkeypatch.setattr(process, "GROWTH", 2 * layout.slot_bytes)
         store = Store(descriptor, layout)
+        store.memory.slots[...] = 1
         kept = store.answer(Keep([(name(1), b""), (name(2), name(1)), (name(3), name(2))]))
         assert [slot for _, slot in kept.slots] == [0, 1, 2]
         free = 0
@@ -217,11 +218,14 @@ def test_memory_that_is_short_is_left_to_others(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_system_that_has_no_memory_is_no_error():
+    [place] = places(make_plan(SPEC).replicas[0])
     with memory_for(4) as (descriptor, layout):
-        read_only = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)  # it refuses, whatever the reason
+        memory = StoreMemory(descriptor, layout)
+        copier = BlockCopier(pages_at(place, 4, whole_cache(4)), memory, place)
+        memory._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)  # it refuses, whatever the reason
         try:
-            store = Store(descriptor, layout)
-            store._descriptor = read_only
-            assert store.answer(Keep([(name(1), b"")])) == Kept([(name(1), -1)], 0)
+            copier.save([(0, 0, name(1))])
         finally:
-            os.close(read_only)
+            os.close(memory._descriptor)
+        assert not memory.is_complete(0)
+        assert copier.load([(1, 0, name(1))]) == 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from holdfast.core.spec import DecoderSpec, ModelInfo
 
 HASH_BYTES = 16
 _ALIGNMENT = 4096
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class StoreMemory:
     def __init__(self, descriptor: int, layout: StoreLayout) -> None:
         assert os.fstat(descriptor).st_size == layout.num_bytes, "the store is made for another layout"
         self.layout = layout
+        self._descriptor = descriptor
         data = np.frombuffer(mmap.mmap(descriptor, layout.num_bytes), np.uint8)
         count, cells = layout.num_slots, layout.num_cells
         names_end = count * 2 * HASH_BYTES
@@ -93,27 +95,45 @@ class StoreMemory:
         """Whether every cell has been written, by whomever."""
         return bool(self.checksums[slot].all())
 
-    def seal(self, slot: int, prefix_hash: bytes, layers: Range, heads: Range) -> None:
-        """What was written into these cells counts from now on."""
-        self.checksums[slot, slice(*layers), slice(*heads)] = self._sums(
-            self.slots[slot, slice(*layers), slice(*heads)], prefix_hash, layers, heads
-        )
+    def write(self, slot: int, prefix_hash: bytes, cells: np.ndarray, layers: Range, heads: Range) -> bool:
+        """Fill these cells of a slot with `cells`, uint8 [layers, heads, K and V, bytes], in one piece; from now on
+        they count. False: the system has no memory for them.
+
+        They go through the file, not through the mapping: the first touch of mapped memory costs twice the copy."""
+        numbers, size = _cells(layers, heads, self.layout), 2 * self.layout.cell_bytes
+        start, per_layer = self.layout.slots_at + slot * self.layout.slot_bytes, self.layout.num_kv_heads
+        parts = [cells] if heads == (0, per_layer) else list(cells)
+        try:
+            for part, first in zip(parts, numbers[:: len(numbers) // len(parts)], strict=True):
+                os.pwrite(self._descriptor, part.data, start + first * size)
+        except OSError:
+            return False
+        sums = _sums(cells.data.cast("B"), range(0, cells.size, size), size, prefix_hash, numbers)
+        target = self.checksums[slot, slice(*layers), slice(*heads)]
+        target[...] = np.array(sums, np.uint64).reshape(target.shape)
+        return True
 
     def copy(self, slot: int, prefix_hash: bytes, layers: Range, heads: Range) -> np.ndarray | None:
         """These cells, uint8 [layers, heads, K and V, bytes], if they are what was sealed as this block."""
-        checksums = self.checksums[slot, slice(*layers), slice(*heads)].copy()
-        cells = self.slots[slot, slice(*layers), slice(*heads)].copy()
-        return cells if (self._sums(cells, prefix_hash, layers, heads) == checksums).all() else None
+        checksums = self.checksums[slot, slice(*layers), slice(*heads)].ravel().tolist()
+        found = self.slots[slot, slice(*layers), slice(*heads)].copy()
+        cells, size = _cells(layers, heads, self.layout), 2 * self.layout.cell_bytes
+        sums = _sums(found.data.cast("B"), range(0, found.size, size), size, prefix_hash, cells)
+        return found if sums == checksums else None
 
-    def _sums(self, cells: np.ndarray, prefix_hash: bytes, layers: Range, heads: Range) -> np.ndarray:
-        """Checksums (XXH3) of `cells`, [layers, heads]."""
-        seed, per_layer = int.from_bytes(prefix_hash[:8], "little"), self.layout.num_kv_heads
-        sums = [
-            xxh3_64_intdigest(cell, (seed + layer * per_layer + head) & (1 << 64) - 1)
-            for layer, row in zip(range(*layers), cells, strict=True)
-            for head, cell in zip(range(*heads), row, strict=True)
-        ]
-        return np.array(sums, np.uint64).reshape(cells.shape[:2])
+
+def _cells(layers: Range, heads: Range, layout: StoreLayout) -> list[int]:
+    """Numbers of these cells in their slot."""
+    return [layer * layout.num_kv_heads + head for layer in range(*layers) for head in range(*heads)]
+
+
+def _sums(data: memoryview, starts: Iterable[int], size: int, prefix_hash: bytes, cells: Iterable[int]) -> list[int]:
+    """Checksums (XXH3) of `size` bytes from each start, as these cells of the block."""
+    seed = int.from_bytes(prefix_hash[:8], "little")
+    return [
+        xxh3_64_intdigest(data[start : start + size], (seed + cell) & _MASK)
+        for start, cell in zip(starts, cells, strict=True)
+    ]
 
 
 class StoreIndex:

@@ -94,6 +94,8 @@ class Engine:
             self._keep_blocks()
             while self.scheduler.num_in_flight < depth and (step := self.scheduler.schedule()):
                 self._tell_workers(step)
+            if self.keeper is not None:
+                self.keeper.save()
             if self.balancer is not None and (placement := self.balancer.look()) is not None:
                 self._tell_workers(placement)
             waits = self.scheduler.num_in_flight or (self.keeper is not None and self.keeper.is_busy)
@@ -101,7 +103,7 @@ class Engine:
             self.gateway.send(
                 wire.encode(wire.Outputs(self.replica, self.epoch, outputs, self._stats(), self._gateway_epoch))
             )
-            if not self.scheduler.has_work and log.isEnabledFor(logging.DEBUG):
+            if not waits and log.isEnabledFor(logging.DEBUG):
                 self.scheduler.check_integrity()  # every reference to every block, whenever we fall idle
 
     def _make_scheduler(self, num_blocks: int, depth: int) -> Scheduler:

@@ -72,6 +72,7 @@ class Keeper:
         self._now = now
         self._wanted: dict[bytes, tuple[bytes, float]] = {}
         """Blocks without a slot: the one before, when it was asked for."""
+        self._saves: list[tuple[int, int, bytes]] = []
         self._finding: dict[str, tuple[Sequence, _Missing, float]] = {}
         """By key: what has been asked about whom, when."""
         self._missing: WeakKeyDictionary[Sequence, _Missing] = WeakKeyDictionary()
@@ -95,19 +96,25 @@ class Keeper:
     def kept(self, message: Kept) -> None:
         """The store has slots for them, or for some."""
         self._is_silent = False
-        saves, gone = [], []
+        gone = []
         for prefix_hash, slot in message.slots:
             self._wanted.pop(prefix_hash, None)
             block = self.pool.block_of(prefix_hash)
             if slot >= 0 and block is not None:
-                saves.append((block, slot, prefix_hash))
+                self.pool.take([block])  # until the workers have been told
+                self._saves.append((block, slot, prefix_hash))
             elif slot >= 0:
                 gone.append(prefix_hash)
         if gone:
             self._ask(Forget(gone))
-        if saves:
-            self.num_saved += len(saves)
-            self._tell(SaveBlocks(saves))
+
+    def save(self) -> None:
+        """Tell the workers: after the next step, so that they copy while the engine is at work."""
+        if self._saves:
+            self.num_saved += len(self._saves)
+            self._tell(SaveBlocks(self._saves))
+            self.pool.release([block for block, _, _ in self._saves])
+            self._saves = []
 
     # --- restoring ---
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
-import os
 import time
 from itertools import takewhile
 
@@ -25,7 +24,7 @@ from holdfast.hardware.host import available_memory
 log = logging.getLogger(__name__)
 
 GROWTH = 64_000_000
-"""Bytes that are taken at once, and given back at once."""
+"""Bytes of slots that are opened at once, and given back at once."""
 RESERVE = 1_000_000_000
 """Bytes of this machine's memory that are left free. Below half of it, some are given back."""
 _LOOK_SECONDS = 1.0
@@ -41,7 +40,7 @@ class Store:
         self.index = StoreIndex(self.memory.names)
         used = set(self.index.used())
         self._grown = max(used, default=-1) + 1
-        """Slots that have got memory, from the first on."""
+        """Slots that may have memory, from the first on."""
         self._free = [slot for slot in range(self._grown) if slot not in used]
         self._unfit = 0.0
         """When there was no more memory (`time.monotonic()`)."""
@@ -70,15 +69,11 @@ class Store:
         return slot
 
     def _grow(self) -> bool:
-        """Take memory for more slots, if there is any."""
+        """More slots, if there is memory for what will be written there."""
         more = min(max(GROWTH // self.layout.slot_bytes, 1), self.layout.num_slots - self._grown)
         if more == 0 or time.monotonic() - self._unfit < _LOOK_SECONDS:
             return False
-        try:
-            if available_memory() < RESERVE + more * self.layout.slot_bytes:
-                raise MemoryError
-            os.posix_fallocate(self._descriptor, self._end, more * self.layout.slot_bytes)
-        except (OSError, MemoryError):
+        if available_memory() < RESERVE + more * self.layout.slot_bytes:
             self._unfit = time.monotonic()
             return False
         self._free += range(self._grown + more - 1, self._grown - 1, -1)

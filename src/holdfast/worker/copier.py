@@ -11,7 +11,6 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +53,8 @@ class BlockCopier:
             self._send(entries)
             return
         for block, slot, prefix_hash in entries:
-            self._store(slot, prefix_hash, self._cells[:, :, block].permute(1, 2, 0, 3).numpy())
+            cells = self._cells[:, :, block].permute(1, 2, 0, 3).contiguous()
+            self._memory.write(slot, prefix_hash, cells.numpy(), self._layers, self._heads)
 
     @torch.inference_mode()
     def load(self, entries: list[Entry]) -> int:
@@ -71,12 +71,7 @@ class BlockCopier:
         while self._on_their_way and self._on_their_way[0].there.query():
             arrived = self._on_their_way.popleft()
             for cells, (_, slot, prefix_hash) in zip(arrived.cells.numpy(), arrived.entries, strict=True):
-                self._store(slot, prefix_hash, cells)
-
-    def _store(self, slot: int, prefix_hash: bytes, cells: np.ndarray) -> None:
-        """`cells`: [L, G, K and V, bytes]."""
-        self._memory.slots[slot, slice(*self._layers), slice(*self._heads)] = cells
-        self._memory.seal(slot, prefix_hash, self._layers, self._heads)
+                self._memory.write(slot, prefix_hash, cells, self._layers, self._heads)
 
     @torch.inference_mode()
     def _send(self, entries: list[Entry]) -> None:
