@@ -14,13 +14,13 @@ import zmq.asyncio
 
 from holdfast.core.boot import Endpoints
 from holdfast.core.errors import QueueFull, Unavailable
+from holdfast.core.lifecycle import Loss
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import (
     Abort,
     EngineReady,
     EngineStats,
     Hello,
-    Loss,
     Outputs,
     Submit,
     ToEngine,

@@ -23,7 +23,7 @@ import msgspec
 import setproctitle
 import zmq
 
-from holdfast.core import wire
+from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
 from holdfast.core.errors import CollectiveFailed, ReplicaHangs, UserError
 from holdfast.core.logs import setup_logging
@@ -60,7 +60,7 @@ def run_child(body: Body) -> None:
         status = 1
         follows = isinstance(error, CollectiveFailed)
         hangs = isinstance(error, ReplicaHangs)
-        failed = wire.Failed(str(error), isinstance(error, UserError), traceback.format_exc(), follows, hangs)
+        failed = lifecycle.Failed(str(error), isinstance(error, UserError), traceback.format_exc(), follows, hangs)
         control.send(wire.encode(failed))
     context.destroy()
     sys.exit(status)

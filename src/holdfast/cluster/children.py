@@ -19,7 +19,7 @@ from typing import NamedTuple
 import zmq
 
 from holdfast.cluster.process import Child
-from holdfast.core import wire
+from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Endpoints
 from holdfast.core.errors import ConfigError
 
@@ -34,7 +34,7 @@ class Said(NamedTuple):
     """A child said something."""
 
     child: str
-    message: wire.Progress | wire.Ready | wire.Failed | wire.Beat
+    message: lifecycle.Progress | lifecycle.Ready | lifecycle.Failed | lifecycle.Beat
 
 
 class Ended(NamedTuple):
@@ -67,7 +67,7 @@ class Children:
         self._watched: dict[int, Child] = {}
         """By pidfd."""
         self._poller = zmq.Poller()
-        self._decode = wire.decoder(wire.ToSupervisor).decode
+        self._decode = wire.decoder(lifecycle.ToSupervisor).decode
 
     def __enter__(self) -> Children:
         longest = self._endpoints.worker("00.00.00").removeprefix("ipc://")
@@ -139,7 +139,7 @@ class Children:
         self.kill([name for name, child in self.by_name.items() if not child.ready])
         living = list(self._watched.values())
         for child in living:
-            self.send(child.name, wire.Stop())
+            self.send(child.name, lifecycle.Stop())
         deadline = time.monotonic() + STOP_SECONDS
         for child in living:
             if not child.wait(deadline):
@@ -184,6 +184,6 @@ class Children:
                 if name in self.by_name and self.by_name[name].epoch == int(epoch):
                     self._happened.append(Said(name, self._decode(data)))
 
-    def send(self, name: str, message: wire.ToChild) -> None:
+    def send(self, name: str, message: lifecycle.ToChild) -> None:
         with contextlib.suppress(zmq.ZMQError):  # it never connected, or is gone: then its pidfd tells
             self._control.send_multipart([self.by_name[name].identity.encode(), wire.encode(message)])

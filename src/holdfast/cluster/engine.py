@@ -17,7 +17,7 @@ from holdfast.cluster.child import Control, epoch, inherited, run_child
 from holdfast.cluster.experts import ExpertBalancer
 from holdfast.cluster.hang import LOOK_SECONDS, HangWatch
 from holdfast.cluster.keeper import Keeper
-from holdfast.core import wire
+from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
 from holdfast.core.checkpoints import Find, Forget, FromStore, Keep, Kept
 from holdfast.core.errors import ReplicaHangs
@@ -128,7 +128,7 @@ class Engine:
                 self.boot.plan.pipeline_batching, len(self.plan.stages), depth, config.scheduler.max_num_seqs
             ),
         )
-        self.control.send(wire.encode(wire.Ready()))
+        self.control.send(wire.encode(lifecycle.Ready()))
         return scheduler
 
     @property
@@ -262,12 +262,12 @@ class Engine:
         for socket in (self.control, *sockets):
             poller.register(socket, zmq.POLLIN)
         while True:
-            readable = dict(poller.poll(int(1000 * (LOOK_SECONDS if busy else wire.BEAT_SECONDS))))
+            readable = dict(poller.poll(int(1000 * (LOOK_SECONDS if busy else lifecycle.BEAT_SECONDS))))
             now = time.monotonic()
-            if now - self._beat >= wire.BEAT_SECONDS:
+            if now - self._beat >= lifecycle.BEAT_SECONDS:
                 self._beat = now
                 with contextlib.suppress(zmq.Again):  # nobody listens: no reason to stand still
-                    self.control.send(wire.encode(wire.Beat()), zmq.NOBLOCK)
+                    self.control.send(wire.encode(lifecycle.Beat()), zmq.NOBLOCK)
             if now - self._looked > LOOK_SECONDS or not busy:
                 self._looked = now
                 if self.watch.look([tally.moves for tally in self.counters()], now, busy=busy):

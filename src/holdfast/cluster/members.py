@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from holdfast.core import wire
+from holdfast.core import lifecycle
 from holdfast.core.plan import Plan, places
 
 GATEWAY = "gateway"
@@ -34,7 +34,7 @@ class Member:
     """In a row."""
     heard: float = field(default_factory=time.monotonic)
     """The speaker's last sign of life, once it serves."""
-    failure: tuple[str, wire.Failed] | None = None
+    failure: tuple[str, lifecycle.Failed] | None = None
     """Its first process to fail by itself, this time, and what it said."""
 
     def become(self, state: State) -> None:
@@ -62,8 +62,8 @@ def members(plan: Plan, *, has_store: bool) -> list[Member]:
         workers = {f"worker {number}.{place.name}": "holdfast.cluster.rank" for place in places(replica)}
         engine = f"engine {number}"
         processes = {**workers, engine: "holdfast.cluster.engine"}
-        replicas.append(Member(f"replica {number}", processes, engine, 3 * wire.BEAT_SECONDS, number))
-    silence = 3 * wire.BEAT_SECONDS
+        replicas.append(Member(f"replica {number}", processes, engine, 3 * lifecycle.BEAT_SECONDS, number))
+    silence = 3 * lifecycle.BEAT_SECONDS
     store = [Member(STORE, {STORE: "holdfast.cluster.store"}, STORE, silence)] if has_store else []
     # a gateway may be busy with a large body for a while, an engine never
-    return [*replicas, *store, Member(GATEWAY, {GATEWAY: "holdfast.gateway"}, GATEWAY, 10 * wire.BEAT_SECONDS)]
+    return [*replicas, *store, Member(GATEWAY, {GATEWAY: "holdfast.gateway"}, GATEWAY, 10 * lifecycle.BEAT_SECONDS)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from holdfast.cache.store import StoreLayout
-from holdfast.core import wire
+from holdfast.core import lifecycle
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Plan, places, read_plan
@@ -72,17 +72,17 @@ def with_checkpoint_memory(config: ServeConfig, model: ModelInfo) -> ServeConfig
     return config
 
 
-def impact_of(plan: Plan, process: str, kind: wire.LossKind, detected: float) -> wire.Loss:
+def impact_of(plan: Plan, process: str, kind: lifecycle.LossKind, detected: float) -> lifecycle.Loss:
     """What goes with a process of a replica, named as in `supervisor.modules`. `detected`: seconds since 1970."""
     role, _, where = process.partition(" ")
     if role != "worker":
-        return wire.Loss(process, kind, None, [], [], detected)
+        return lifecycle.Loss(process, kind, None, [], [], detected)
     replica, stage, index = map(int, where.split("."))
     stage_plan = plan.replicas[replica].stages[stage]
     ranks = [f"worker {replica}.{stage}.{other}" for other in range(len(stage_plan.ranks))]
     has_experts = bool(stage_plan.ranks[index].experts)
     group = next(group for group in groups_of(stage_plan) if index in group) if has_experts else range(0)
-    return wire.Loss(process, kind, stage, ranks, [ranks[other] for other in group], detected)
+    return lifecycle.Loss(process, kind, stage, ranks, [ranks[other] for other in group], detected)
 
 
 def check_memory(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:

@@ -15,7 +15,7 @@ import zmq
 
 from holdfast.cache.store import StoreLayout, StoreMemory
 from holdfast.cluster.child import Control, epoch, inherited, run_child
-from holdfast.core import wire
+from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
 from holdfast.core.errors import ModelError
 from holdfast.core.plan import Place
@@ -37,7 +37,7 @@ def run(boot: Boot, control: Control) -> None:
     post = Post(boot.plan, replica, place, inherited("replica"), inherited("weights"), meeting, again=epoch() > 0)
 
     def progress(text: str, fraction: float | None) -> None:
-        control.send(wire.encode(wire.Progress(text, fraction)))
+        control.send(wire.encode(lifecycle.Progress(text, fraction)))
 
     steps = control.context.socket(zmq.PULL)
     steps.bind(boot.endpoints.worker(rank))
@@ -52,7 +52,7 @@ def run(boot: Boot, control: Control) -> None:
             wire.WorkerReady(rank, runner.pages.num_blocks, ahead, isinstance(runner.decoder.kernels, CpuKernels))
         )
     )
-    control.send(wire.encode(wire.Ready()))
+    control.send(wire.encode(lifecycle.Ready()))
 
     mover = ExpertMover(boot.model, boot.stamp, runner, rank)
     copier = None

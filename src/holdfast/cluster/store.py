@@ -16,7 +16,7 @@ import zmq
 
 from holdfast.cache.store import StoreIndex, StoreLayout, StoreMemory
 from holdfast.cluster.child import Control, inherited, run_child
-from holdfast.core import wire
+from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
 from holdfast.core.checkpoints import Find, Forget, Found, Keep, Kept, ToStore
 from holdfast.hardware.host import available_memory
@@ -106,7 +106,7 @@ def run(boot: Boot, control: Control) -> None:
     store = Store(descriptor, StoreLayout.of(boot.config, boot.model))
     engines = control.context.socket(zmq.ROUTER)
     engines.bind(boot.endpoints.store)
-    control.send(wire.encode(wire.Ready()))
+    control.send(wire.encode(lifecycle.Ready()))
     if len(store.index):
         log.warning("%d blocks of an earlier process are there", len(store.index))
     decode = wire.decoder(ToStore).decode
@@ -126,7 +126,7 @@ def run(boot: Boot, control: Control) -> None:
             looked = time.monotonic()
             store.give_back()
             with contextlib.suppress(zmq.Again):
-                control.send(wire.encode(wire.Beat()), zmq.NOBLOCK)
+                control.send(wire.encode(lifecycle.Beat()), zmq.NOBLOCK)
 
 
 if __name__ == "__main__":

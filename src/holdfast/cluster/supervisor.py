@@ -31,7 +31,7 @@ from holdfast.cluster.children import STOP_SECONDS, Children, Ended, Event, Said
 from holdfast.cluster.listener import listen, url_of
 from holdfast.cluster.members import GATEWAY, Member, members
 from holdfast.cluster.plans import check_balancing, check_memory, impact_of, plan_of, with_checkpoint_memory
-from holdfast.core import wire
+from holdfast.core import lifecycle
 from holdfast.core.boot import Boot, Endpoints
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError, HoldfastError, ProcessDied, StartupError
@@ -107,7 +107,7 @@ class Supervisor:
         self._weights: dict[str, int] = {}
         """Descriptors of the memory of weights that replicas hold together, by the name of a place; open as long
         as we live, for replicas that come back."""
-        self._untold: wire.Replaces | None = None
+        self._untold: lifecycle.Replaces | None = None
         """What a new gateway is told once it is heard."""
         self._drain_until: float | None = None
 
@@ -172,16 +172,16 @@ class Supervisor:
         deadline = self._started + self.config.server.startup_timeout
         for event in self.children.events(deadline):
             match event:
-                case Said(name, wire.Progress() as progress):
+                case Said(name, lifecycle.Progress() as progress):
                     self._show(name, progress)
-                case Said(name, wire.Ready()):
+                case Said(name, lifecycle.Ready()):
                     self.children.by_name[name].ready = True
                     if all(child.ready for child in self.children.by_name.values()):
                         for member in self.members:
                             member.become("serving")
                         self._welcome(url_of(self.config.server, self.listener))
                         return True
-                case Said(name, wire.Failed() as failed):
+                case Said(name, lifecycle.Failed() as failed):
                     raise _startup_error(name, failed)
                 case Ended(name):
                     raise StartupError(f"{name} ended while starting ({self._how_it_ended(name)})")
@@ -194,7 +194,7 @@ class Supervisor:
                     return False
         raise AssertionError("events never end")
 
-    def _show(self, name: str, progress: wire.Progress) -> None:
+    def _show(self, name: str, progress: lifecycle.Progress) -> None:
         """Of loading, a line for every quarter."""
         fraction, key = progress.fraction, f"{self.children.by_name[name].identity} {progress.text}"
         if fraction is None or fraction >= self._shown.get(key, 0.0):
@@ -266,20 +266,22 @@ class Supervisor:
         if member is self.gateway and isinstance(event, Said) and self._untold is not None:
             self._tell_gateway(self._untold)
         match event:
-            case Said(name, wire.Progress() as progress):
+            case Said(name, lifecycle.Progress() as progress):
                 self._show(name, progress)
-            case Said(_, wire.Beat()):
+            case Said(_, lifecycle.Beat()):
                 member.heard = time.monotonic()
-            case Said(name, wire.Ready()):
+            case Said(name, lifecycle.Ready()):
                 self._welcome_back(member, name)
-            case Said(name, wire.Failed() as failed):  # others of its member fail because of it, perhaps before it
+            case Said(
+                name, lifecycle.Failed() as failed
+            ):  # others of its member fail because of it, perhaps before it
                 log.error("%s failed: %s", name, failed.traceback)
                 if not failed.follows:
                     member.failure = member.failure or (name, failed)
             case Ended(name):
                 self._lose(member, name, f"{name} died ({self._how_it_ended(name)})")
 
-    def _tell_gateway(self, replaces: wire.Replaces) -> None:
+    def _tell_gateway(self, replaces: lifecycle.Replaces) -> None:
         """What a new one has to know, now that it hears us."""
         self._untold = None
         self.children.send(GATEWAY, replaces)
@@ -288,9 +290,9 @@ class Supervisor:
                 assert replica.number is not None
                 comes_back = replica.state == "starting"
                 epoch = self.children.by_name[replica.speaker].epoch - comes_back
-                self.children.send(GATEWAY, wire.ReplicaLost(replica.number, "it is gone", epoch, comes_back))
+                self.children.send(GATEWAY, lifecycle.ReplicaLost(replica.number, "it is gone", epoch, comes_back))
         if self._drain_until is not None:
-            self.children.send(GATEWAY, wire.Drain(max(0.0, self._drain_until - time.monotonic())))
+            self.children.send(GATEWAY, lifecycle.Drain(max(0.0, self._drain_until - time.monotonic())))
 
     def _welcome_back(self, member: Member, name: str) -> None:
         self.children.by_name[name].ready = True
@@ -298,7 +300,7 @@ class Supervisor:
             log.warning("%s serves again, after %.1f s", member.name, time.monotonic() - member.since)
             member.become("serving")
             if member.number is None and member is not self.gateway:
-                self.children.send(GATEWAY, wire.StoreBack())
+                self.children.send(GATEWAY, lifecycle.StoreBack())
 
     def _lose(self, member: Member, process: str, reason: str, *, hangs: bool = False) -> None:
         """A process of it has ended that should not. The rest is killed: nobody waits for the dead. It starts again,
@@ -306,7 +308,7 @@ class Supervisor:
         told. Those of the gateway are in its log; the store's loss hits none. Raises `ProcessDied` when there is
         nobody left to serve."""
         detected: float = time.time()
-        kind: wire.LossKind = "hang" if hangs else "death"
+        kind: lifecycle.LossKind = "hang" if hangs else "death"
         if member.failure is not None:  # the first to fail is the cause, whoever was the first to end
             process, failed = member.failure
             reason, kind = f"{process} died ({failed.error})", "hang" if failed.hangs else "error"
@@ -329,11 +331,11 @@ class Supervisor:
             f"; it is started again ({deaths} of --max-restarts {most})" if comes_back else "",
         )
         if member is self.gateway:
-            self._untold = wire.Replaces(reason, loss)
+            self._untold = lifecycle.Replaces(reason, loss)
         elif member.number is None:
-            self.children.send(GATEWAY, wire.StoreLost(reason, loss))
+            self.children.send(GATEWAY, lifecycle.StoreLost(reason, loss))
         else:
-            self.children.send(GATEWAY, wire.ReplicaLost(member.number, reason, epoch, comes_back, loss))
+            self.children.send(GATEWAY, lifecycle.ReplicaLost(member.number, reason, epoch, comes_back, loss))
         member.become("lost")
         if comes_back:
             try:
@@ -348,7 +350,7 @@ class Supervisor:
             raise ProcessDied(reason)
         log.error("%s", reason)
         if member.number is not None:
-            self.children.send(GATEWAY, wire.ReplicaLost(member.number, reason))
+            self.children.send(GATEWAY, lifecycle.ReplicaLost(member.number, reason))
 
     def _how_it_ended(self, name: str) -> str:
         return self.children.by_name[name].how_it_ended()
@@ -357,7 +359,7 @@ class Supervisor:
         """Let the gateway finish its live requests; a second signal ends the wait."""
         timeout = self.config.server.shutdown_timeout
         self._drain_until = time.monotonic() + timeout
-        self.children.send(GATEWAY, wire.Drain(timeout))
+        self.children.send(GATEWAY, lifecycle.Drain(timeout))
         for event in self._events(time.monotonic() + timeout + STOP_SECONDS):
             match event:
                 case Ended(name) if name == GATEWAY and self.children.by_name[name].process.returncode == 0:
@@ -373,12 +375,12 @@ class Supervisor:
         """Give every live request its definite error, then let the gateway go."""
         if self.children.is_alive(GATEWAY):
             for number in range(len(self.replicas)):
-                self.children.send(GATEWAY, wire.ReplicaLost(number, reason))
-            self.children.send(GATEWAY, wire.Drain(0.0))
+                self.children.send(GATEWAY, lifecycle.ReplicaLost(number, reason))
+            self.children.send(GATEWAY, lifecycle.Drain(0.0))
             self.children.by_name[GATEWAY].wait(time.monotonic() + STOP_SECONDS)
 
 
-def _startup_error(name: str, failed: wire.Failed) -> HoldfastError:
+def _startup_error(name: str, failed: lifecycle.Failed) -> HoldfastError:
     """The child's own error, as one the command line shows: the user's in a sentence, the machine's in full."""
     if failed.user_error:
         return ConfigError(failed.error)

@@ -7,28 +7,24 @@ A block is named by its prefix hash, which says all that comes before it, too.
 
 from __future__ import annotations
 
-import msgspec
+from holdfast.core.message import Message
 
 
-class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Array-encoded and tagged with the class name."""
-
-
-class Keep(_Message, frozen=True):
+class Keep(Message, frozen=True):
     """Slots are wanted for these blocks. Answered by `Kept`."""
 
     blocks: list[tuple[bytes, bytes]]
     """Each with the one before it."""
 
 
-class Find(_Message, frozen=True):
+class Find(Message, frozen=True):
     """How many of these, which follow each other, are there? Answered by `Found`."""
 
     key: str
     blocks: list[bytes]
 
 
-class Forget(_Message, frozen=True):
+class Forget(Message, frozen=True):
     """These were not written after all, or not as they should be. Not answered."""
 
     blocks: list[bytes]
@@ -37,7 +33,7 @@ class Forget(_Message, frozen=True):
 ToStore = Keep | Find | Forget
 
 
-class Kept(_Message, frozen=True):
+class Kept(Message, frozen=True):
     """The slot of each block that was asked for; -1 when there is nothing to write: it is there, or has no room."""
 
     slots: list[tuple[bytes, int]]
@@ -45,7 +41,7 @@ class Kept(_Message, frozen=True):
     """That are in the store now."""
 
 
-class Found(_Message, frozen=True):
+class Found(Message, frozen=True):
     """The slots of the first of the blocks, as many as are there. What is in them is for the reader to check."""
 
     key: str

@@ -2,51 +2,49 @@
 
     gateway ──ToEngine──▶ engine ──ToWorker──▶ worker
     gateway ◀──ToGateway── engine ◀──ToEngineFromWorker── worker
-    any child ──ToSupervisor──▶ supervisor ──ToChild──▶ any child
-
-A direction is a tagged union, so a decoder made for it refuses everything else.
+What the checkpoint store and the supervisor say is in `core.checkpoints` and `core.control`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
+from holdfast.core import message
+from holdfast.core.message import Message
 from holdfast.core.plan import ExpertPlacement
 from holdfast.core.request import SamplingParams, TokenLogprobs
 
+encode, decoder = message.encode, message.decoder
+
 FinishReason = Literal["stop", "length", "error"]
-
-
-class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Array-encoded and tagged with the class name."""
 
 
 # --- gateway → engine ------------------------------------------------------------------------------
 
 
-class Submit(_Message, frozen=True):
+class Submit(Message, frozen=True):
     """Run one request. `request_id` is unique among live requests; `priority`: lower runs sooner."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int = 0
-    output_token_ids: list[int] = []
+    output_token_ids: list[int] = msgspec.field(default_factory=list)
     """What another replica has given it already: the request goes on after that."""
     gateway: int = 0
     """Epoch of the gateway that asks."""
 
 
-class Abort(_Message, frozen=True):
+class Abort(Message, frozen=True):
     """Forget these requests and free their blocks. Answered by nothing; unknown ids are ignored."""
 
     request_ids: list[str]
     gateway: int = 0
 
 
-class Hello(_Message, frozen=True):
+class Hello(Message, frozen=True):
     """A gateway, of this epoch, is there: what an earlier one asked is forgotten. Answered by `EngineReady` once the
     engine is."""
 
@@ -58,7 +56,7 @@ ToEngine = Submit | Abort | Hello
 # --- engine → gateway ------------------------------------------------------------------------------
 
 
-class TokenOutput(_Message, frozen=True):
+class TokenOutput(Message, frozen=True):
     """What one step added to one request.
 
     `start` is the index of `token_ids[0]` in the request's output: the receiver drops what it already has.
@@ -81,7 +79,7 @@ class TokenOutput(_Message, frozen=True):
     error: str | None = None
 
 
-class RankStats(_Message, frozen=True):
+class RankStats(Message, frozen=True):
     """What a rank has done with the others since it started. Seconds."""
 
     rank: str
@@ -101,7 +99,7 @@ class RankStats(_Message, frozen=True):
     """Grow while the rank does anything."""
 
 
-class EngineStats(_Message, frozen=True):
+class EngineStats(Message, frozen=True):
     """Gauges are now, counters since the engine's start."""
 
     num_running: int
@@ -120,11 +118,11 @@ class EngineStats(_Message, frozen=True):
     """Counter: that came back from it."""
     broken_blocks: int = 0
     """Counter: that were not what they should be."""
-    ranks: list[RankStats] = []
+    ranks: list[RankStats] = msgspec.field(default_factory=list)
     """Of a replica that has several."""
 
 
-class Outputs(_Message, frozen=True):
+class Outputs(Message, frozen=True):
     """Everything one step produced, and the engine's state after it."""
 
     replica: int
@@ -136,7 +134,7 @@ class Outputs(_Message, frozen=True):
     """Epoch of the gateway that is answered."""
 
 
-class EngineReady(_Message, frozen=True):
+class EngineReady(Message, frozen=True):
     """The replica can take requests."""
 
     replica: int
@@ -151,7 +149,7 @@ ToGateway = Outputs | EngineReady
 # --- engine → worker -------------------------------------------------------------------------------
 
 
-class NewRequest(_Message, frozen=True):
+class NewRequest(Message, frozen=True):
     """A request the worker does not hold: new, or back from preemption.
 
     `token_ids` is all of it, prompt and output so far; the first `num_computed` are in the cache already.
@@ -165,7 +163,7 @@ class NewRequest(_Message, frozen=True):
     num_computed: int
 
 
-class ContinuedRequest(_Message, frozen=True):
+class ContinuedRequest(Message, frozen=True):
     """A request the worker holds: what changed since the last step that named it."""
 
     request_id: str
@@ -178,7 +176,7 @@ class ContinuedRequest(_Message, frozen=True):
     num_computed: int
 
 
-class Step(_Message, frozen=True):
+class Step(Message, frozen=True):
     """One forward pass, as a diff. `num_tokens[i]` tokens are computed for the i-th of `new` + `continued`.
 
     A request is sampled when the step computes its last token, and the worker appends what it sampled. One that it
@@ -193,29 +191,29 @@ class Step(_Message, frozen=True):
     """Requests the worker shall forget before it runs: finished, aborted or preempted."""
 
 
-class PlaceExperts(_Message, frozen=True):
+class PlaceExperts(Message, frozen=True):
     """Get ready for experts placed otherwise; go on meanwhile. Answered by `ExpertsLoaded`."""
 
     stages: tuple[tuple[ExpertPlacement, ...], ...]
     """Placements of every stage, as in its plan."""
 
 
-class UseExperts(_Message, frozen=True):
+class UseExperts(Message, frozen=True):
     """From the next step on the experts are as placed."""
 
 
-class DropExperts(_Message, frozen=True):
+class DropExperts(Message, frozen=True):
     """The experts stay where they are; what was loaded for the placement is not needed."""
 
 
-class SaveBlocks(_Message, frozen=True):
+class SaveBlocks(Message, frozen=True):
     """Copy these full blocks into the checkpoint store. Not answered."""
 
     blocks: list[tuple[int, int, bytes]]
     """Block, slot, prefix hash."""
 
 
-class LoadBlocks(_Message, frozen=True):
+class LoadBlocks(Message, frozen=True):
     """Fill these blocks from the checkpoint store, in this order. Answered by `BlocksLoaded`."""
 
     load_id: int
@@ -228,7 +226,7 @@ ToWorker = Step | PlaceExperts | UseExperts | DropExperts | SaveBlocks | LoadBlo
 # --- worker → engine -------------------------------------------------------------------------------
 
 
-class WorkerReady(_Message, frozen=True):
+class WorkerReady(Message, frozen=True):
     """Weights are loaded; the device has room for `num_blocks` blocks of KV."""
 
     rank: str
@@ -239,7 +237,7 @@ class WorkerReady(_Message, frozen=True):
     """Within a step, too, others see that it moves."""
 
 
-class SampledToken(_Message, frozen=True):
+class SampledToken(Message, frozen=True):
     """The next token of one request."""
 
     request_id: str
@@ -247,14 +245,14 @@ class SampledToken(_Message, frozen=True):
     logprobs: TokenLogprobs | None = None
 
 
-class PromptLogprobs(_Message, frozen=True):
+class PromptLogprobs(Message, frozen=True):
     """Logprobs of a stretch of a request's prompt (a chunk's worth), in order."""
 
     request_id: str
     entries: list[TokenLogprobs]
 
 
-class StepResult(_Message, frozen=True):
+class StepResult(Message, frozen=True):
     """What a step sampled: one entry per request whose last token the step computed."""
 
     step_id: int
@@ -262,7 +260,7 @@ class StepResult(_Message, frozen=True):
     prompt_logprobs: list[PromptLogprobs]
 
 
-class StepError(_Message, frozen=True):
+class StepError(Message, frozen=True):
     """The step raised; the worker has forgotten every request named in it."""
 
     step_id: int
@@ -272,7 +270,7 @@ class StepError(_Message, frozen=True):
     """The device had no room for the step: a smaller one may succeed."""
 
 
-class ExpertsLoaded(_Message, frozen=True):
+class ExpertsLoaded(Message, frozen=True):
     """All that `PlaceExperts` asks for is here, or (`error`) cannot be."""
 
     rank: str
@@ -281,7 +279,7 @@ class ExpertsLoaded(_Message, frozen=True):
     error: str = ""
 
 
-class BlocksLoaded(_Message, frozen=True):
+class BlocksLoaded(Message, frozen=True):
     """The first `num_good` of the blocks are what they should be."""
 
     load_id: int
@@ -289,112 +287,3 @@ class BlocksLoaded(_Message, frozen=True):
 
 
 ToEngineFromWorker = WorkerReady | StepResult | StepError | ExpertsLoaded | BlocksLoaded
-
-# --- children ↔ supervisor -------------------------------------------------------------------------
-
-
-class Progress(_Message, frozen=True):
-    """A line for the user while the service starts. `fraction` in [0, 1], or None."""
-
-    text: str
-    fraction: float | None = None
-
-
-class Ready(_Message, frozen=True):
-    """The child does its work from now on."""
-
-    text: str = ""
-
-
-class Failed(_Message, frozen=True):
-    """The child cannot go on and is about to exit."""
-
-    error: str
-    user_error: bool
-    """What the user did wrong (no traceback shown), or what the machine did."""
-    traceback: str = ""
-    follows: bool = False
-    """Only because another process did."""
-    hangs: bool = False
-    """Not this process: the replica it speaks for."""
-
-
-class Beat(_Message, frozen=True):
-    """The engine, or the gateway, is there, busy or not: every `BEAT_SECONDS`."""
-
-
-BEAT_SECONDS = 1.0
-
-ToSupervisor = Progress | Ready | Failed | Beat
-
-
-class Drain(_Message, frozen=True):
-    """To the gateway: take no new request, finish the live ones within `deadline` seconds, exit."""
-
-    deadline: float
-
-
-LossKind = Literal["death", "error", "hang"]
-"""A process was killed or left; it said why it cannot go on; nobody came further."""
-
-
-class Loss(msgspec.Struct, frozen=True):
-    """What was lost first, and what was lost with it."""
-
-    process: str
-    kind: LossKind
-    stage: int | None
-    """Of the process; None: it belongs to the whole replica."""
-    ranks: list[str]
-    """That share its stage: a tensor-parallel group."""
-    expert_group: list[str]
-    """Of them: those that hold the same experts."""
-    detected: float
-    """Seconds since 1970."""
-
-
-class Replaces(_Message, frozen=True):
-    """To a gateway: it stands in for one that was lost."""
-
-    reason: str
-    loss: Loss
-
-
-class ReplicaLost(_Message, frozen=True):
-    """To the gateway: this replica is gone. Its requests go on in others; without any they wait for one that comes
-    back, or, when none does, end with this error."""
-
-    replica: int
-    reason: str
-    epoch: int = -1
-    """Of the engine that is gone; it says nothing any more."""
-    comes_back: bool = False
-    loss: Loss | None = None
-    """None: nothing was lost, the service ends."""
-
-
-class StoreLost(_Message, frozen=True):
-    """To the gateway: the process of the checkpoint store is gone, which hits no request."""
-
-    reason: str
-    loss: Loss
-
-
-class StoreBack(_Message, frozen=True):
-    """To the gateway: it is there again."""
-
-
-class Stop(_Message, frozen=True):
-    """Leave the loop and exit with 0."""
-
-
-ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | Stop
-
-# --- coding ----------------------------------------------------------------------------------------
-
-encode = msgspec.msgpack.Encoder().encode
-
-
-def decoder(of: Any) -> msgspec.msgpack.Decoder[Any]:
-    """A decoder for one direction (a union above). It raises `msgspec.ValidationError` on anything else."""
-    return msgspec.msgpack.Decoder(of)

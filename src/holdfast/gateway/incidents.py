@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from holdfast.core.wire import Loss
+from holdfast.core.lifecycle import Loss
 
 KEPT = 10_000
 """Incidents, the latest."""

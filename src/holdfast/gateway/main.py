@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from holdfast.cluster.child import epoch, inherited
 from holdfast.core.boot import Boot, Endpoints
 from holdfast.core.config import ServerConfig
-from holdfast.core.wire import (
+from holdfast.core.lifecycle import (
     BEAT_SECONDS,
     Beat,
     Drain,
@@ -31,9 +31,8 @@ from holdfast.core.wire import (
     StoreBack,
     StoreLost,
     ToChild,
-    decoder,
-    encode,
 )
+from holdfast.core.message import decoder, encode
 from holdfast.gateway.app import Service, build_app
 from holdfast.gateway.calls import Calls
 from holdfast.gateway.chat import ChatTemplate, template_source

@@ -16,11 +16,11 @@ import zmq.asyncio
 
 from holdfast.core.boot import Endpoints
 from holdfast.core.errors import QueueFull, Unavailable
+from holdfast.core.lifecycle import Loss
 from holdfast.core.wire import (
     Abort,
     EngineReady,
     Hello,
-    Loss,
     Outputs,
     Submit,
     ToEngine,

@@ -1,0 +1,115 @@
+"""What children and their supervisor tell each other: msgspec structs in msgpack, like all messages.
+
+any child ──ToSupervisor──▶ supervisor ──ToChild──▶ any child
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from holdfast.core.message import Message
+
+# --- to the supervisor -----------------------------------------------------------------------------
+
+
+class Progress(Message, frozen=True):
+    """A line for the user while the service starts. `fraction` in [0, 1], or None."""
+
+    text: str
+    fraction: float | None = None
+
+
+class Ready(Message, frozen=True):
+    """The child does its work from now on."""
+
+    text: str = ""
+
+
+class Failed(Message, frozen=True):
+    """The child cannot go on and is about to exit."""
+
+    error: str
+    user_error: bool
+    """What the user did wrong (no traceback shown), or what the machine did."""
+    traceback: str = ""
+    follows: bool = False
+    """Only because another process did."""
+    hangs: bool = False
+    """Not this process: the replica it speaks for."""
+
+
+class Beat(Message, frozen=True):
+    """The engine, or the gateway, is there, busy or not: every `BEAT_SECONDS`."""
+
+
+BEAT_SECONDS = 1.0
+
+ToSupervisor = Progress | Ready | Failed | Beat
+
+
+# --- from the supervisor ---------------------------------------------------------------------------
+
+
+class Drain(Message, frozen=True):
+    """To the gateway: take no new request, finish the live ones within `deadline` seconds, exit."""
+
+    deadline: float
+
+
+LossKind = Literal["death", "error", "hang"]
+"""A process was killed or left; it said why it cannot go on; nobody came further."""
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """What was lost first, and what was lost with it."""
+
+    process: str
+    kind: LossKind
+    stage: int | None
+    """Of the process; None: it belongs to the whole replica."""
+    ranks: list[str]
+    """That share its stage: a tensor-parallel group."""
+    expert_group: list[str]
+    """Of them: those that hold the same experts."""
+    detected: float
+    """Seconds since 1970."""
+
+
+class Replaces(Message, frozen=True):
+    """To a gateway: it stands in for one that was lost."""
+
+    reason: str
+    loss: Loss
+
+
+class ReplicaLost(Message, frozen=True):
+    """To the gateway: this replica is gone. Its requests go on in others; without any they wait for one that comes
+    back, or, when none does, end with this error."""
+
+    replica: int
+    reason: str
+    epoch: int = -1
+    """Of the engine that is gone; it says nothing any more."""
+    comes_back: bool = False
+    loss: Loss | None = None
+    """None: nothing was lost, the service ends."""
+
+
+class StoreLost(Message, frozen=True):
+    """To the gateway: the process of the checkpoint store is gone, which hits no request."""
+
+    reason: str
+    loss: Loss
+
+
+class StoreBack(Message, frozen=True):
+    """To the gateway: it is there again."""
+
+
+class Stop(Message, frozen=True):
+    """Leave the loop and exit with 0."""
+
+
+ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | Stop
