@@ -73,6 +73,7 @@ SERVE_FLAGS = [
     "--shutdown-timeout",
     "--startup-timeout",
     "--max-restarts",
+    "--regrow-interval",
     "--token-log-dir",
     "--token-log-sync",
     "--resume-window",

@@ -14,7 +14,7 @@ import zmq.asyncio
 
 from holdfast.core.boot import Endpoints
 from holdfast.core.errors import QueueFull, Unavailable
-from holdfast.core.lifecycle import Loss
+from holdfast.core.lifecycle import Loss, ReplicaLost
 from holdfast.core.request import SamplingParams
 from holdfast.core.wire import (
     Abort,
@@ -118,7 +118,7 @@ async def test_limits(wire: Wire) -> None:
 
 async def test_a_lost_replica_ends_its_requests_once(wire: Wire) -> None:
     mailbox = wire.submit("a")
-    wire.router.replica_lost(0, "killed by SIGKILL")
+    wire.router.replica_lost(ReplicaLost(0, "killed by SIGKILL"))
     await wire.say(TokenOutput("a", 0, [5], finish="stop"))  # a last gasp
     [end] = await read(mailbox)
     assert (end.finish, end.error) == ("error", "killed by SIGKILL")
@@ -136,7 +136,7 @@ async def test_gauges_of_a_lost_replica_do_not_stay(wire: Wire) -> None:
     await read(mailbox)
     gauges = ("holdfast:num_requests_running", "holdfast:num_requests_waiting", "holdfast:kv_cache_usage_perc")
     assert [wire.sample(name) for name in gauges] == [3, 2, 0.5]
-    wire.router.replica_lost(0, "killed")
+    wire.router.replica_lost(ReplicaLost(0, "killed"))
     assert [wire.sample(name) for name in gauges] == [0, 0, 0]
 
 
@@ -191,7 +191,7 @@ async def test_what_is_left_when_a_replica_is_lost(tmp_path: Path) -> None:
         busy = EngineStats(5, 3, 10, 5, 100, 10, 1)
         await wire.push.send(encode(Outputs(1, 0, [TokenOutput(moved, 0, [7, 8])], busy)))
         assert [output.token_ids for output in await read(mailboxes[moved])] == [[7, 8]]
-        router.replica_lost(1, "killed by SIGKILL")
+        router.replica_lost(ReplicaLost(1, "killed by SIGKILL"))
         message = await wire.hear()
         while not (isinstance(message, Submit) and message.output_token_ids):  # first come those that were its own
             message = await wire.hear()
@@ -216,7 +216,7 @@ async def test_requests_wait_for_a_replica_that_comes_back(wire: Wire) -> None:
     assert isinstance(await wire.hear(), Submit)
     await wire.say(TokenOutput("a", 0, [5, 6]))
     await read(mailbox)
-    wire.router.replica_lost(0, "killed", epoch=0, comes_back=True, loss=LOSS)
+    wire.router.replica_lost(ReplicaLost(0, "killed", epoch=0, comes_back=True, loss=LOSS))
     assert wire.router.status == "recovering"
     with pytest.raises(Unavailable, match="recovering"):
         wire.submit("b")
@@ -239,7 +239,7 @@ async def test_a_replica_that_comes_back_smaller_gets_what_fits(wire: Wire) -> N
     long, short = wire.submit("a", max_tokens=50), wire.submit("b", max_tokens=5)
     for _ in range(2):
         await wire.hear()
-    wire.router.replica_lost(0, "killed", epoch=0, comes_back=True, loss=LOSS)
+    wire.router.replica_lost(ReplicaLost(0, "killed", epoch=0, comes_back=True, loss=LOSS))
     await wire.push.send(encode(EngineReady(0, 1, 20)))
     again = await wire.hear()
     assert isinstance(again, Submit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Plan, Range, places
 from holdfast.core.spec import DecoderSpec, LayerSpec, MoeSpec
 from holdfast.models.parameters import packings, packings_at, weight_bytes
-from holdfast.parallel.cuts import check_plan, make_plan, max_degree, split
+from holdfast.parallel.cuts import check_plan, make_plan, max_degree, replan, split
 from holdfast.parallel.segment import PAGE, Layout
 from holdfast.parallel.shards import head_shards, num_mlp_shards, tree_of
 
@@ -226,3 +227,32 @@ def test_shares_of_the_weights_sum_to_all(heads: tuple[int, int], degrees: list[
         expected += layers * others * experts * hidden * 2  # routers
     expected += (len(plan.replicas[0].stages[-1].ranks) - 1) * hidden * 4  # the final norm
     assert together == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "degrees"),
+    [
+        ({}, {"tensor": 8}),
+        ({"heads": 9, "kv_heads": 3}, {"tensor": 4, "pipeline": 2}),
+        ({"layers": 7}, {"tensor": [3, 1, 2], "pipeline": 3}),
+        ({"experts": 8}, {"tensor": 4, "expert": 4}),
+        ({"experts": 8}, {"tensor": 4, "expert": 2, "pipeline": 2}),
+        ({"experts": 3}, {"tensor": 3, "expert": 3}),
+    ],
+)
+def test_a_replica_can_lose_any_rank_until_the_last(shape: dict[str, int], degrees: dict[str, object]):
+    """What is left is a plan that holds all of the model, with a rank less; the stages that were not hit are as they
+    were."""
+    model, dice = spec(**shape), random.Random(1)
+    replica = make_plan(model, **degrees).replicas[0]
+    for left in range(replica.num_ranks - 1, 0, -1):
+        lost = dice.choice(places(replica))
+        smaller = replan(model, lost)
+        assert smaller is not None
+        assert smaller.num_ranks == left
+        check_plan(Plan((smaller,)), model, "what is left")
+        if len(lost.ranks) > 1:
+            others = [stage.layers for stage in replica.stages]
+            assert [stage.layers for stage in smaller.stages] == others
+        replica = smaller
+    assert replan(model, places(replica)[0]) is None

@@ -233,7 +233,9 @@ class Engine:
         if gateway > self._gateway_epoch:
             self.scheduler.abort_all()
             self._gateway_epoch = gateway
-            ready = wire.EngineReady(self.replica, self.epoch, self.scheduler.max_model_len, gateway)
+            ready = wire.EngineReady(
+                self.replica, self.epoch, self.scheduler.max_model_len, gateway, len(self.places)
+            )
             self.gateway.send(wire.encode(ready))
 
     def _take_result(self) -> list[wire.TokenOutput]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from holdfast.core import lifecycle
-from holdfast.core.plan import Plan, places
+from holdfast.core.plan import Plan, ReplicaPlan, places
 
 GATEWAY = "gateway"
 STORE = "store"
@@ -55,14 +55,19 @@ class Member:
         return self.heard + self.most_silent
 
 
+def replica_processes(number: int, replica: ReplicaPlan) -> dict[str, str]:
+    """Of a replica: name → module, the slowest to start first."""
+    workers = {f"worker {number}.{place.name}": "holdfast.cluster.rank" for place in places(replica)}
+    return {**workers, f"engine {number}": "holdfast.cluster.engine"}
+
+
 def members(plan: Plan, *, has_store: bool) -> list[Member]:
     """Of a service that runs this plan; the slowest to start come first."""
     replicas = []
     for number, replica in enumerate(plan.replicas):
-        workers = {f"worker {number}.{place.name}": "holdfast.cluster.rank" for place in places(replica)}
-        engine = f"engine {number}"
-        processes = {**workers, engine: "holdfast.cluster.engine"}
-        replicas.append(Member(f"replica {number}", processes, engine, 3 * lifecycle.BEAT_SECONDS, number))
+        processes = replica_processes(number, replica)
+        silence = 3 * lifecycle.BEAT_SECONDS
+        replicas.append(Member(f"replica {number}", processes, f"engine {number}", silence, number))
     silence = 3 * lifecycle.BEAT_SECONDS
     store = [Member(STORE, {STORE: "holdfast.cluster.store"}, STORE, silence)] if has_store else []
     # a gateway may be busy with a large body for a while, an engine never

@@ -236,8 +236,14 @@ class ServerConfig:
     startup_timeout: float = option(600.0, "Seconds that loading may take before the start is given up.")
     max_restarts: int = option(
         3,
-        "Times in a row that a replica, or the gateway, is started again after one of its processes died. Its "
-        "requests go on in other replicas, or wait. A minute of service begins the count anew.",
+        "Times in a row that a replica, or the gateway, is started again after one of its processes died; after "
+        "that, a replica goes on without the rank that does not live. Its requests go on in other replicas, or "
+        "wait. A minute of service begins the count anew.",
+    )
+    regrow_interval: float = option(
+        300.0,
+        "Seconds after which a replica that had to go on with fewer ranks is started with all of them again; twice "
+        "as many whenever that fails; 0: never.",
     )
     token_log_dir: str | None = option(
         None,
@@ -290,6 +296,7 @@ class ServeConfig:
             ("--startup-timeout", self.server.startup_timeout, 0),
             ("--max-restarts", self.server.max_restarts, 0),
             ("--resume-window", self.server.resume_window, 0),
+            ("--regrow-interval", self.server.regrow_interval, 0),
         ):
             if value is not None and not least <= value <= MOST:
                 raise ConfigError(f"{flag} {value}: must be at least {least} and at most {MOST:.0e}")

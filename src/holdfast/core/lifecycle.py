@@ -40,13 +40,20 @@ class Failed(Message, frozen=True):
     """Not this process: the replica it speaks for."""
 
 
+class Replace(Message, frozen=True):
+    """From the gateway: somebody wants this replica started anew."""
+
+    replica: int
+    reason: str
+
+
 class Beat(Message, frozen=True):
     """The engine, or the gateway, is there, busy or not: every `BEAT_SECONDS`."""
 
 
 BEAT_SECONDS = 1.0
 
-ToSupervisor = Progress | Ready | Failed | Beat
+ToSupervisor = Progress | Ready | Failed | Replace | Beat
 
 
 # --- from the supervisor ---------------------------------------------------------------------------
@@ -58,8 +65,9 @@ class Drain(Message, frozen=True):
     deadline: float
 
 
-LossKind = Literal["death", "error", "hang"]
-"""A process was killed or left; it said why it cannot go on; nobody came further."""
+LossKind = Literal["death", "error", "hang", "leak", "planned"]
+"""A process was killed or left; it said why it cannot go on; nobody came further; its memory grew and grew; somebody
+wanted it."""
 
 
 class Loss(msgspec.Struct, frozen=True):
@@ -93,6 +101,8 @@ class ReplicaLost(Message, frozen=True):
     epoch: int = -1
     """Of the engine that is gone; it says nothing any more."""
     comes_back: bool = False
+    is_smaller: bool = False
+    """With fewer ranks."""
     loss: Loss | None = None
     """None: nothing was lost, the service ends."""
 

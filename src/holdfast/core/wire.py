@@ -142,6 +142,7 @@ class EngineReady(Message, frozen=True):
     max_model_len: int
     """Tokens a request may hold, prompt and output together."""
     gateway: int = 0
+    num_ranks: int = 1
 
 
 ToGateway = Outputs | EngineReady

@@ -15,9 +15,9 @@ KEPT = 10_000
 """Incidents, the latest."""
 
 
-Rung = Literal["failover", "restart", "error", "none"]
-"""What the live requests of a lost replica do: go on in others, wait until one is back, end. None: no request needs
-what was lost."""
+Rung = Literal["failover", "restart", "reshape", "error", "none"]
+"""What the live requests of a lost replica do: go on in others, wait until it is back, wait until it is back on the
+ranks that are left, end. None: no request needs what was lost."""
 
 
 class Incident(msgspec.Struct):

@@ -176,8 +176,8 @@ async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
                     return None
                 case Replaces(reason, loss):
                     router.stands_in(reason, loss)
-                case ReplicaLost(replica, reason, epoch, comes_back, loss):
-                    router.replica_lost(replica, reason, epoch=epoch, comes_back=comes_back, loss=loss)
+                case ReplicaLost() as lost:
+                    router.replica_lost(lost)
                 case StoreLost(reason, loss):
                     router.incidents.begin("store", reason, loss, "none")
                 case StoreBack():

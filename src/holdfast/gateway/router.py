@@ -16,7 +16,7 @@ import zmq.asyncio
 
 from holdfast.core.boot import Endpoints
 from holdfast.core.errors import QueueFull, Unavailable
-from holdfast.core.lifecycle import Loss
+from holdfast.core.lifecycle import Loss, ReplicaLost
 from holdfast.core.wire import (
     Abort,
     EngineReady,
@@ -133,6 +133,7 @@ class Router:
                 "replica": replica,
                 "status": "ready" if replica in self._ready else "recovering" if replica in self._coming else "lost",
                 "epoch": self._ready[replica].epoch if replica in self._ready else None,
+                "ranks": self._ready[replica].num_ranks if replica in self._ready else None,
                 "requests": loads.get(replica, 0),
             }
             for replica in self._outgoing
@@ -235,29 +236,28 @@ class Router:
         self._log.forget(call.key)
         self.abort([submit.request_id for submit in call.submits])
 
-    def replica_lost(
-        self, replica: int, reason: str, *, epoch: int = -1, comes_back: bool = False, loss: Loss | None = None
-    ) -> None:
+    def replica_lost(self, lost: ReplicaLost) -> None:
         """The replica is gone, for good or until it announces itself again. Its requests go on in the others, from
         where the token log says they are; without another they wait for the first that comes back, or end with an
         error when none does."""
-        ready = self._ready.get(replica)
-        if ready is not None and 0 <= epoch < ready.epoch:
+        replica, ready = lost.replica, self._ready.get(lost.replica)
+        if ready is not None and 0 <= lost.epoch < ready.epoch:
             return  # an earlier one
-        logger.error("replica %d is lost: %s", replica, reason)
+        logger.error("replica %d is lost: %s", replica, lost.reason)
         self._ready.pop(replica, None)
-        self._lost_epoch[replica] = epoch
-        (self._coming.add if comes_back else self._coming.discard)(replica)
+        self._lost_epoch[replica] = lost.epoch
+        (self._coming.add if lost.comes_back else self._coming.discard)(replica)
         self._all_ready.clear()
         self._metrics.engine_lost(replica)
         self._outgoing[replica].close(linger=0)  # with what it had not read yet
         self._outgoing[replica] = self._connect(replica)
         orphans = [live for live in self._live.values() if live.replica in {replica, None}]
-        if loss is not None:
-            rung: Rung = "failover" if self._ready else "restart" if self._coming else "error"
-            self._metrics.replica_lost(loss.kind, rung)
+        if lost.loss is not None:
             hit = [live for live in orphans if live.replica == replica]
-            incident = self.incidents.begin(f"replica {replica}", reason, loss, rung, requests=len(hit))
+            waits: Rung = "reshape" if lost.is_smaller else "restart" if self._coming else "error"
+            rung = "failover" if self._ready else waits
+            self._metrics.replica_lost(lost.loss.kind, rung)
+            incident = self.incidents.begin(f"replica {replica}", lost.reason, lost.loss, rung, requests=len(hit))
             for live in hit:
                 live.incidents.append(incident)
         if self._ready:
@@ -266,7 +266,7 @@ class Router:
             for live in orphans:
                 live.replica = None
         else:
-            self._fail([live.submit.request_id for live in orphans], reason)
+            self._fail([live.submit.request_id for live in orphans], lost.reason)
 
     def stands_in(self, reason: str, loss: Loss) -> None:
         """For a gateway that was lost. Its requests are ours."""

@@ -49,12 +49,13 @@ class Replica(BaseModel):
     replica: int
     status: Literal["ready", "recovering", "lost"]
     epoch: int | None
+    ranks: int | None
     requests: int
 
 
 class Loss(BaseModel):
     process: str
-    kind: Literal["death", "error", "hang"]
+    kind: Literal["death", "error", "hang", "leak", "planned"]
     stage: int | None
     ranks: list[str]
     expert_group: list[str]
@@ -65,7 +66,7 @@ class Incident(BaseModel):
     member: str
     reason: str
     loss: Loss
-    rung: Literal["failover", "restart", "error", "none"]
+    rung: Literal["failover", "restart", "reshape", "error", "none"]
     requests: int
     decided: float
     resumed: int

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+import msgspec
+
 from holdfast.core.errors import ConfigError
-from holdfast.core.plan import PipelineBatching, Plan, Range, RankShard, ReplicaPlan, StagePlan
+from holdfast.core.plan import PipelineBatching, Place, Plan, Range, RankShard, ReplicaPlan, StagePlan
 from holdfast.core.spec import DecoderSpec
 from holdfast.parallel.placement import check_experts
 from holdfast.parallel.shards import MLP_SHARDS, check_ranges, head_shards, num_expert_shards, num_mlp_shards
@@ -144,6 +147,43 @@ def _expert_shards(spec: DecoderSpec, degree: int, expert: int | None) -> list[t
 def _fewest_groups(degree: int, most_ranks: int) -> int:
     """Even groups of `degree` ranks, of up to `most_ranks` each."""
     return next(groups for groups in range(1, degree + 1) if degree % groups == 0 and degree // groups <= most_ranks)
+
+
+# --- without a rank ---
+
+
+def replan(spec: DecoderSpec, lost: Place) -> ReplicaPlan | None:
+    """The same replica on the ranks that are left: the others of its stage share out what it had; where it was alone,
+    its layers go to the other stages. None: it was the last. Raises `ConfigError` when the model cannot be cut so.
+    """
+    stages = list(lost.replica.stages)
+    if len(lost.ranks) > 1:
+        stages[lost.stage] = StagePlan(lost.layers, _fewer(spec, lost.ranks))
+    else:
+        del stages[lost.stage]
+        if not stages:
+            return None
+        ranges = split(spec.num_layers, [stage.layers[1] - stage.layers[0] for stage in stages])
+        stages = [StagePlan(layers, stage.ranks) for layers, stage in zip(ranges, stages, strict=True)]
+    numbered, first = [], 0
+    for stage in stages:
+        ranks = tuple(msgspec.structs.replace(shard, rank=first + index) for index, shard in enumerate(stage.ranks))
+        numbered.append(msgspec.structs.replace(stage, ranks=ranks))
+        first += len(ranks)
+    replica = ReplicaPlan(tuple(numbered))
+    check_plan(Plan((replica,)), spec, "the plan without it")
+    return replica
+
+
+def _fewer(spec: DecoderSpec, ranks: Sequence[RankShard]) -> tuple[RankShard, ...]:
+    """Even shards for one rank less, experts in as many groups as before or one less, if that can be; else in as few
+    as there can be."""
+    degree, groups = len(ranks) - 1, len({shard.experts for shard in ranks})
+    for expert in (groups, groups - 1):
+        if spec.moe is not None and expert >= 1 and degree % expert == 0:
+            with contextlib.suppress(ConfigError):
+                return _even_shards(spec, degree, expert, 0)
+    return _even_shards(spec, degree, None, 0)
 
 
 # --- what a plan must be ---
