@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -15,6 +17,7 @@ from support.service import Service, wait_for
 from support.tiny import tiny_model
 
 NEEDS_C = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
+TOKENS = "holdfast:generation_tokens_total"
 FLAGS = ("--served-model-name", "m", "--max-model-len", "512", "--kv-cache-memory-bytes", "4M", "--cpu-threads", "1")
 
 
@@ -153,3 +156,36 @@ def test_degrees_that_cannot_be_are_refused(model: str, flag: str, said: str, tm
     service = Service(model, *FLAGS, "--data-parallel-size", flag, log=tmp_path / "log")
     assert service.process.wait(60) == 2
     assert f"--data-parallel-size {flag}: {said}" in service.text()
+
+
+def test_replicas_are_drained_one_after_another(model: str, tmp_path: Path):
+    """The rolling restart: every process is another one afterwards, and nobody has noticed."""
+    service = Service(model, *FLAGS, "--data-parallel-size", "2", log=tmp_path / "log").wait_ready()
+    before = {service.child(f"holdfast {role} {replica}").pid for role in ("engine",) for replica in range(2)}
+    command = [sys.executable, "-m", "holdfast.cli.main", "drain", service.url]
+    asked = bodies(20, max_tokens=300, ignore_eos=True, temperature=0.7)
+
+    async def drained_amid() -> tuple[list[httpx.Response], str]:
+        asking = asyncio.create_task(ask(service.url, asked))
+        await asyncio.to_thread(wait_for, "tokens", lambda: service.metrics()[TOKENS] > calm_tokens + 300, 30)
+        drain = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        said, _ = await drain.communicate()
+        assert drain.returncode == 0
+        return await asking, said.decode()
+
+    try:
+        calm = contents(asyncio.run(ask(service.url, asked)))
+        calm_tokens = service.metrics()[TOKENS]
+        replies, said = asyncio.run(drained_amid())
+        assert contents(replies) == calm
+        assert [line[:9] for line in said.splitlines()] == ["replica 0", "replica 1"]
+        service.wait_ready()
+        assert not before & {child.pid for child in service.living_children()}
+        assert {each["loss"]["kind"] for each in service.incidents()} == {"planned"}
+        for arguments, words in ((["--replica", "7"], "there are 0, 1"), (["--timeout", "0"], "at least 1")):
+            refused = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+            assert (refused.returncode, words in refused.stderr) == (2, True), refused.stderr
+    finally:
+        assert service.stop() == 0, service.text()[-3000:]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (refused.returncode, "no answer" in refused.stderr) == (2, True), refused.stderr

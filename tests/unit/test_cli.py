@@ -257,7 +257,7 @@ def test_odd_values_are_one_line_and_exit_2(arguments: list[str], flag: str) -> 
 
 
 def test_commands_that_do_not_exist_are_not_offered() -> None:
-    assert set(typer.main.get_command(app).commands) == {"serve", "bench", "chaos"}
+    assert set(typer.main.get_command(app).commands) == {"serve", "drain", "bench", "chaos"}
     assert holdfast("plan").returncode == 2
 
 

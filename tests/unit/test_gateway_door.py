@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest_asyncio
 
 from holdfast.core.boot import Endpoints
 from holdfast.core.config import ServeConfig, ServerConfig
+from holdfast.core.lifecycle import Replace
 from holdfast.gateway.app import Service, build_app
 from holdfast.gateway.calls import Calls
 from holdfast.gateway.metrics import Metrics
@@ -23,7 +25,8 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     metrics = Metrics("m")
     log = TokenLog()
     router = Router(Endpoints(str(tmp_path)), log, metrics, max_live=1)
-    yield Service(router, Calls(log, router, 1.0), metrics, ServeConfig(server=ServerConfig(api_key=("key",))))
+    config, told = ServeConfig(server=ServerConfig(api_key=("key",))), asyncio.Queue[Replace]()
+    yield Service(router, Calls(log, router, 1.0), metrics, config, told.put)
     router.close()
 
 

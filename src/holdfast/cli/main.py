@@ -14,6 +14,7 @@ from holdfast.cli.flags import with_flags
 from holdfast.cli.help import PanelHelp
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, UserError
+from holdfast.operate.config import DrainConfig
 
 app = typer.Typer(
     help="Serve large language models over many devices: plan it, run the plan, lose nothing.",
@@ -84,6 +85,25 @@ def chaos(
     from holdfast.chaos.run import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(model, config, flags or []))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(DrainConfig)
+def drain(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Of the service, as http://127.0.0.1:8000.", show_default=False)
+    ],
+    config: DrainConfig,
+) -> None:
+    """Start the replicas of a running service anew, one after another, while it serves on.
+
+    No request is lost: those of a replica go on in the others, or wait for it. One that went on with fewer ranks has
+    all of them again.
+    """
+    config.check()
+    from holdfast.operate.drain import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(url, config))
 
 
 bench = typer.Typer(help="Measure a server.", no_args_is_help=True, rich_markup_mode="rich")

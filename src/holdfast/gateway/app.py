@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from holdfast import __version__
 from holdfast.core.config import ServeConfig
-from holdfast.core.errors import HoldfastError, InvalidRequest, MachineError, Unavailable
+from holdfast.core.errors import HoldfastError, InvalidRequest, MachineError, NotFound, Unavailable
+from holdfast.core.lifecycle import Replace
 from holdfast.gateway import schema
 from holdfast.gateway.calls import Call, Calls
 from holdfast.gateway.door import Door, error_response, unless_disconnected
@@ -51,6 +52,8 @@ class Service:
     calls: Calls
     metrics: Metrics
     config: ServeConfig
+    tell: Callable[[Replace], Awaitable[None]]
+    """The supervisor."""
     model: ServedModel | None = None
 
     @property
@@ -97,6 +100,17 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
         router = service.router
         incidents = [msgspec.to_builtins(incident) for incident in router.incidents]
         return _json({"status": service.status, "replicas": router.replicas(), "incidents": incidents})
+
+    @app.post("/cluster/replicas/{number}/restart", responses=schema.responses(schema.Replica))
+    async def restart(number: str) -> Response:
+        """Start a replica anew while the service goes on: its requests go on in others, or wait for it."""
+        replica = next((each for each in service.router.replicas() if str(each["replica"]) == number), None)
+        if replica is None:
+            raise NotFound(f"there is no replica {number}", code="replica_not_found")
+        if replica["status"] != "ready":
+            raise Unavailable(f"replica {number} is {replica['status']}", retry_after=1)
+        await service.tell(Replace(int(number), "an operator wants it"))
+        return _json(replica)
 
     @app.get("/version", responses=schema.responses(schema.Version))
     async def version() -> Response:

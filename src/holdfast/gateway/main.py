@@ -25,6 +25,7 @@ from holdfast.core.lifecycle import (
     Beat,
     Drain,
     Ready,
+    Replace,
     Replaces,
     ReplicaLost,
     Stop,
@@ -109,7 +110,11 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
             epoch=epoch(),
         )
         calls = Calls(log, router, config.server.resume_window)
-        service = Service(router, calls, metrics, config)
+
+        async def tell(message: Replace) -> None:
+            await control.send(encode(message))
+
+        service = Service(router, calls, metrics, config, tell)
         server = _Server(
             uvicorn.Config(
                 build_app(service),

@@ -12,6 +12,8 @@ from pydantic.json_schema import models_json_schema
 from holdfast.gateway.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 _BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+_EVENTS = {"description": "Server-sent events, the data of each a JSON object, the last one [DONE]."}
+"""Of no type: some readers take the stream for a string, some for a list of events."""
 _REF = "#/components/schemas/{model}"
 
 
@@ -195,14 +197,14 @@ def text_responses(content_type: str) -> Responses:
 def stream() -> dict[str, Any]:
     """Arguments for a route that replies with events."""
     replies = responses(Error, statuses=(400, 401, 404, 405, 500, 503))
-    return {"responses": replies | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}}
+    return {"responses": replies | {200: {"content": {"text/event-stream": {"schema": _EVENTS}}}}}
 
 
 def body(request: type[BaseModel], success: type[BaseModel]) -> dict[str, Any]:
     """Arguments for a route that parses `request` from the body itself."""
     reply = responses(success, statuses=(400, 401, 404, 405, 413, 429, 500, 503))
     if issubclass(request, CompletionRequest | ChatCompletionRequest):
-        reply[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        reply[200]["content"] = {"text/event-stream": {"schema": _EVENTS}}
     content = {"application/json": {"schema": {"$ref": _REF.format(model=request.__name__)}}}
     return {"responses": reply, "openapi_extra": {"requestBody": {"required": True, "content": content}}}
 
