@@ -74,6 +74,7 @@ SERVE_FLAGS = [
     "--startup-timeout",
     "--max-restarts",
     "--regrow-interval",
+    "--leak-window",
     "--token-log-dir",
     "--token-log-sync",
     "--resume-window",

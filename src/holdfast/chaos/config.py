@@ -19,9 +19,12 @@ FAULTS = (
     "stop-gateway",
     "stop-store",
     "spoil-worker",
+    "error-worker",
+    "slow-worker",
+    "leak-worker",
 )
 """SIGKILL or SIGSTOP of a worker, an engine, the gateway, the checkpoint store. `spoil`: bytes of the store's memory
-are changed, then the worker is killed."""
+are changed, then the worker is killed. `error`, `slow`, `leak`: as `worker.faults` has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def timeline(report: Report, path: Path) -> None:
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
     served, delays = figure.subplots(2, 1, sharex=True)
-    colours = dict(zip(FAULTS, (f"tab:{name}" for name in _COLOURS), strict=True))
+    colours = dict(zip(FAULTS, cycle(f"tab:{name}" for name in _COLOURS), strict=False))
     ends = [at for at, _ in report.load.tokens_at] + [fault.at for fault in report.faults]
     begin = min(ends, default=0.0)
     seconds = np.array([at - begin for at, _ in report.load.tokens_at])

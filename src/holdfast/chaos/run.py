@@ -27,6 +27,7 @@ from holdfast.core.errors import ConfigError, StartupError
 
 _PATIENCE = 120.0
 """Seconds that getting over a fault may take."""
+_SLOW_SECONDS = 2.0
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "spoil": signal.SIGKILL}
 
 
@@ -44,7 +45,9 @@ class Fault:
 
     @property
     def members(self) -> set[str]:
-        """What it hit: `replica 0`, `gateway`, `store`."""
+        """What is lost by it: `replica 0`, `gateway`, `store`. What is slow is waited for."""
+        if self.kind.startswith("slow"):
+            return set()
         return {
             f"replica {victim.split(' ')[1].partition('.')[0]}" if " " in victim else victim
             for victim in self.victims
@@ -95,6 +98,7 @@ def run(model: str, config: ChaosConfig, flags: Sequence[str]) -> int:
 async def _run(model: str, config: ChaosConfig, flags: Sequence[str]) -> Report:
     with tempfile.TemporaryDirectory(prefix="holdfast-chaos-") as folder:
         more = [] if any(flag.startswith("--max-restarts") for flag in flags) else ["--max-restarts", "1000000"]
+        more += [] if any(flag.startswith("--leak-window") for flag in flags) else ["--leak-window", "2"]
         service = Service(model, [*flags, "--served-model-name", "chaos", *more], Path(folder) / "log")
         await service.start()
         left: list[int] = []
@@ -165,6 +169,10 @@ async def _strike(service: Service, kinds: list[str], dice: random.Random, pair_
     if action == "spoil":
         service.spoil(dice)
     fault = Fault(kind, victims, time.time())
+    if action in {"error", "slow", "leak"}:
+        for victim in victims:
+            service.afflict(victim, action)
+        return fault
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):  # it died by itself, which is noticed as well
             living[victim].send_signal(_SIGNALS[action])
@@ -174,6 +182,10 @@ async def _strike(service: Service, kinds: list[str], dice: random.Random, pair_
 async def _get_over(service: Service, client: httpx.AsyncClient, fault: Fault) -> None:
     """Until every replica serves again, and those requests that were hit go on. Raises `StartupError` when that takes
     too long: then the service hangs."""
+    if fault.kind.startswith("slow"):
+        await asyncio.sleep(_SLOW_SECONDS)
+        for victim in fault.victims:
+            service.relieve(victim)
     deadline = time.time() + _PATIENCE
     while time.time() < deadline:
         await asyncio.sleep(0.02)

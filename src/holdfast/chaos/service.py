@@ -26,6 +26,8 @@ class Service:
     """Started with `flags`, on a port of its own; what it says goes to the file `log`."""
 
     def __init__(self, model: str, flags: Sequence[str], log: Path) -> None:
+        self._faults = log.parent / "faults"
+        self._faults.mkdir()
         self._command = [sys.executable, "-m", "holdfast.cli.main", "serve", model, "--port", "0", *flags]
         self._log = log
         self._seen: dict[int, psutil.Process] = {}
@@ -34,7 +36,9 @@ class Service:
     async def start(self) -> None:
         """Until it serves. Raises `StartupError` with its last words."""
         with self._log.open("wb") as sink:
-            self.process = await asyncio.create_subprocess_exec(*self._command, stdout=sink, stderr=sink)
+            self.process = await asyncio.create_subprocess_exec(
+                *self._command, stdout=sink, stderr=sink, env={**os.environ, "HOLDFAST_FAULTS": str(self._faults)}
+            )
         for _ in range(int(_START_SECONDS / 0.1)):
             if self.process.returncode is not None:
                 raise StartupError(f"holdfast serve ended with {self.process.returncode}:\n{self.said()[-3000:]}")
@@ -59,6 +63,14 @@ class Service:
             if title is not None:
                 found[title[1]] = child
         return found
+
+    def afflict(self, worker: str, fault: str) -> None:
+        """Let a worker have a fault with its next step."""
+        (self._faults / worker.removeprefix("worker ")).write_text(fault)
+
+    def relieve(self, worker: str) -> None:
+        """End a fault that lasts."""
+        (self._faults / worker.removeprefix("worker ")).unlink(missing_ok=True)
 
     def spoil(self, dice: random.Random) -> None:
         """Change bytes of the checkpoint store's memory, here and there where there is something."""

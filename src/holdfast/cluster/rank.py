@@ -23,6 +23,7 @@ from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.models.inspect import stamp_of
 from holdfast.worker.copier import BlockCopier
 from holdfast.worker.experts import ExpertMover
+from holdfast.worker.faults import Faults
 from holdfast.worker.runner import Launched, Runner
 from holdfast.worker.start import Post, start_runner
 
@@ -52,7 +53,8 @@ def run(boot: Boot, control: Control) -> None:
             wire.WorkerReady(rank, runner.pages.num_blocks, ahead, isinstance(runner.decoder.kernels, CpuKernels))
         )
     )
-    control.send(wire.encode(lifecycle.Ready()))
+    on_host = runner.device.type == "cpu"
+    control.send(wire.encode(lifecycle.Ready(runner.pages.data.nbytes if on_host else 0)))
 
     mover = ExpertMover(boot.model, boot.stamp, runner, rank)
     copier = None
@@ -68,7 +70,7 @@ def serve(  # noqa: PLR0917
     control: Control, steps: Socket, results: Socket, runner: Runner, mover: ExpertMover, copier: BlockCopier | None
 ) -> None:
     """Take steps and give results until told to stop."""
-    rank, speaks = mover.rank, runner.decoder.place.speaks
+    rank, speaks, faults = mover.rank, runner.decoder.place.speaks, Faults(mover.rank)
     decode = wire.decoder(wire.ToWorker).decode
     launched: deque[tuple[wire.Step, Launched | wire.StepResult | wire.StepError]] = deque()
     poller = zmq.Poller()
@@ -87,7 +89,7 @@ def serve(  # noqa: PLR0917
         if steps in readable and len(launched) < (2 if runner.runs_ahead else 1):
             match decode(steps.recv()):
                 case wire.Step() as step:
-                    launched.append((step, attempt(runner, step, rank, partial(runner.launch, step))))
+                    launched.append((step, attempt(runner, step, rank, partial(launch, runner, step, faults))))
                 case wire.SaveBlocks() | wire.LoadBlocks() as message:
                     assert copier is not None, message
                     copy_blocks(message, copier, results)
@@ -105,6 +107,12 @@ def serve(  # noqa: PLR0917
             state = attempt(runner, step, rank, partial(runner.finish, state))
         if speaks:
             results.send(wire.encode(state))
+
+
+def launch(runner: Runner, step: wire.Step, faults: Faults) -> Launched:
+    """Begin a step; raises what that raises, and what was asked for."""
+    faults.before_step()
+    return runner.launch(step)
 
 
 def copy_blocks(message: wire.SaveBlocks | wire.LoadBlocks, copier: BlockCopier, results: Socket) -> None:

@@ -15,6 +15,7 @@ import logging
 import time
 
 from holdfast.cluster.children import Children, Ended, Said
+from holdfast.cluster.leak import LeakWatch, private_memory
 from holdfast.cluster.members import GATEWAY, Member
 from holdfast.cluster.plans import impact_of
 from holdfast.cluster.starter import Starter
@@ -45,6 +46,8 @@ class Recovery:
         self._untold: lifecycle.Replaces | None = None
         """What a new gateway is told once it is heard."""
         self.drain_until: float | None = None
+        self._leaks: dict[str, LeakWatch] = {}
+        """By the identity of a worker."""
 
     # --- what happens ---
 
@@ -58,7 +61,8 @@ class Recovery:
         match event:
             case Said(_, lifecycle.Beat()):
                 member.heard = time.monotonic()
-            case Said(name, lifecycle.Ready()):
+            case Said(name, lifecycle.Ready() as ready):
+                self.watch_memory(name, ready)
                 self._welcome_back(member, name)
             case Said(_, lifecycle.Replace(number, reason)):
                 self.replace(self.replicas[number], reason)
@@ -81,6 +85,28 @@ class Recovery:
             if due and member.state == "serving" and now >= due:
                 self._regrows[member.name] = (0.0, waited)
                 self.replace(member, "it is to have all its ranks again")
+            self._look_for_leaks(member, now)
+
+    def watch_memory(self, name: str, ready: lifecycle.Ready) -> None:
+        """A worker is ready: from now on it is to take no more than it says."""
+        if name.startswith("worker") and self.config.server.leak_window:
+            child = self.children.by_name[name]
+            expected = private_memory(child.process.pid) + ready.may_take
+            self._leaks[child.identity] = LeakWatch(expected, self.config.server.leak_window)
+
+    def _look_for_leaks(self, member: Member, now: float) -> None:
+        """A replica whose worker leaks is started anew before it takes the memory of all."""
+        for name in member.processes if member.state == "serving" else ():
+            child = self.children.by_name[name]
+            watch = self._leaks.get(child.identity)
+            if watch is None or not watch.is_due(now):
+                continue
+            has = private_memory(child.process.pid)
+            if (slope := watch.look(has, now)) is not None:
+                expected, per_second = watch.expected / 1e6, slope / 1e6
+                reason = f"{name} leaks: {has / 1e6:.0f} MB, {expected:.0f} expected, {per_second:.1f} MB/s more"
+                self.replace(member, reason, "leak", name)
+                return
 
     def stood_still(self, now: float) -> None:
         """We did ourselves: perhaps everything did, and nobody is late."""
@@ -119,11 +145,13 @@ class Recovery:
 
     # --- what is done about it ---
 
-    def replace(self, member: Member, reason: str, kind: lifecycle.LossKind = "planned") -> None:
+    def replace(
+        self, member: Member, reason: str, kind: lifecycle.LossKind = "planned", process: str | None = None
+    ) -> None:
         """Start a replica that serves anew, with all ranks of the plan; its requests go on as after a loss."""
         if member.state != "serving" or member.number is None:
             return
-        loss = impact_of(self.starter.boot.plan, member.speaker, kind, time.time())
+        loss = impact_of(self.starter.boot.plan, process or member.speaker, kind, time.time())
         epoch = self.children.by_name[member.speaker].epoch
         self.children.kill(member.processes)
         if self._is_smaller(member):

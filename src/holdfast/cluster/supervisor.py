@@ -108,8 +108,9 @@ class Supervisor:
             match event:
                 case Said(name, lifecycle.Progress() as progress):
                     self._show(name, progress)
-                case Said(name, lifecycle.Ready()):
+                case Said(name, lifecycle.Ready() as ready):
                     self.children.by_name[name].ready = True
+                    self.recovery.watch_memory(name, ready)
                     if all(child.ready for child in self.children.by_name.values()):
                         for member in self.members:
                             member.become("serving")
@@ -165,19 +166,20 @@ class Supervisor:
     def _events(self, deadline: float | None = None) -> Iterator[Event]:
         """Everything that happens; `TimedOut` at the deadline. Members that are late, to start or to give a sign of
         life, are lost by then."""
-        looked = time.monotonic()
+        looked = awake = time.monotonic()
         while True:
             event = self.children.next_event(min(looked + _TICK_SECONDS, deadline or math.inf))
-            now, before = time.monotonic(), looked
-            looked = now
+            now, before = time.monotonic(), awake
+            awake = now
             if now - before > 2 * _TICK_SECONDS:
                 self.recovery.stood_still(now)
             if not isinstance(event, TimedOut):
                 yield event
-                continue
-            self.recovery.look(now)
+            if now - looked >= _TICK_SECONDS:  # however much happens
+                looked = now
+                self.recovery.look(now)
             if deadline is not None and now >= deadline:
-                yield event
+                yield TimedOut()
 
     def _take(self, event: Event) -> None:
         """What a child of a running service says, or its end."""

@@ -245,6 +245,11 @@ class ServerConfig:
         "Seconds after which a replica that had to go on with fewer ranks is started with all of them again; twice "
         "as many whenever that fails; 0: never.",
     )
+    leak_window: float = option(
+        60.0,
+        "Seconds through which a worker's memory must have grown, beyond what it is to have, before that is taken "
+        "for a leak and its replica is started anew; 0: never.",
+    )
     token_log_dir: str | None = option(
         None,
         "Folder for the log of accepted requests and their tokens. When all of the service was killed, the next one "
@@ -297,6 +302,7 @@ class ServeConfig:
             ("--max-restarts", self.server.max_restarts, 0),
             ("--resume-window", self.server.resume_window, 0),
             ("--regrow-interval", self.server.regrow_interval, 0),
+            ("--leak-window", self.server.leak_window, 0),
         ):
             if value is not None and not least <= value <= MOST:
                 raise ConfigError(f"{flag} {value}: must be at least {least} and at most {MOST:.0e}")

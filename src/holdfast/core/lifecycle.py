@@ -24,7 +24,8 @@ class Progress(Message, frozen=True):
 class Ready(Message, frozen=True):
     """The child does its work from now on."""
 
-    text: str = ""
+    may_take: int = 0
+    """Bytes of memory that it does not have yet and is to have: what a KV cache takes as it is filled."""
 
 
 class Failed(Message, frozen=True):

@@ -1,0 +1,56 @@
+"""Faults on demand, for `holdfast chaos` and tests: what cannot be done to a process from outside.
+
+HOLDFAST_FAULTS names a folder. A file in it that is called like a worker ("0.0.1") holds one of
+
+    error      its next step raises what a broken device raises
+    slow       its steps take ten times as long, as long as the file is there
+    leak       it keeps more and more memory, 100 MB a second while it runs steps, as long as it lives
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+VARIABLE = "HOLDFAST_FAULTS"
+_LEAK_BYTES = 10_000_000
+_LEAK_SECONDS = 0.1
+"""Between two of these."""
+SLOWNESS = 10
+_MOST_SECONDS = 0.5
+"""That a slow step is made to wait: a step that is slow by itself, at the start, says nothing."""
+
+
+class Faults:
+    """Of one worker; without the variable there are none, and no file is looked for."""
+
+    def __init__(self, rank: str) -> None:
+        folder = os.environ.get(VARIABLE)
+        self._file = Path(folder) / rank if folder else None
+        self._kept: list[bytes] = []
+        self._leaked: float | None = None
+        """When it last did; None: it does not."""
+        self._last = 0.0
+
+    def before_step(self) -> None:
+        """Raises `RuntimeError` when the device is to break."""
+        if self._file is None:
+            return
+        now, taken, self._last = time.monotonic(), time.monotonic() - self._last, time.monotonic()
+        if self._leaked is not None and now - self._leaked > _LEAK_SECONDS:
+            self._leaked = now
+            self._kept.append(os.urandom(64) * (_LEAK_BYTES // 64))
+        try:
+            fault = self._file.read_text().strip()
+        except FileNotFoundError:
+            return
+        if fault == "slow":
+            time.sleep(min((SLOWNESS - 1) * taken, _MOST_SECONDS))
+            self._last = now + min(taken, _MOST_SECONDS)
+            return
+        self._file.unlink(missing_ok=True)
+        if fault == "leak":
+            self._leaked = now
+        if fault == "error":
+            raise RuntimeError("CUDA error: a device error that was asked for")
