@@ -39,7 +39,8 @@ async def ask(url: str, max_tokens: int = 300) -> list[str]:
 def test_what_is_wrong_with_a_device_is_found_and_got_over(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A broken device: the replica is started again. A slow one: is waited for. A leak: the replica is started anew
+    """A broken device: the replica is started again. A slow one: is waited for. Memory
+    that was overwritten: is found where there are no numbers any more. A leak: the replica is started anew
     before the memory is gone. The text is the same each time."""
     folder = tmp_path / "faults"
     folder.mkdir()
@@ -68,6 +69,10 @@ def test_what_is_wrong_with_a_device_is_found_and_got_over(
         wait_for("back", lambda: service.health()[0] == 200, 30)
         assert asyncio.run(disturbed("slow")) == calm
         assert kinds() == ["error"], "slow is not dead"
+        assert asyncio.run(disturbed("corrupt")) == calm
+        assert service.metrics()["holdfast:retries_total"] > 0
+        assert kinds() == ["error"], "it is computed once more"
+        assert asyncio.run(ask(service.url)) == calm, "and nothing of it is left in a cache"
         assert asyncio.run(disturbed("leak")) == calm
         while kinds() == ["error"]:  # it leaks with every step
             assert asyncio.run(ask(service.url)) == calm

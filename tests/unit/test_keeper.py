@@ -41,7 +41,7 @@ class Replica:
 
     def turn(self) -> dict[str, int]:
         """The store and the workers answer, a step is made; tokens computed of each request."""
-        self.keeper.keep(self.scheduler.take_published())
+        self.keeper.keep(self.scheduler.take_news()[0])
         self.keeper.look()
         self.answer()
         self.keeper.prepare(self.scheduler.upcoming(8), len(self.scheduler.running))
@@ -86,7 +86,7 @@ def kept_by_another() -> dict[bytes, int]:
     assert first.turn() == {"a": 30}
     for _ in range(4):
         first.turn()
-    first.keeper.keep(first.scheduler.take_published())
+    first.keeper.keep(first.scheduler.take_news()[0])
     first.answer()
     first.keeper.save()
     assert len(first.slots) == 8, "34 tokens"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.core.request import SamplingParams
-from holdfast.core.wire import NewRequest
+from holdfast.core.wire import NO_NUMBERS, NewRequest
 from holdfast.kernels.reference import ReferenceKernels
 from holdfast.worker.sampler import Sampler, score
 
@@ -146,3 +146,16 @@ def test_logprobs_are_of_the_raw_logits():
 def test_more_alternatives_than_tokens():
     [entry] = score(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]), [20]).read()
     assert (entry.rank, [token for token, _ in entry.top]) == (2, [0, 1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_no_numbers_are_told_and_change_no_other(bad: float):
+    """Sampled or greedy, scored or not."""
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
+    requests = [request(), request(temperature=0), request(logprobs=2), request(top_k=3)]
+    calm = draw(logits, *requests)
+    for row in range(4):
+        spoilt = logits.clone()
+        spoilt[row] = bad
+        expected = [NO_NUMBERS if index == row else token for index, token in enumerate(calm)]
+        assert draw(spoilt, *requests) == expected

@@ -20,9 +20,10 @@ from holdfast.cache.blocks import BlockPool
 from holdfast.core.config import SchedulerConfig
 from holdfast.core.errors import ConfigError
 from holdfast.core.request import SamplingParams
-from holdfast.core.wire import NewRequest, SampledToken, Step, StepResult, Submit, TokenOutput
+from holdfast.core.wire import NO_NUMBERS, NewRequest, SampledToken, Step, StepResult, Submit, TokenOutput
+from holdfast.schedule.budget import RECOVERY_STEPS
 from holdfast.schedule.fit import fit_model_len
-from holdfast.schedule.scheduler import RECOVERY_STEPS, Scheduler
+from holdfast.schedule.scheduler import Scheduler
 
 EOS = 3
 
@@ -357,3 +358,45 @@ def test_model_length_is_what_model_and_cache_allow(wanted, fits):
 def test_model_length_beyond_either_is_refused(wanted, said):
     with pytest.raises(ConfigError, match=said):
         fit_model_len(wanted, max_positions=100, num_blocks=8, block_size=4)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_logits_that_are_no_numbers_are_computed_once_more(depth: int):
+    """From the first token, nothing cached: the tokens are what they would have been. Twice is an error, of that
+    request alone. Blocks that others hold are not cleared."""
+    scheduler, device = make(num_blocks=32, max_num_batched_tokens=32), Device(4, 32)
+    prompt = [1, 2, 3, 1, 2, 3, 1, 2, 3]
+    requests = [submit(name, prompt, max_tokens=12, ignore_eos=True) for name in ("a", "b", "c")]
+    seen: dict[str, int] = {}
+    bad = {"a": {3}, "c": {2, 4}}
+
+    def spoilt(result: StepResult) -> StepResult:
+        sampled = []
+        for token in result.sampled:
+            count = seen[token.request_id] = seen.get(token.request_id, 0) + 1
+            is_bad = count in bad.get(token.request_id, ())
+            sampled.append(SampledToken(token.request_id, NO_NUMBERS) if is_bad else token)
+        return StepResult(result.step_id, sampled, [])
+
+    scheduler.add(requests[0])
+    outputs: dict[str, list[TokenOutput]] = {}
+    in_flight: deque[StepResult] = deque()
+    cleared: set[int] = set()
+    while scheduler.has_work:
+        while len(in_flight) < depth and (step := scheduler.schedule()):
+            in_flight.append(device.run(step))
+        for output in scheduler.update(spoilt(in_flight.popleft())):
+            outputs.setdefault(output.request_id, []).append(output)
+        _, _, unclean = scheduler.take_news()
+        held = {block for sequence in scheduler.running for block in sequence.block_ids}
+        assert not held & set(unclean)
+        cleared |= set(unclean)
+        scheduler.check_integrity()
+        if len(outputs.get("a", [])) == 1 and len(seen) == 1:
+            scheduler.add(requests[1])
+            scheduler.add(requests[2])
+    check(requests[:2], {name: outputs[name] for name in ("a", "b")}, 40)
+    assert outputs["c"][-1].finish == "error"
+    assert "not finite" in outputs["c"][-1].error
+    assert scheduler.stats().retries == 2
+    assert cleared

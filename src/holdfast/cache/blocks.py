@@ -54,7 +54,7 @@ class BlockPool:
         assert count <= self.num_available, f"{count} blocks wanted, {self.num_available} available"
         blocks = [self._queue.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
-            self._forget(block)
+            self.forget(block)
             self._refs[block] = 1
         return blocks
 
@@ -111,7 +111,8 @@ class BlockPool:
                 if self._prefix[block] is None:
                     self._queue.move_to_end(block, last=False)
 
-    def _forget(self, block: int) -> None:
+    def forget(self, block: int) -> None:
+        """Its content is no known prefix any more."""
         prefix = self._prefix[block]
         if prefix is not None:
             del self._by_hash[prefix[0]]

@@ -36,6 +36,11 @@ class KVPages:
     def block_size(self) -> int:
         return self.data.shape[4]
 
+    @torch.inference_mode()
+    def clear(self, blocks: list[int]) -> None:
+        """All zero again."""
+        self.data[:, :, blocks] = 0
+
     @classmethod
     def allocate(
         cls,

@@ -22,9 +22,10 @@ FAULTS = (
     "error-worker",
     "slow-worker",
     "leak-worker",
+    "corrupt-worker",
 )
 """SIGKILL or SIGSTOP of a worker, an engine, the gateway, the checkpoint store. `spoil`: bytes of the store's memory
-are changed, then the worker is killed. `error`, `slow`, `leak`: as `worker.faults` has it."""
+are changed, then the worker is killed. `error`, `slow`, `leak`, `corrupt`: as `worker.faults` has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,8 +45,8 @@ class Fault:
 
     @property
     def members(self) -> set[str]:
-        """What is lost by it: `replica 0`, `gateway`, `store`. What is slow is waited for."""
-        if self.kind.startswith("slow"):
+        """What is lost by it: `replica 0`, `gateway`, `store`. The slow is waited for, the corrupt computed again."""
+        if self.kind.startswith(("slow", "corrupt")):
             return set()
         return {
             f"replica {victim.split(' ')[1].partition('.')[0]}" if " " in victim else victim
@@ -169,7 +169,7 @@ async def _strike(service: Service, kinds: list[str], dice: random.Random, pair_
     if action == "spoil":
         service.spoil(dice)
     fault = Fault(kind, victims, time.time())
-    if action in {"error", "slow", "leak"}:
+    if action in {"error", "slow", "leak", "corrupt"}:
         for victim in victims:
             service.afflict(victim, action)
         return fault
@@ -182,7 +182,7 @@ async def _strike(service: Service, kinds: list[str], dice: random.Random, pair_
 async def _get_over(service: Service, client: httpx.AsyncClient, fault: Fault) -> None:
     """Until every replica serves again, and those requests that were hit go on. Raises `StartupError` when that takes
     too long: then the service hangs."""
-    if fault.kind.startswith("slow"):
+    if not fault.members:
         await asyncio.sleep(_SLOW_SECONDS)
         for victim in fault.victims:
             service.relieve(victim)

@@ -169,7 +169,10 @@ class Engine:
 
     def _keep_blocks(self) -> None:
         """What the store has answered, what there is for it to keep, and who is to come in next."""
-        published = self.scheduler.take_published()
+        published, distrusted, unclean = self.scheduler.take_news()
+        if unclean:
+            log.warning("logits that are not finite: %d blocks are forgotten", len(unclean))
+            self._tell_workers(wire.ClearBlocks(unclean))
         if self.keeper is None:
             return
         while self.store.poll(0):
@@ -178,6 +181,8 @@ class Engine:
                 self.keeper.kept(message)
             else:
                 self.keeper.found(message)
+        if distrusted:
+            self.keeper.forget(distrusted)
         self.keeper.keep(published)
         self.keeper.look()
         num_running = len(self.scheduler.running)

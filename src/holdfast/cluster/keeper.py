@@ -116,6 +116,12 @@ class Keeper:
             self.pool.release([block for block, _, _ in self._saves])
             self._saves = []
 
+    def forget(self, blocks: list[bytes]) -> None:
+        """They may be broken."""
+        for block in blocks:
+            self._wanted.pop(block, None)
+        self._ask(Forget(blocks))
+
     # --- restoring ---
 
     @property

@@ -90,10 +90,8 @@ def serve(  # noqa: PLR0917
             match decode(steps.recv()):
                 case wire.Step() as step:
                     launched.append((step, attempt(runner, step, rank, partial(launch, runner, step, faults))))
-                case wire.SaveBlocks() | wire.LoadBlocks() as message:
-                    assert copier is not None, message
-                    copy_blocks(message, copier, results)
-                    runner.moved()
+                case wire.ClearBlocks() | wire.SaveBlocks() | wire.LoadBlocks() as message:
+                    tend_blocks(message, runner, copier, results)
                 case message:
                     move_experts(message, mover)
             continue
@@ -111,16 +109,27 @@ def serve(  # noqa: PLR0917
 
 def launch(runner: Runner, step: wire.Step, faults: Faults) -> Launched:
     """Begin a step; raises what that raises, and what was asked for."""
-    faults.before_step()
+    faults.before_step(runner)
     return runner.launch(step)
 
 
-def copy_blocks(message: wire.SaveBlocks | wire.LoadBlocks, copier: BlockCopier, results: Socket) -> None:
+def tend_blocks(
+    message: wire.ClearBlocks | wire.SaveBlocks | wire.LoadBlocks,
+    runner: Runner,
+    copier: BlockCopier | None,
+    results: Socket,
+) -> None:
     """Between two steps."""
-    if isinstance(message, wire.SaveBlocks):
-        copier.save(message.blocks)
-    else:
-        results.send(wire.encode(wire.BlocksLoaded(message.load_id, copier.load(message.blocks))))
+    match message:
+        case wire.ClearBlocks(blocks):
+            runner.pages.clear(blocks)
+        case wire.SaveBlocks(entries):
+            assert copier is not None
+            copier.save(entries)
+        case wire.LoadBlocks(load_id, entries):
+            assert copier is not None
+            results.send(wire.encode(wire.BlocksLoaded(load_id, copier.load(entries))))
+    runner.moved()
 
 
 def move_experts(message: wire.PlaceExperts | wire.UseExperts | wire.DropExperts, mover: ExpertMover) -> None:

@@ -116,6 +116,8 @@ class EngineStats(Message, frozen=True):
     """Counter: that went to the checkpoint store."""
     restored_blocks: int = 0
     """Counter: that came back from it."""
+    retries: int = 0
+    """Counter: requests that were computed anew, because their logits were not finite."""
     broken_blocks: int = 0
     """Counter: that were not what they should be."""
     ranks: list[RankStats] = msgspec.field(default_factory=list)
@@ -221,7 +223,13 @@ class LoadBlocks(Message, frozen=True):
     blocks: list[tuple[int, int, bytes]]
 
 
-ToWorker = Step | PlaceExperts | UseExperts | DropExperts | SaveBlocks | LoadBlocks
+class ClearBlocks(Message, frozen=True):
+    """Make all numbers of these blocks 0. Not answered."""
+
+    blocks: list[int]
+
+
+ToWorker = Step | PlaceExperts | UseExperts | DropExperts | SaveBlocks | LoadBlocks | ClearBlocks
 """Every worker of a replica gets the same, in the same order. Stop comes from the supervisor."""
 
 # --- worker → engine -------------------------------------------------------------------------------
@@ -238,11 +246,15 @@ class WorkerReady(Message, frozen=True):
     """Within a step, too, others see that it moves."""
 
 
+NO_NUMBERS = -1
+
+
 class SampledToken(Message, frozen=True):
     """The next token of one request."""
 
     request_id: str
     token_id: int
+    """`NO_NUMBERS`: there is none, the logits were not finite."""
     logprobs: TokenLogprobs | None = None
 
 

@@ -69,6 +69,7 @@ class Metrics:
             field: Counter(f"holdfast:rank_{name}", text, ("model_name", "rank"), registry=self._registry)
             for field, (name, text) in _RANKS.items()
         }
+        self.retries = self._new(Counter, "retries", "Requests computed anew, since their logits were not finite")
         self._checkpoints = {field: self._new(Counter, *described) for field, described in _CHECKPOINTS.items()}
         self._losses = Counter(
             "holdfast:replica_losses",
@@ -92,6 +93,7 @@ class Metrics:
         self.prefix_queries.inc(stats.prefix_queries - (last.prefix_queries if last else 0))
         self.prefix_hits.inc(stats.prefix_hits - (last.prefix_hits if last else 0))
         self.preemptions.inc(stats.preemptions - (last.preemptions if last else 0))
+        self.retries.inc(stats.retries - (last.retries if last else 0))
         for field, counter in self._checkpoints.items():
             counter.inc(getattr(stats, field) - getattr(last, field, 0))
         before = {rank.rank: rank for rank in last.ranks} if last else {}

@@ -18,9 +18,9 @@ from holdfast.cache.blocks import ROOT, BlockPool
 from holdfast.core.config import SchedulerConfig
 from holdfast.core.request import TokenLogprobs
 from holdfast.core.wire import (
+    NO_NUMBERS,
     ContinuedRequest,
     EngineStats,
-    FinishReason,
     NewRequest,
     Step,
     StepResult,
@@ -28,10 +28,8 @@ from holdfast.core.wire import (
     TokenOutput,
 )
 from holdfast.schedule.batching import AllAtOnce, Batching
+from holdfast.schedule.budget import StepBudget
 from holdfast.schedule.sequence import Sequence
-
-RECOVERY_STEPS = 100
-"""Steps after which those that had to be made smaller may be twice as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +83,12 @@ class Scheduler:
         self._forming: dict[Sequence, int] = {}
         """Tokens each sequence computes in the step that is being made."""
         self._in_flight: deque[_InFlight] = deque()
-        self._budget = config.max_num_batched_tokens
-        """Tokens of a step: fewer after one that was too large for the device's memory."""
-        self._good_steps = 0
+        self._budget = StepBudget(config.max_num_batched_tokens)
         self._published: list[tuple[bytes, bytes]] = []
-        """Blocks that may be shared since this was last asked, each with the one before."""
+        self._distrusted, self._unclean = list[bytes](), list[int]()
         self._dropped: list[str] = []
         """Requests the worker still holds but must forget."""
-        self._steps = self._submitted = self._preemptions = 0
+        self._steps = self._submitted = self._preemptions = self._retries = 0
         self._prefix_queries = self._prefix_hits = 0
 
     # --- requests come and go ---
@@ -149,11 +145,11 @@ class Scheduler:
     def _form(self) -> None:
         """Put into the step what the batching mode picks for it, as far as blocks and budget reach."""
         preemptions = self._preemptions
-        budget = self._budget
+        budget = self._budget.tokens
         lanes = [step.lane for step in self._in_flight]
         ready, room = self.batching.pick(self.running, len(self._waiting), lanes)
         for sequence in sorted(ready, key=lambda s: (s.num_missing > 1, s.rank)):
-            count = 0 if self._ends_by_itself(sequence) else min(sequence.num_missing, budget)
+            count = 0 if sequence.ends_by_itself(self.max_model_len) else min(sequence.num_missing, budget)
             if count and sequence.block_ids and (freed := self._make_room(sequence, count)) is not None:
                 self._forming[sequence] = count
                 budget += freed - count
@@ -166,14 +162,6 @@ class Scheduler:
             self.batching.let_in(sequence)
             budget -= count
             room -= 1
-
-    def _ends_by_itself(self, sequence: Sequence) -> bool:
-        """Whether the tokens that are pending are its last, whatever they are."""
-        pending = sequence.num_pending
-        return pending > 0 and (
-            sequence.num_output_tokens + pending >= sequence.params.max_tokens
-            or sequence.num_tokens + pending >= self.max_model_len
-        )
 
     def _make_room(self, sequence: Sequence, count: int) -> int | None:
         """Give `sequence` the blocks for `count` more tokens, preempting the largest ranks if need be.
@@ -264,13 +252,14 @@ class Scheduler:
             sequence, token = part.sequence, sampled.get(part.sequence.request_id)
             assert (token is not None) == part.samples, "sampled exactly when all tokens are computed"
             sequence.prompt_logprobs += prompt_logprobs.get(sequence.request_id, [])
+            if token is not None and token.token_id == NO_NUMBERS:
+                outputs += self._distrust(part)
+                continue
             self._advance(sequence, part.count)
             if token is not None:
                 sequence.num_pending -= 1
                 outputs.append(self._append(sequence, token.token_id, token.logprobs))
-        self._good_steps += 1
-        if self._good_steps % RECOVERY_STEPS == 0:
-            self._budget = min(2 * self._budget, self.config.max_num_batched_tokens)
+        self._budget.went_well()
         return outputs
 
     def shrink(self, step_id: int, error: str) -> list[TokenOutput]:
@@ -280,7 +269,7 @@ class Scheduler:
         parts = self._oldest(step_id)
         if tokens <= 1:
             return self._fail(parts, error)
-        self._budget, self._good_steps = max(1, min(self._budget, tokens) // 2), 0
+        self._budget.was_too_large(tokens)
         for part in parts:
             part.sequence.rewind()
         return []
@@ -288,6 +277,23 @@ class Scheduler:
     def fail(self, step_id: int, error: str) -> list[TokenOutput]:
         """The oldest step in flight raised: its requests end with this error, the others go on."""
         return self._fail(self._oldest(step_id), error)
+
+    def _distrust(self, part: _Part) -> list[TokenOutput]:
+        """Its logits were no numbers: memory may be broken. What is cached of it is forgotten, and it is computed
+        once more from its first token; the second time is its end."""
+        sequence = part.sequence
+        self._distrusted += sequence.hashes(sequence.num_computed // self.pool.block_size)
+        blocks = sequence.block_ids
+        for block in blocks:
+            self.pool.forget(block)
+        error = "the model's logits are not finite numbers, computed twice"
+        outputs = self._fail([part], error) if sequence.is_retried else []
+        if not outputs:
+            sequence.is_retried = True
+            self._retries += 1
+            self._preempt(sequence)
+        self._unclean += [block for block in blocks if self.pool.num_idle([block])]
+        return outputs
 
     def _fail(self, parts: list[_Part], error: str) -> list[TokenOutput]:
         outputs = []
@@ -322,7 +328,7 @@ class Scheduler:
         num_cached, sequence.num_cached_tokens = sequence.num_cached_tokens, 0
         prompt_logprobs = sequence.prompt_logprobs if sequence.wants_prompt_logprobs else None
         sequence.token_ids.append(token_id)
-        finish = self._finish(sequence, token_id)
+        finish = sequence.finish_after(token_id, self.eos_token_ids, self.max_model_len)
         if finish:
             self._remove(sequence)
         return TokenOutput(
@@ -335,15 +341,6 @@ class Scheduler:
             stop_token_id=token_id if finish == "stop" else None,
             num_cached_tokens=num_cached,
         )
-
-    def _finish(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        params = sequence.params
-        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-        if (is_eos or token_id in params.stop_token_ids) and sequence.num_output_tokens >= params.min_tokens:
-            return "stop"
-        if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= self.max_model_len:
-            return "length"
-        return None
 
     def _remove(self, sequence: Sequence) -> None:
         """Forget a live request wherever it is."""
@@ -359,10 +356,12 @@ class Scheduler:
 
     # --- looking in ---
 
-    def take_published(self) -> list[tuple[bytes, bytes]]:
-        """Hashes of blocks that were published since this was last called, each with that of the one before."""
-        published, self._published = self._published, []
-        return published
+    def take_news(self) -> tuple[list[tuple[bytes, bytes]], list[bytes], list[int]]:
+        """Since this was last called: hashes of blocks that were published, each with that of the one before; hashes
+        of blocks that may be broken; and free blocks to be cleared before the next step, for 0 · NaN is NaN."""
+        news = self._published, self._distrusted, self._unclean
+        self._published, self._distrusted, self._unclean = [], [], []
+        return news
 
     def upcoming(self, count: int) -> list[Sequence]:
         """Those that will be let in next, at most so many."""
@@ -377,6 +376,7 @@ class Scheduler:
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
             preemptions=self._preemptions,
+            retries=self._retries,
         )
 
     def check_integrity(self) -> None:

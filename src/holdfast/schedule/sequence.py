@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from holdfast.cache.blocks import ROOT, chain
 from holdfast.core.request import SamplingParams, TokenLogprobs
-from holdfast.core.wire import ContinuedRequest, NewRequest, Submit
+from holdfast.core.wire import ContinuedRequest, FinishReason, NewRequest, Submit
 
 
 class Sequence:
@@ -28,6 +28,8 @@ class Sequence:
         """Counts up whenever work in flight is given up: what steps of an earlier life return is void."""
         self.num_cached_tokens = 0
         """Found in the prefix cache when it was let in, and not yet told."""
+        self.is_retried = False
+        """Its logits were no numbers once; what was computed before was forgotten."""
         self.held_back = False
         """Blocks of it may be on their way into the prefix cache: it is not to be let in yet."""
         self.block_ids: list[int] = []
@@ -78,6 +80,23 @@ class Sequence:
         return NewRequest(
             self.request_id, self.token_ids[:], self.num_prompt_tokens, self.params, self.block_ids[:], start
         )
+
+    def ends_by_itself(self, max_model_len: int) -> bool:
+        """Whether the tokens that are pending are its last, whatever they are."""
+        pending = self.num_pending
+        return pending > 0 and (
+            self.num_output_tokens + pending >= self.params.max_tokens or self.num_tokens + pending >= max_model_len
+        )
+
+    def finish_after(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
+        """Whether it ends with this token, its last, and why."""
+        params = self.params
+        is_eos = token_id in eos_token_ids and not params.ignore_eos
+        if (is_eos or token_id in params.stop_token_ids) and self.num_output_tokens >= params.min_tokens:
+            return "stop"
+        if self.num_output_tokens >= params.max_tokens or self.num_tokens >= max_model_len:
+            return "length"
+        return None
 
     def rewind(self) -> None:
         """Nothing of what is in flight will come; the worker has forgotten this request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -43,6 +44,9 @@ class Requests:
 
     def __init__(self) -> None:
         self._held: dict[str, NewRequest] = {}
+
+    def __iter__(self) -> Iterator[NewRequest]:
+        return iter(self._held.values())
 
     def apply(self, step: Step) -> list[Work]:
         """Take in a step; returns what it computes, in the step's order."""

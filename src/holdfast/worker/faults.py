@@ -3,6 +3,7 @@
 HOLDFAST_FAULTS names a folder. A file in it that is called like a worker ("0.0.1") holds one of
 
     error      its next step raises what a broken device raises
+    corrupt    keys and values of the requests it has are no numbers any more
     slow       its steps take ten times as long, as long as the file is there
     leak       it keeps more and more memory, 100 MB a second while it runs steps, as long as it lives
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+
+from holdfast.worker.runner import Runner
 
 VARIABLE = "HOLDFAST_FAULTS"
 _LEAK_BYTES = 10_000_000
@@ -33,7 +36,7 @@ class Faults:
         """When it last did; None: it does not."""
         self._last = 0.0
 
-    def before_step(self) -> None:
+    def before_step(self, runner: Runner) -> None:
         """Raises `RuntimeError` when the device is to break."""
         if self._file is None:
             return
@@ -52,5 +55,8 @@ class Faults:
         self._file.unlink(missing_ok=True)
         if fault == "leak":
             self._leaked = now
+        if fault == "corrupt":
+            for request in runner.requests:
+                runner.pages.data[:, :, request.block_ids] = float("nan")
         if fault == "error":
             raise RuntimeError("CUDA error: a device error that was asked for")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.request import TokenLogprobs
-from holdfast.core.wire import NewRequest
+from holdfast.core.wire import NO_NUMBERS, NewRequest
 from holdfast.kernels.interface import Kernels
 from holdfast.worker.transfer import Download, upload
 
@@ -24,6 +24,9 @@ class Sampler:
 
     def sample(self, logits: Tensor, requests: list[NewRequest]) -> Choice:
         """logits float32 [R, V] (changed in place), the request of each row → its token, and logprobs if asked."""
+        finite = _are_finite(logits)
+        if logits.is_cuda or not finite.all():  # a GPU is not waited for
+            logits.masked_fill_(~finite[:, None], 0.0)  # so that whatever is chosen is a token
         raw = _raw_logprobs(logits, requests)
         for row, request in zip(logits, requests, strict=True):
             self._adjust(row, request)
@@ -35,14 +38,14 @@ class Sampler:
             logits[rows] = self._perturb(logits[rows], [requests[index] for index in drawn])
         chosen = self.kernels.argmax(logits)
         if raw is None:
-            return Choice(chosen)
+            return Choice(chosen, finite)
         wanted = [index for index, request in enumerate(requests) if request.params.logprobs is not None]
         scores = score(
             raw,
             chosen[upload(np.array(wanted, dtype=np.int64), chosen.device)],
             [requests[index].params.logprobs or 0 for index in wanted],
         )
-        return Choice(chosen, wanted, scores)
+        return Choice(chosen, finite, wanted, scores)
 
     def _adjust(self, row: Tensor, request: NewRequest) -> None:
         """min_tokens mask, logit_bias and penalties on one row [V], in place."""
@@ -86,6 +89,15 @@ class Sampler:
         return self.kernels.add_gumbel_noise(logits, seeds, positions)
 
 
+_PROBES = 8
+"""Logits of a row that are looked at: one number that is none, in the state before the head, makes all so."""
+
+
+def _are_finite(logits: Tensor) -> Tensor:
+    """bool [R]: whether a row of float32 [R, V] is of numbers."""
+    return logits[:, :: max(logits.shape[1] // _PROBES, 1)].isfinite().all(1)
+
+
 def _raw_logprobs(logits: Tensor, requests: list[NewRequest]) -> Tensor | None:
     """Log-softmax [·, V] of the rows whose request asks for logprobs."""
     wanted = [index for index, request in enumerate(requests) if request.params.logprobs is not None]
@@ -95,9 +107,12 @@ def _raw_logprobs(logits: Tensor, requests: list[NewRequest]) -> Tensor | None:
 class Choice:
     """The tokens chosen for the rows of a step, and the logprobs of the `scored` ones among them."""
 
-    def __init__(self, chosen: Tensor, scored: list[int] | None = None, scores: Scores | None = None) -> None:
+    def __init__(
+        self, chosen: Tensor, finite: Tensor, scored: list[int] | None = None, scores: Scores | None = None
+    ) -> None:
         self.on_device = chosen
-        self._tokens, self._scored, self._scores = Download(chosen), scored or [], scores
+        self._tokens, self._finite = Download(chosen), Download(finite)
+        self._scored, self._scores = scored or [], scores
 
     @property
     def is_there(self) -> bool:
@@ -110,9 +125,10 @@ class Choice:
         return token_ids
 
     def read(self) -> list[tuple[int, TokenLogprobs | None]]:
-        """The same with logprobs."""
+        """The same with logprobs; `NO_NUMBERS` where there was nothing to choose from."""
         entries = dict(zip(self._scored, self._scores.read(), strict=True)) if self._scores else {}
-        return [(token, entries.get(row)) for row, token in enumerate(self.token_ids())]
+        tokens = zip(self.token_ids(), self._finite.wait().tolist(), strict=True)
+        return [(token if good else NO_NUMBERS, entries.get(row)) for row, (token, good) in enumerate(tokens)]
 
 
 class Scores:
