@@ -131,17 +131,6 @@ def test_experts_without_our_kernels_are_refused(models: dict[str, str], tmp_pat
     assert "experts over several ranks run on the cpu kernels only so far" in service.text()
 
 
-@pytest.mark.parametrize("victim", ["0.1", "1.0"])
-def test_a_rank_that_dies_ends_its_replica(models: dict[str, str], victim: str, tmp_path: Path):
-    """No rank waits for the dead: the service ends at once, and leaves no process."""
-    flags = ("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--max-restarts", "0")
-    service = Service(models["llama"], *FLAGS, *flags, log=tmp_path / "log").wait_ready()
-    service.child(f"holdfast worker 0.{victim}").send_signal(signal.SIGKILL)
-    assert service.wait_end() == 1
-    assert "killed by SIGKILL" in service.text()
-    assert not service.living_children()
-
-
 @pytest.mark.parametrize("victim", ["0.0", "1.0"])
 def test_a_rank_that_stands_still_is_noticed(models: dict[str, str], victim: str, tmp_path: Path):
     """A stopped process neither ends nor answers: it is killed, and its replica comes back and goes on with what it

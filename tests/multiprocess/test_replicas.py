@@ -62,11 +62,10 @@ def test_two_replicas_answer_as_one_does(model: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("victim", "more"),
     [
-        ("holdfast worker 1.0.0", ()),
         ("holdfast engine 1", ()),
         pytest.param("holdfast worker 1.0.0", ("--shard-weights",), marks=NEEDS_C),
     ],
-    ids=["worker", "engine", "weights held together"],
+    ids=["engine", "worker, weights held together"],
 )
 def test_requests_of_a_replica_that_dies_go_on_in_the_other(
     model: str, victim: str, more: tuple[str, ...], tmp_path: Path

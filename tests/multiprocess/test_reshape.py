@@ -85,10 +85,9 @@ def test_rank_after_rank_is_lost_until_none_is_left(model: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("plan", "victims"),
     [
-        (("--pipeline-parallel-size", "3"), ("worker 0.1.0", "worker 0.1.0")),
         (("--pipeline-parallel-size", "2", "--tensor-parallel-size", "2"), ("worker 0.1.1", "worker 0.1.0")),
     ],
-    ids=["stages", "a rank of a stage, then the stage"],
+    ids=["a rank of a stage, then the stage"],
 )
 def test_a_stage_that_is_lost_leaves_its_layers_to_the_others(
     model: str, plan: tuple[str, ...], victims: tuple[str, ...], tmp_path: Path
