@@ -140,3 +140,19 @@ def test_no_store_is_no_process(model: str, tmp_path: Path):
         assert len(asyncio.run(ask(service.url, bodies(5)))) == 8
     finally:
         assert service.stop() == 0
+
+
+def test_a_store_that_stands_still_is_not_waited_for(model: str, tmp_path: Path):
+    """It is stopped, then asked, by requests that come one at a time to an engine that has nothing else to do."""
+    service = Service(model, *FLAGS, log=tmp_path / "log").wait_ready()
+    try:
+        calm = asyncio.run(ask(service.url, bodies(20)))
+        service.child("holdfast store").send_signal(signal.SIGSTOP)
+        assert [asyncio.run(ask(service.url, [body]))[0] for body in bodies(20)] == calm, "from the prefix cache"
+        fresh = bodies(20, seed=1)
+        fresh = [body | {"prompt": f"Once {body['prompt']}"} for body in fresh]
+        found = [asyncio.run(ask(service.url, [body]))[0] for body in fresh]
+        wait_for("it is killed", lambda: "store has not been heard" in service.text(), 10)
+        assert asyncio.run(ask(service.url, fresh)) == found
+    finally:
+        assert service.stop() == 0, service.text()[-3000:]

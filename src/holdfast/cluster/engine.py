@@ -263,13 +263,14 @@ class Engine:
         return outputs
 
     def _wait_for(self, *sockets: zmq.Socket[bytes], busy: bool) -> bool:
-        """Until one of them has a message; True when told to stop instead. Raises `ReplicaHangs` when the ranks of a
-        replica stand still while they are `busy` with a step."""
+        """Until one of them has a message, or the store has been waited for long enough; True when told to stop
+        instead. Raises `ReplicaHangs` when the ranks of a replica stand still while they are `busy` with a step."""
         poller = zmq.Poller()
         for socket in (self.control, *sockets):
             poller.register(socket, zmq.POLLIN)
         while True:
-            readable = dict(poller.poll(int(1000 * (LOOK_SECONDS if busy else lifecycle.BEAT_SECONDS))))
+            waits = busy or (self.keeper is not None and self.keeper.is_busy)
+            readable = dict(poller.poll(int(1000 * (LOOK_SECONDS if waits else lifecycle.BEAT_SECONDS))))
             now = time.monotonic()
             if now - self._beat >= lifecycle.BEAT_SECONDS:
                 self._beat = now
@@ -281,7 +282,7 @@ class Engine:
                     raise ReplicaHangs(
                         f"no rank of replica {self.replica} has come further for {self.watch.deadline:.2f} s"
                     )
-            if readable:
+            if readable or (self.keeper is not None and self.keeper.is_overdue):
                 return self.control in readable
 
 

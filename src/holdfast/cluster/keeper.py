@@ -130,6 +130,12 @@ class Keeper:
         return bool(self._finding or self._loading)
 
     @property
+    def is_overdue(self) -> bool:
+        """Whether the store has not answered in time: `look` lets those go that wait for it."""
+        now = self._now()
+        return any(now - asked > PATIENCE_SECONDS for _, _, asked in self._finding.values())
+
+    @property
     def is_loading(self) -> bool:
         """Whether workers are at it."""
         return bool(self._loading)
