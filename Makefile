@@ -35,6 +35,7 @@ test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
 
 parity: $(VENV)/.installed-dev $(VENV)/.demo ## every model family against transformers, slow tests too
 	@$(PY) -m pytest tests/parity tests/unit/test_cuda_compiles.py $(ARGS)
+	@$(PY) -m pytest -m slow tests/multiprocess $(ARGS)
 
 sanitize: $(VENV)/.installed-dev ## the kernel tests with AddressSanitizer and UBSan watching the C code
 	@mkdir -p build

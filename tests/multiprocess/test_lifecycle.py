@@ -134,7 +134,7 @@ def test_a_worker_that_stands_still_is_replaced(service: Service):
     assert "no rank of replica 0 has come further" in service.text()
 
 
-@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize("busy", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_engine_that_stands_still_is_replaced(service: Service, busy: bool):
     """It gives no sign of life: killed, and its request goes on."""
     calm = Stream(service, max_tokens=200).result()

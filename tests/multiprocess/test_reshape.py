@@ -82,6 +82,7 @@ def test_rank_after_rank_is_lost_until_none_is_left(model: str, tmp_path: Path):
         service.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "victims"),
     [

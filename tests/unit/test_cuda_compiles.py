@@ -34,7 +34,8 @@ def compiled(folder: Path, *arguments: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("capability", [pytest.param("86", marks=pytest.mark.slow), "90"])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["86", "90"])
 def test_one_of_each_kernel_compiles(capability: str, tmp_path: Path):
     """And fits the shared memory there is: twice as much on a Hopper as on a card for desks."""
     assert compiled(tmp_path, capability, "few") == KERNELS

@@ -87,7 +87,7 @@ class Router:
         self._log = log
         self._metrics = metrics
         self._context = zmq.Context()
-        self._incoming = zmq.asyncio.Socket.shadow(self._context.socket(zmq.PULL))
+        self._incoming = zmq.asyncio.Socket(self._context, zmq.PULL)
         self._incoming.set_hwm(0)
         self._incoming.bind(endpoints.gateway)
         self._outgoing = {replica: self._connect(replica) for replica in range(num_replicas)}
