@@ -106,6 +106,7 @@ def test_a_stage_that_is_lost_leaves_its_layers_to_the_others(
         assert service.stop() == 0, service.text()[-3000:]
 
 
+@pytest.mark.slow
 def test_experts_are_shared_out_among_those_left_and_all_ranks_come_back(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ):

@@ -28,7 +28,7 @@ from support.gguf_twin import write_twin
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 FEW = tuple(
-    pytest.param(name, marks=[pytest.mark.slow] if name in {"gemma3", "bloom, heads not a power of two"} else [])
+    pytest.param(name, marks=[pytest.mark.slow] if name != "llama, grouped queries, llama3 rope" else [])
     for name in ("llama, grouped queries, llama3 rope", "gemma3", "bloom, heads not a power of two", "qwen3_moe")
 )
 SHORT, LONG = (9, 5, 3), (300, 40, 70, 1, 33)
