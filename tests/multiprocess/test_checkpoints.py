@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from holdfast.chaos.service import _extents
+from holdfast.chaos.service import extents
 from support.service import Service, wait_for
 from support.tiny import tiny_model
 
@@ -53,7 +53,7 @@ def spoil(service: Service) -> None:
     store, dice = service.child("holdfast store"), random.Random(0)
     [path] = [fd for fd in Path(f"/proc/{store.pid}/fd").iterdir() if "holdfast-store" in str(fd.readlink())][:1]
     with path.open("r+b", buffering=0) as memory:
-        for begin, end in _extents(memory.fileno()):
+        for begin, end in extents(memory.fileno()):
             for at in range(begin, end - 1000, 1000):
                 os.pwrite(memory.fileno(), bytes([dice.randrange(256)]), at + dice.randrange(1000))
 

@@ -67,7 +67,7 @@ class Replica:
             match message:
                 case Keep(blocks):
                     new = [(block, self.slots.setdefault(block, len(self.slots))) for block, _ in blocks]
-                    self.keeper.kept(Kept(new, len(self.slots)))
+                    self.keeper.kept(Kept(new))
                 case Find(key, blocks):
                     run = [block for block in blocks if block in self.slots]
                     self.keeper.found(Found(key, [self.slots[block] for block in run]))

@@ -12,11 +12,15 @@ import torch
 
 from holdfast.cache.pages import KVPages
 from holdfast.cache.store import HASH_BYTES, StoreIndex, StoreLayout, StoreMemory
+from holdfast.cluster import plans
 from holdfast.cluster import store as process
+from holdfast.cluster.plans import with_checkpoint_memory
 from holdfast.cluster.store import Store
 from holdfast.core.checkpoints import Find, Forget, Found, Keep
+from holdfast.core.config import CacheConfig, ServeConfig
+from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Place, places
-from holdfast.core.spec import DecoderSpec, LayerSpec, RopeSpec
+from holdfast.core.spec import DecoderSpec, LayerSpec, ModelInfo, RopeSpec
 from holdfast.parallel.cuts import make_plan
 from holdfast.parallel.segment import create
 from holdfast.worker.copier import BlockCopier
@@ -229,3 +233,23 @@ def test_a_system_that_has_no_memory_is_no_error():
             os.close(memory._descriptor)
         assert not memory.is_complete(0)
         assert copier.load([(1, 0, name(1))]) == 0
+
+
+def test_the_size_of_a_store_is_known_before_anything_starts(monkeypatch: pytest.MonkeyPatch):
+    """What is of no use is refused by name; what would hold no block by default is no store."""
+    model = ModelInfo(path="/m", format="gguf", spec=SPEC, dtype="float32", eos_token_ids=())
+
+    def size(**cache: object) -> int | None:
+        config = ServeConfig(cache=CacheConfig(block_size=BLOCK, **cache))
+        return with_checkpoint_memory(config, model).cache.checkpoint_memory_bytes
+
+    monkeypatch.setattr(plans, "available_memory", lambda: 10**9)
+    assert size() == int(plans.STORE_SHARE * 10**9)
+    assert size(enable_prefix_caching=False) == 0
+    assert size(checkpoint_memory_bytes=0) == 0
+    with pytest.raises(ConfigError, match="--checkpoint-memory-bytes 100: a block needs"):
+        size(checkpoint_memory_bytes=100)
+    with pytest.raises(ConfigError, match="prefix caching"):
+        size(checkpoint_memory_bytes=10**8, enable_prefix_caching=False)
+    monkeypatch.setattr(plans, "available_memory", lambda: 1000)
+    assert size() == 0

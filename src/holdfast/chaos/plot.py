@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from holdfast.chaos.config import FAULTS
 from holdfast.chaos.run import Report
-
-_COLOURS = ("red", "purple", "blue", "olive", "pink", "orange", "brown", "cyan", "gray", "green")
 
 
 def timeline(report: Report, path: Path) -> None:
@@ -21,7 +19,7 @@ def timeline(report: Report, path: Path) -> None:
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
     served, delays = figure.subplots(2, 1, sharex=True)
-    colours = dict(zip(FAULTS, cycle(f"tab:{name}" for name in _COLOURS), strict=False))
+    colours = {kind: colormaps["tab20"](index) for index, kind in enumerate(FAULTS)}
     ends = [at for at, _ in report.load.tokens_at] + [fault.at for fault in report.faults]
     begin = min(ends, default=0.0)
     seconds = np.array([at - begin for at, _ in report.load.tokens_at])

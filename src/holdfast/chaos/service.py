@@ -81,7 +81,7 @@ class Service:
             if str(file.readlink()).startswith("/memfd:holdfast-store")
         ][:1]
         with path.open("r+b", buffering=0) as memory:
-            for begin, end in _extents(memory.fileno()):
+            for begin, end in extents(memory.fileno()):
                 for at in range(begin, end, _SPOILT_EVERY):
                     place = dice.randrange(at, min(at + _SPOILT_EVERY, end))
                     [byte] = os.pread(memory.fileno(), 1, place)
@@ -104,7 +104,7 @@ class Service:
         return status, [child.pid for child in left]
 
 
-def _extents(descriptor: int) -> Iterator[tuple[int, int]]:
+def extents(descriptor: int) -> Iterator[tuple[int, int]]:
     """Where a sparse file has something: first byte, and the one after the last."""
     end = 0
     while True:

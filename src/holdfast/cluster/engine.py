@@ -62,6 +62,7 @@ class Engine:
         self.gateway = self._socket(zmq.PUSH)
         self.gateway.connect(endpoints.gateway)
         self.store = self._socket(zmq.DEALER)
+        self.store.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for one that is not there
         self.store.connect(endpoints.store)
         self._decode_request = wire.decoder(wire.ToEngine).decode
         self._decode_result = wire.decoder(wire.ToEngineFromWorker).decode
@@ -164,7 +165,7 @@ class Engine:
         return self.scheduler.num_in_flight > 0 or (self.keeper is not None and self.keeper.is_loading)
 
     def _ask_store(self, message: Keep | Find | Forget) -> None:
-        with contextlib.suppress(zmq.Again):  # it does not listen: it is not waited for either
+        with contextlib.suppress(zmq.Again):  # it is not there: what matters is asked again
             self.store.send(wire.encode(message), zmq.NOBLOCK)
 
     def _keep_blocks(self) -> None:

@@ -66,10 +66,11 @@ def with_checkpoint_memory(config: ServeConfig, model: ModelInfo) -> ServeConfig
         raise ConfigError("--checkpoint-memory-bytes: works with prefix caching only")
     size = min(STORE_LIMIT, int(STORE_SHARE * available_memory())) if given is None else given
     config = replace(config, cache=replace(config.cache, checkpoint_memory_bytes=size if cached else 0))
-    if given and not StoreLayout.of(config, model).num_slots:
-        one = replace(StoreLayout.of(config, model), num_slots=1).num_bytes
-        raise ConfigError(f"--checkpoint-memory-bytes {given}: a block needs {one}")
-    return config
+    layout = StoreLayout.of(config, model)
+    if given and not layout.num_slots:
+        needed = replace(layout, num_slots=1).num_bytes
+        raise ConfigError(f"--checkpoint-memory-bytes {given}: a block needs {needed}")
+    return config if layout.num_slots else replace(config, cache=replace(config.cache, checkpoint_memory_bytes=0))
 
 
 def impact_of(plan: Plan, process: str, kind: lifecycle.LossKind, detected: float) -> lifecycle.Loss:

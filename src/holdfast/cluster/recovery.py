@@ -47,7 +47,7 @@ class Recovery:
         """What a new gateway is told once it is heard."""
         self.drain_until: float | None = None
         self._leaks: dict[str, LeakWatch] = {}
-        """By the identity of a worker."""
+        """Of each worker, as it is now."""
 
     # --- what happens ---
 
@@ -90,18 +90,16 @@ class Recovery:
     def watch_memory(self, name: str, ready: lifecycle.Ready) -> None:
         """A worker is ready: from now on it is to take no more than it says."""
         if name.startswith("worker") and self.config.server.leak_window:
-            child = self.children.by_name[name]
-            expected = private_memory(child.process.pid) + ready.may_take
-            self._leaks[child.identity] = LeakWatch(expected, self.config.server.leak_window)
+            expected = private_memory(self.children.by_name[name].process.pid) + ready.may_take
+            self._leaks[name] = LeakWatch(expected, self.config.server.leak_window)
 
     def _look_for_leaks(self, member: Member, now: float) -> None:
         """A replica whose worker leaks is started anew before it takes the memory of all."""
         for name in member.processes if member.state == "serving" else ():
-            child = self.children.by_name[name]
-            watch = self._leaks.get(child.identity)
+            watch = self._leaks.get(name)
             if watch is None or not watch.is_due(now):
                 continue
-            has = private_memory(child.process.pid)
+            has = private_memory(self.children.by_name[name].process.pid)
             if (slope := watch.look(has, now)) is not None:
                 expected, per_second = watch.expected / 1e6, slope / 1e6
                 reason = f"{name} leaks: {has / 1e6:.0f} MB, {expected:.0f} expected, {per_second:.1f} MB/s more"

@@ -31,7 +31,7 @@ _LOOK_SECONDS = 1.0
 
 
 class Store:
-    """The slots. `available`: bytes that this machine could still give."""
+    """The slots, and the memory they have."""
 
     def __init__(self, descriptor: int, layout: StoreLayout) -> None:
         self.layout = layout
@@ -46,9 +46,10 @@ class Store:
         """When there was no more memory (`time.monotonic()`)."""
 
     def answer(self, message: Keep | Find | Forget) -> Kept | Found | None:
+        """What an engine is told; None: nothing."""
         match message:
             case Keep(blocks):
-                return Kept([(block, self._keep(block, before)) for block, before in blocks], len(self.index))
+                return Kept([(block, self._keep(block, before)) for block, before in blocks])
             case Find(key, blocks):
                 slots = self.index.find(blocks)
                 return Found(key, list(takewhile(self.memory.is_complete, slots)))

@@ -37,8 +37,6 @@ class Kept(Message, frozen=True):
     """The slot of each block that was asked for; -1 when there is nothing to write: it is there, or has no room."""
 
     slots: list[tuple[bytes, int]]
-    num_blocks: int
-    """That are in the store now."""
 
 
 class Found(Message, frozen=True):
