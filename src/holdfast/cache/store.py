@@ -13,7 +13,7 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -41,8 +41,9 @@ class StoreLayout:
         """As many slots as fit."""
         cell_bytes = block_size * spec.head_dim * itemsize
         one = cls(1, spec.num_layers, spec.num_kv_heads, cell_bytes)
-        num_slots = max(num_bytes - _ALIGNMENT, 0) // (one.slot_bytes + 2 * HASH_BYTES + 8 * one.num_cells)
-        return cls(num_slots, spec.num_layers, spec.num_kv_heads, cell_bytes)
+        most = num_bytes // (one.slot_bytes + 2 * HASH_BYTES + 8 * one.num_cells)  # but for what aligns the slots
+        num_slots = most if replace(one, num_slots=most).num_bytes <= num_bytes else most - 1
+        return replace(one, num_slots=num_slots)
 
     @classmethod
     def of(cls, config: ServeConfig, model: ModelInfo) -> StoreLayout:
