@@ -29,7 +29,8 @@ class Replica:
         self.time = 0.0
         self.asked: list[Keep | Find | Forget] = []
         self.told: list[SaveBlocks | LoadBlocks] = []
-        self.good = 1000
+        self.broken: list[int] = []
+        """Places of blocks that one of the ranks finds broken."""
         config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         self.pool = BlockPool(self.num_blocks, SIZE)
         self.scheduler = Scheduler(config, self.pool, max_model_len=100, eos_token_ids=frozenset())
@@ -48,8 +49,7 @@ class Replica:
         for message in self.told:
             if isinstance(message, LoadBlocks):
                 for rank in range(self.num_ranks):
-                    num_good = min(self.good, len(message.blocks)) if rank else len(message.blocks)
-                    self.keeper.loaded(BlocksLoaded(message.load_id, num_good))
+                    self.keeper.loaded(BlocksLoaded(message.load_id, self.broken if rank else []))
         self.told.clear()
         step = self.scheduler.schedule()
         self.keeper.save()
@@ -104,16 +104,24 @@ def test_a_request_goes_on_after_what_is_in_the_store():
     assert second.turn() == {"b": 2, "a": 1}, "it is in the prefix cache now: nobody asks"
 
 
-def test_what_is_broken_is_computed():
-    """Of all ranks the worst counts; the store forgets what was broken."""
+def test_what_is_broken_is_computed_and_kept_anew():
+    """Whichever rank finds it. The store forgets all that was broken, not the first alone: the next one who needs
+    them has them again."""
     slots = kept_by_another()
     second = Replica(dict(slots))
-    second.good = 3
+    second.broken = [3, 5]
     second.submit("a", PROMPT)
     assert second.turn() == {"a": 30 - 3 * SIZE}
     second.answer()
-    assert second.keeper.num_broken == 1
-    assert len(second.slots) == len(slots) - 1
+    assert second.keeper.num_broken == 2
+    assert len(second.slots) == len(slots) - 2
+    second.broken = []
+    second.turn()
+    second.turn()
+    assert second.slots.keys() == slots.keys()
+    third = Replica(second.slots)
+    third.submit("a", PROMPT)
+    assert third.turn() == {"a": 2}
 
 
 def test_a_store_that_is_silent_is_not_waited_for():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from holdfast.cache.blocks import BlockPool
@@ -42,7 +42,7 @@ class _Missing:
 
 @dataclass(slots=True)
 class _Load:
-    """Blocks that are being filled. `good`: as the worst of the ranks that have answered found them."""
+    """Blocks that are being filled. `broken`: places of those that a rank has found to be so."""
 
     sequence: Sequence
     blocks: list[tuple[int, int, bytes]]
@@ -50,7 +50,7 @@ class _Load:
     known: list[int]
     """Blocks before them, in the pool already, to be let go with them."""
     is_last: bool
-    good: int
+    broken: set[int] = field(default_factory=set)
     answers: int = 0
 
 
@@ -185,7 +185,7 @@ class Keeper:
             for start in range(0, len(entries), _MOST_LOADED):
                 part = entries[start : start + _MOST_LOADED]
                 is_last = start + len(part) == len(entries)
-                load = _Load(sequence, part, missing.first + start, known if is_last else [], is_last, len(part))
+                load = _Load(sequence, part, missing.first + start, known if is_last else [], is_last)
                 self._num_loads += 1
                 self._loading[self._num_loads] = load
                 self._tell(LoadBlocks(self._num_loads, part))
@@ -193,22 +193,25 @@ class Keeper:
     def loaded(self, message: BlocksLoaded) -> None:
         """A rank has filled its share of some blocks."""
         load = self._loading[message.load_id]
-        load.good = min(load.good, message.num_good)
+        load.broken |= set(message.broken)
         load.answers += 1
         if load.answers < self.num_ranks:
             return
         del self._loading[message.load_id]
         size, tokens = self.pool.block_size, load.sequence.token_ids
-        for index, (block, _, prefix_hash) in enumerate(load.blocks[: load.good], start=load.first):
-            self.pool.publish(block, prefix_hash, tokens[index * size : (index + 1) * size])
+        for place, (block, _, prefix_hash) in enumerate(load.blocks):
+            start = (load.first + place) * size
+            if place not in load.broken:
+                self.pool.publish(block, prefix_hash, tokens[start : start + size])
         self.pool.release([*load.known, *(block for block, _, _ in load.blocks)])
-        self.num_restored += load.good
-        if load.good < len(load.blocks):
-            self.num_broken += 1
-            self._ask(Forget([load.blocks[load.good][2]]))
+        self.num_restored += len(load.blocks) - len(load.broken)
+        if load.broken:  # all of them: what stays there as it is would not be written again
+            self.num_broken += len(load.broken)
+            self._ask(Forget([load.blocks[place][2] for place in sorted(load.broken)]))
+            missing = self._missing[load.sequence]
+            missing.num_had = min(missing.num_had, load.first + min(load.broken))
         if load.is_last:
             load.sequence.held_back = False
-            self._missing[load.sequence].num_had -= len(load.blocks) - load.good
 
     # --- when the store is silent ---
 

@@ -293,10 +293,11 @@ class ExpertsLoaded(Message, frozen=True):
 
 
 class BlocksLoaded(Message, frozen=True):
-    """The first `num_good` of the blocks are what they should be."""
+    """All of the blocks are filled, but for those that are not what they should be."""
 
     load_id: int
-    num_good: int
+    broken: list[int]
+    """Their places in `LoadBlocks.blocks`."""
 
 
 ToEngineFromWorker = WorkerReady | StepResult | StepError | ExpertsLoaded | BlocksLoaded

@@ -57,14 +57,16 @@ class BlockCopier:
             self._memory.write(slot, prefix_hash, cells.numpy(), self._layers, self._heads)
 
     @torch.inference_mode()
-    def load(self, entries: list[Entry]) -> int:
-        """Fill blocks from their slots; how many, from the first on, are what they should be."""
-        for count, (block, slot, prefix_hash) in enumerate(entries):
+    def load(self, entries: list[Entry]) -> list[int]:
+        """Fill blocks from their slots; places in `entries` of those that are not what they should be."""
+        broken = []
+        for place, (block, slot, prefix_hash) in enumerate(entries):
             cells = self._memory.copy(slot, prefix_hash, self._layers, self._heads)
             if cells is None:
-                return count
-            self._cells[:, :, block] = torch.from_numpy(cells).permute(2, 0, 1, 3).to(self._device)
-        return len(entries)
+                broken.append(place)
+            else:
+                self._cells[:, :, block] = torch.from_numpy(cells).permute(2, 0, 1, 3).to(self._device)
+        return broken
 
     def pump(self) -> None:
         """Put what has arrived into the store."""
