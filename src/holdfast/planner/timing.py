@@ -1,0 +1,311 @@
+"""How long one step of one pipeline stage takes: what it must move and compute, at the share of the limits that
+engines reach.
+
+A roofline (Williams et al., CACM 2009) per kind of work, summed over the layers:
+
+    linear       max(weight bytes / memory, 2 · weights · rows / FLOP/s)        the corner rounded (`sharpness`)
+    attention    KV bytes / memory when decoding; 4 · heads · head dim · tokens · context / FLOP/s of a prompt
+    activations  what norms, rotations and activations read and write again
+    communication  two all-reduces a layer (`communication`)
+    launches     what a layer costs however little it does
+    head, engine   logits of the rows that sample; the scheduler, the sampler, the input of each step
+
+All sizes are of one rank. Everything fitted is in `coefficients.toml`; everything else is the model and the datasheet.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+
+from holdfast.hardware.catalogue import Device
+from holdfast.planner.communication import Fabric, Path, Software, path_of, wire_bytes
+from holdfast.planner.shape import Layer, Matrix, ModelShape
+
+SCALES = 1.06
+"""Of 4-bit weights in blocks of 16 (NVFP4): with an 8-bit scale each they take 4.5 bits, padded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """Shares of the limits, the same for all engines and devices."""
+
+    memory: float
+    """Of the memory bandwidth, streaming weights."""
+    kv: float
+    """The same, gathering the blocks of the KV cache."""
+    matmul: Mapping[int, float]
+    """Of the dense FLOP/s, by bits of the weights: 16, 8, 4."""
+    attention: float
+    """Of the 16-bit FLOP/s, over a prompt."""
+    passes: float
+    """How often a layer's activations are read or written, on top of the products themselves."""
+    sharpness: float
+    """Power of the norm that joins the two sides of the roofline."""
+    all_reduce: float
+    """Share of an all-reduce that is not hidden or fused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What an engine spends besides, and how it admits requests."""
+
+    name: str
+    software: Software
+    layer: float
+    """Seconds a layer takes at least, replayed from a graph."""
+    layer_eager: float
+    """The same, launched kernel by kernel, as steps with prompts are."""
+    step: float
+    """Seconds per step."""
+    row: float
+    """Seconds per step and request."""
+    mixing: float
+    """Share of a prompt's time by which it delays the requests that decode meanwhile."""
+    first_token: float
+    """Seconds of every request before its prompt is scheduled and after its first token."""
+    front_request: float
+    """Seconds that the one process in front spends on a request,"""
+    front_token: float
+    """and on each of its tokens."""
+    reserve: float
+    """Share of a request's output that must fit before it is admitted: 1 where it is never preempted."""
+    memory_share: float
+    """Of the device memory, what the engine takes for weights and KV cache."""
+    chunk: int
+    """Tokens of a step at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    efficiency: Efficiency
+    engines: Mapping[str, Engine]
+    runs: tuple[Mapping[str, float | str], ...]
+    """What is peculiar to a published series of measurements: see `coefficients.toml`."""
+    load: Mapping[str, float]
+    bands: Mapping[str, float]
+    """By metric: how far off, as a factor, nine in ten predictions are at most."""
+
+
+@cache
+def coefficients() -> Coefficients:
+    """Those of `coefficients.toml`, read once."""
+    text = resources.files(__package__).joinpath("coefficients.toml").read_text(encoding="utf-8")
+    return parse_coefficients(tomllib.loads(text))
+
+
+def parse_coefficients(tables: Mapping[str, Mapping]) -> Coefficients:  # type: ignore[type-arg]
+    """From the tables of the file; times there are in µs. Raises KeyError or TypeError where a name is wrong."""
+    efficiency = dict(tables["efficiency"])
+    matmul = {bits: efficiency.pop(f"matmul_{bits}bit") for bits in (16, 8, 4)}
+    seconds = {"layer", "layer_eager", "step", "row", "first_token", "front_request", "front_token"}
+    engines = {
+        name: Engine(name=name, **{key: value * 1e-6 if key in seconds else value for key, value in entry.items()})
+        for name, entry in tables["engine"].items()
+    }
+    return Coefficients(
+        Efficiency(matmul=MappingProxyType(matmul), **efficiency),
+        MappingProxyType(engines),
+        tuple(MappingProxyType(dict(run)) for run in tables.get("run", ())),
+        MappingProxyType(dict(tables["load"])),
+        MappingProxyType(dict(tables["bands"])),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Consecutive layers on ranks of one kind of device that share each of them."""
+
+    kinds: tuple[tuple[Layer, int], ...]
+    """Different layers, and how many of each."""
+    hidden: int
+    head: Matrix | None
+    """On the last stage."""
+    device: Device
+    tensor_parallel: int
+    expert_parallel: int
+    """Of the ranks, groups that hold experts whole; 1: each expert is cut over all ranks."""
+    weight_bits: float
+    expert_bits: float
+    kv_bits: float
+    graph_path: Path | None
+    """For the all-reduces of a step from a graph; None: one rank."""
+    eager_path: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What a step computes: `decodes` requests at `context` tokens, and `prompt_tokens` new tokens that look back
+    on `prompt_context` tokens each in the mean."""
+
+    decodes: float
+    context: float
+    prompt_tokens: float = 0
+    prompt_context: float = 0
+    graph: bool = True
+
+    @property
+    def rows(self) -> float:
+        return self.decodes + self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one step of one stage, by cause."""
+
+    linear: float
+    attention: float
+    activations: float
+    communication: float
+    launches: float
+    head: float
+    engine: float
+    linear_memory: float
+    """Of `linear`, the side of the roofline that is memory,"""
+    linear_compute: float
+    """and the one that is arithmetic; the longer binds."""
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.activations + self.communication + self.launches + self.head + self.engine
+
+
+PARTS = tuple(field.name for field in fields(StepTime))[:7]
+
+
+def stage_of(
+    shape: ModelShape,
+    kinds: tuple[tuple[Layer, int], ...],
+    device: Device,
+    tensor_parallel: int,
+    fabric: Fabric,
+    engine: Engine,
+    *,
+    nodes: int = 1,
+    expert_parallel: int = 1,
+    weight_bits: float | None = None,
+    kv_bits: float = 16,
+    last: bool = True,
+) -> Stage:
+    """A stage with its paths looked up. `weight_bits` None: as the checkpoint has them; it holds for experts too."""
+    paths: list[Path | None] = [None, None]
+    if tensor_parallel > 1:
+        eager: Software = "vllm-eager" if engine.software == "vllm" else engine.software
+        paths = [path_of(name, fabric, nodes, tensor_parallel, "all_reduce") for name in (engine.software, eager)]
+    plain = shape.weight_bits if weight_bits is None else weight_bits
+    expert = shape.expert_bits if weight_bits is None else weight_bits
+    return Stage(
+        kinds, shape.hidden, shape.head if last else None, device, tensor_parallel, expert_parallel,
+        plain, expert, kv_bits, paths[0], paths[1],
+    )
+
+
+def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Efficiency) -> StepTime:
+    """How long `stage` takes for `batch`."""
+    tp, device, rows = stage.tensor_parallel, stage.device, batch.rows
+    memory = device.memory_bandwidth
+    plain_flops = flops_of(device, stage.weight_bits, efficiency)
+    linear = linear_memory = linear_compute = attention = activations = 0.0
+    num_layers = 0
+    for layer, count in stage.kinds:
+        num_layers += count
+        weights, macs = _plain_work(layer, tp, rows)
+        side_memory = weights * stored_bits(stage.weight_bits) / 8 / (memory * efficiency.memory)
+        side_compute = 2 * macs / plain_flops
+        if layer.experts is not None:
+            expert_memory, expert_compute = _expert_work(stage, layer, rows, efficiency)
+            side_memory += expert_memory
+            side_compute += expert_compute
+        linear += count * _rounded_max(side_memory, side_compute, efficiency.sharpness)
+        linear_memory += count * side_memory
+        linear_compute += count * side_compute
+        attention += count * _attention(stage, layer, batch, efficiency)
+        activations += count * rows * 2 * efficiency.passes * _activation_numbers(layer, stage.hidden, tp) / memory
+    path = stage.graph_path if batch.graph else stage.eager_path
+    communication = 0.0
+    if path is not None:
+        sent = wire_bytes("all_reduce", tp, rows * stage.hidden * 2)
+        communication = 2 * num_layers * efficiency.all_reduce * path.time(sent)
+    layer_time = engine.layer if batch.graph else max(engine.layer, engine.layer_eager)
+    head = 0.0
+    if stage.head is not None:
+        head = stage.head.params * 2 / tp / (memory * efficiency.memory)
+    return StepTime(
+        linear, attention, activations, communication, layer_time * num_layers, head,
+        engine.step + engine.row * batch.decodes, linear_memory, linear_compute,
+    )
+
+
+def flops_of(device: Device, weight_bits: float, efficiency: Efficiency) -> float:
+    """FLOP/s reached on weights of so many bits; where the device has no such instructions, of 16-bit ones."""
+    names = {4: ("fp4",), 8: ("fp8",), 16: ("bf16", "fp16")}
+    for bits in (4, 8, 16):
+        if weight_bits <= bits * 1.2:
+            rates = [device.flops[name] for name in names[bits] if name in device.flops]
+            if rates:
+                return max(rates) * efficiency.matmul[bits]
+    return max(device.flops.values()) * efficiency.matmul[16]
+
+
+def stored_bits(weight_bits: float) -> float:
+    """Bits a weight takes with its scales; a bare 4 says nothing of them."""
+    return weight_bits * SCALES if weight_bits == 4 else weight_bits
+
+
+def _rounded_max(a: float, b: float, power: float) -> float:
+    larger, smaller = max(a, b), min(a, b)
+    return larger * (1 + (smaller / larger) ** power) ** (1 / power)
+
+
+def _plain_work(layer: Layer, tp: int, rows: float) -> tuple[float, float]:
+    """Weights that a rank reads, and multiply-adds that it does, of a layer's plain matrices."""
+    weights = 0.0
+    for matrix in layer.matrices:
+        weights += matrix.params if matrix.cut == "replicated" else matrix.params / tp
+    return weights, weights * rows
+
+
+def _expert_work(stage: Stage, layer: Layer, rows: float, efficiency: Efficiency) -> tuple[float, float]:
+    """Seconds by memory and by arithmetic of the routed experts.
+
+    Of E experts, `rows` tokens that choose k each by chance touch E·(1 - (1 - k/E)^rows) (coupon collector).
+    """
+    experts = layer.experts
+    assert experts is not None
+    chosen = experts.num_chosen / experts.num_experts
+    touched = experts.num_experts * (1 - (1 - chosen) ** rows)
+    each = experts.params_each / stage.tensor_parallel
+    read = touched * each * stored_bits(stage.expert_bits) / 8
+    macs = rows * experts.num_chosen * each
+    flops = flops_of(stage.device, stage.expert_bits, efficiency)
+    return read / (stage.device.memory_bandwidth * efficiency.memory), 2 * macs / flops
+
+
+def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficiency) -> float:
+    attention = layer.attention
+    if attention is None:
+        return 0.0
+    tp, device = stage.tensor_parallel, stage.device
+    cut = 1 if attention.kind == "latent" else min(tp, attention.num_kv_heads)
+    seconds = 0.0
+    if batch.decodes:
+        numbers = attention.kv_numbers(round(batch.context)) / cut
+        seconds += batch.decodes * numbers * stage.kv_bits / 8 / (device.memory_bandwidth * efficiency.kv)
+    if batch.prompt_tokens and attention.kind != "linear":
+        seen = batch.prompt_context if attention.window is None else min(batch.prompt_context, attention.window)
+        width = attention.num_heads * (attention.head_dim + attention.value_dim)
+        flops = 2 * width * batch.prompt_tokens * seen / tp
+        seconds += flops / (flops_of(device, 16, efficiency) / efficiency.matmul[16] * efficiency.attention)
+    return seconds
+
+
+def _activation_numbers(layer: Layer, hidden: int, tp: int) -> float:
+    """Numbers of a token that a layer's products take and give, per rank."""
+    wide = sum(matrix.outputs / tp for matrix in layer.matrices if matrix.cut == "column")
+    if layer.experts is not None:
+        wide += layer.experts.num_chosen * sum(m.outputs / tp for m in layer.experts.matrices if m.cut == "column")
+    return 4 * hidden + wide
