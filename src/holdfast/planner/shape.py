@@ -85,10 +85,12 @@ class Experts:
     """Experts per token."""
     matrices: tuple[Matrix, ...]
     """Of one expert."""
+    biases: int = 0
+    """Of one expert."""
 
     @property
     def params_each(self) -> int:
-        return sum(matrix.params for matrix in self.matrices)
+        return sum(matrix.params for matrix in self.matrices) + self.biases
 
     @property
     def params(self) -> int:
@@ -175,7 +177,12 @@ class ModelShape:
     def weight_bytes(self) -> int:
         """Bytes of the checkpoint's numbers, towers included."""
         plain = sum(matrix.params * count for layer, count in self.kinds for matrix in layer.matrices)
-        experts = sum(layer.experts.params * count for layer, count in self.kinds if layer.experts)
+        experts = sum(
+            layer.experts.num_experts * matrix.params * count
+            for layer, count in self.kinds
+            if layer.experts
+            for matrix in layer.experts.matrices
+        )
         others = self.params - plain - experts + self.tower_params
         return round((plain * self.weight_bits + experts * self.expert_bits + others * 16) / 8)
 
@@ -243,15 +250,11 @@ def _layer_of_spec(spec: DecoderSpec, layer: LayerSpec, norm: int) -> Layer:
     num_norms = 1 if spec.block == "parallel" and spec.shared_parallel_norm else 4 if spec.block == "sandwich" else 2
     other = norm * num_norms + (2 * head_dim if spec.qk_norm else 0)
     other += matrices[0].outputs * spec.qkv_bias + hidden * spec.attention_out_bias
-    experts, num_mlps = None, 1
-    if layer.moe:
-        assert spec.moe is not None, "a layer with experts needs DecoderSpec.moe"
-        num_mlps, mlp = spec.moe.num_experts, mlp_matrices(hidden, spec.moe.expert_mlp_size, gated=spec.gated_mlp)
-        experts = Experts(num_mlps, spec.moe.experts_per_token, mlp)
-        matrices += (router_matrix(hidden, num_mlps),)
-    else:
+    if not layer.moe:
         mlp = mlp_matrices(hidden, spec.mlp_size, gated=spec.gated_mlp)
-        matrices += mlp
-    if spec.mlp_bias:
-        other += num_mlps * sum(matrix.outputs for matrix in mlp)
-    return Layer(attention, matrices, experts, other)
+        return Layer(attention, matrices + mlp, None, other + spec.mlp_bias * sum(matrix.outputs for matrix in mlp))
+    assert spec.moe is not None, "a layer with experts needs DecoderSpec.moe"
+    mlp = mlp_matrices(hidden, spec.moe.expert_mlp_size, gated=spec.gated_mlp)
+    biases = spec.mlp_bias * sum(matrix.outputs for matrix in mlp)
+    experts = Experts(spec.moe.num_experts, spec.moe.experts_per_token, mlp, biases)
+    return Layer(attention, (*matrices, router_matrix(hidden, spec.moe.num_experts)), experts, other)
