@@ -73,15 +73,19 @@ def shape_of_config(config: Mapping[str, Any], name: str = "") -> ModelShape:
     if not isinstance(model_type, str) or (model_type not in _SERVED and model_type not in _OTHERS):
         raise ModelError(f"{name or 'config.json'}: not supported: model_type {model_type!r}")
     checked = hf_config(name or model_type, _without_positions(config))
-    _check_sizes(checked)
+    if checked.has("num_hidden_layers") and checked.integer("num_hidden_layers") > _MOST_LAYERS:
+        # a slip of the pen must not make a tuple of a billion layers
+        raise ModelError(
+            f"{checked.path}: num_hidden_layers {checked.values['num_hidden_layers']}: at most {_MOST_LAYERS}"
+        )
     if model_type in _OTHERS:
         shape = _OTHERS[model_type](checked)
     else:
         shape = shape_of_spec(FAMILIES[_SERVED[model_type]].spec(checked))
     if config.get("tower_params"):
         shape = replace(shape, tower_params=checked.integer("tower_params"))
-    shape = replace(shape, name=name or model_type)
-    return with_stored_bits(shape, config.get("quantization_config") or {}, config.get("expert_dtype"))
+    _check_fit(shape, checked.path)
+    return with_stored_bits(replace(shape, name=checked.path), Config(checked.path, config))
 
 
 def _without_positions(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,9 +96,13 @@ def _without_positions(config: Mapping[str, Any]) -> dict[str, Any]:
     return values if stretched else {key: value for key, value in values.items() if key not in _POSITIONS}
 
 
-def _check_sizes(config: Config) -> None:
-    """A slip of the pen must not make a tuple of a billion layers."""
-    if config.has("num_hidden_layers") and config.integer("num_hidden_layers") > _MOST_LAYERS:
-        raise ModelError(
-            f"{config.path}: num_hidden_layers {config.values['num_hidden_layers']}: at most {_MOST_LAYERS}"
-        )
+def _check_fit(shape: ModelShape, path: str) -> None:
+    """Heads and experts fit together, as `models.inspect` asks of what is served."""
+    for layer, _ in shape.kinds:
+        attention, experts = layer.attention, layer.experts
+        if attention and attention.kind == "softmax" and attention.num_heads % attention.num_kv_heads:
+            raise ModelError(
+                f"{path}: {attention.num_heads} query heads cannot share {attention.num_kv_heads} KV heads evenly"
+            )
+        if experts and experts.num_chosen > experts.num_experts:
+            raise ModelError(f"{path}: {experts.num_chosen} experts per token, but only {experts.num_experts}")

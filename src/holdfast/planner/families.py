@@ -208,7 +208,7 @@ def nemotron_nas(config: Config) -> ModelShape:
         matrices: tuple[Matrix, ...] = ()
         norms = 0
         if not parts["attention"].flag("no_op", False):
-            num_kv_heads = num_heads // parts["attention"].integer("n_heads_in_group")
+            num_kv_heads = max(1, num_heads // parts["attention"].integer("n_heads_in_group"))
             attention = Attention("softmax", num_heads, num_kv_heads, head_dim, head_dim)
             matrices, norms = attention_matrices(hidden, attention), 1
         if not parts["ffn"].flag("no_op", False):

@@ -75,8 +75,6 @@ def experts(
 ) -> tuple[tuple[Matrix, ...], Experts]:
     """Router, shared experts as one MLP, and the routed ones. `chosen` 0: what the config says."""
     hidden, chosen = config.integer("hidden_size"), chosen or config.integer("num_experts_per_tok")
-    if chosen > num_experts:
-        raise ModelError(f"{config.path}: {chosen} experts per token, but only {num_experts}")
     shared = mlp_matrices(hidden, shared_columns, gated=gated, prefix="shared ") if shared_columns else ()
     routed = Experts(num_experts, chosen, mlp_matrices(hidden, columns, gated=gated))
     return (router_matrix(hidden, num_experts), *shared), routed

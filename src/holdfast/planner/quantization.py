@@ -7,10 +7,9 @@ Formats: FP8 with a scale per tensor, channel or block; MXFP4 (OCP Microscaling 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from holdfast.core.errors import ModelError
 from holdfast.models.config import Config
@@ -20,16 +19,18 @@ _MXFP4 = 4 + 8 / 32
 _NVFP4 = 4 + 8 / 16
 
 
-def with_stored_bits(shape: ModelShape, quantization: Mapping[str, Any], expert_dtype: Any = None) -> ModelShape:
-    """`shape` with the bits per weight of a `quantization_config`. `expert_dtype`: DeepSeek V4's word for experts in
-    another format. Raises `ModelError` for a method that is not known."""
-    if not quantization:
+def with_stored_bits(shape: ModelShape, checkpoint: Config) -> ModelShape:
+    """`shape` with the bits per weight that the `quantization_config` of its checkpoint says. Raises `ModelError` for
+    a method that is not known."""
+    config = Config(f"{checkpoint.path}: quantization_config", checkpoint.mapping("quantization_config").values)
+    if not config.values:
         return shape
-    config = Config(f"{shape.name}: quantization_config", quantization)
     bits, left_out = _bits(config), _left_out(config)
     plain = _average(shape, bits, left_out, shape.num_layers // 2)
     routed = 16.0 if _matches(left_out, f"model.layers.{shape.num_layers // 2}.mlp.experts.0.down_proj") else bits
-    return replace(shape, weight_bits=plain, expert_bits=_MXFP4 if expert_dtype == "fp4" else routed)
+    if checkpoint.values.get("expert_dtype") == "fp4":  # DeepSeek V4's word for experts in another format
+        routed = _MXFP4
+    return replace(shape, weight_bits=plain, expert_bits=routed)
 
 
 def _average(shape: ModelShape, bits: float, left_out: Sequence[str], layer: int) -> float:
@@ -44,7 +45,7 @@ def _average(shape: ModelShape, bits: float, left_out: Sequence[str], layer: int
             numbers = matrix.params * count
             total += numbers
             stored += numbers * (16 if kept[_part(matrix)] or matrix.name == "router" else bits)
-    # what a few routers weigh is left to the experts' scales: all in one format is that format
+    # routers stay in 16 bits in most checkpoints; they are small, and a round number is worth more than their share
     return stored / total if any(kept.values()) and total else bits
 
 
@@ -56,7 +57,7 @@ def _part(matrix: Matrix) -> str:
 
 
 def _bits(config: Config) -> float:
-    method = config.values.get("quant_method") or ("modelopt" if config.has("quant_algo") else None)
+    method = str(config.values.get("quant_method") or ("modelopt" if config.has("quant_algo") else None))
     if method == "fp8":
         block = config.sequence("weight_block_size", int)
         return 8 + (32 / (block[0] * block[1]) if len(block) == 2 and min(block) > 0 else 0)
@@ -65,8 +66,8 @@ def _bits(config: Config) -> float:
     if method in {"fbgemm_fp8", "quark_fp8"}:
         return 8
     if method in {"gptq", "awq"}:  # groups with a scale of 16 bits and a zero point of as many bits as a code
-        codes, group = config.integer("bits"), config.values.get("group_size") or -1
-        return codes + ((16 + codes) / group if group > 0 else 0)
+        codes, group = config.integer("bits"), _group_size(config)
+        return codes + ((16 + codes) / group if group else 0)
     if method == "bitsandbytes":  # 4 bits: a scale of 32 bits per 64, or of 8 where the scales are quantized again
         if config.flag("load_in_4bit", False):
             return 4 + (8 if config.flag("bnb_4bit_use_double_quant", False) else 32) / 64
@@ -93,9 +94,16 @@ def _grouped_bits(config: Config) -> float:
         return known[algorithm]
     first = groups[0] if isinstance(groups[0], dict) else {}
     weights = Config(f"{config.path}: weights", first.get("weights") or {})
-    codes, group = weights.integer("num_bits"), weights.values.get("group_size") or 0
+    codes, group = weights.integer("num_bits"), _group_size(weights)
     scale = 8 if weights.values.get("type") == "float" and codes == 4 else 16
-    return codes + (scale / group if group > 0 else 0)
+    return codes + (scale / group if group else 0)
+
+
+def _group_size(config: Config) -> int:
+    """Weights that share a scale; 0 where it is a whole row's or more, which is next to nothing (also written -1)."""
+    return (
+        0 if config.values.get("group_size") == -1 or not config.has("group_size") else config.integer("group_size")
+    )
 
 
 def _left_out(config: Config) -> list[str]:

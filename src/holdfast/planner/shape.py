@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from holdfast.core.spec import DecoderSpec, LayerSpec
@@ -122,7 +123,7 @@ class Layer:
         return self.params - (self.experts.num_experts - self.experts.num_chosen) * self.experts.params_each
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """One decoder. Equal layers are one object; `kinds` groups them."""
 
@@ -155,10 +156,10 @@ class ModelShape:
         """The product that makes logits; its weights are counted in `embedding_params`."""
         return Matrix("head", self.hidden, self.vocab, "column")
 
-    @property
-    def kinds(self) -> list[tuple[Layer, int]]:
+    @cached_property  # a search asks for it at every plan it looks at
+    def kinds(self) -> tuple[tuple[Layer, int], ...]:
         """Different layers with how many there are of each, in the order in which they first appear."""
-        return list(Counter(self.layers).items())
+        return tuple(Counter(self.layers).items())
 
     @property
     def params(self) -> int:
@@ -204,11 +205,11 @@ def share_layers(layers: Iterable[Layer]) -> tuple[Layer, ...]:
 
 def mlp_matrices(hidden: int, columns: int, *, gated: bool = True, prefix: str = "") -> tuple[Matrix, ...]:
     """Up (with its gate) and down."""
-    up = Matrix(f"{prefix}gate_up", hidden, 2 * columns, "column") if gated else None
-    return (
-        up or Matrix(f"{prefix}up", hidden, columns, "column"),
-        Matrix(f"{prefix}down", columns, hidden, "row"),
-    )
+    if gated:
+        up = Matrix(f"{prefix}gate_up", hidden, 2 * columns, "column")
+    else:
+        up = Matrix(f"{prefix}up", hidden, columns, "column")
+    return up, Matrix(f"{prefix}down", columns, hidden, "row")
 
 
 def attention_matrices(hidden: int, attention: Attention, *, output_gate: bool = False) -> tuple[Matrix, ...]:

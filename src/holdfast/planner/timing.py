@@ -30,6 +30,14 @@ SCALES = 1.06
 """Of 4-bit weights in blocks of 16 (NVFP4): with an 8-bit scale each they take 4.5 bits, padded."""
 
 
+LOGIT_PASSES = 4
+"""How often the sampler reads or writes the logits: cast, temperature, softmax, choice."""
+
+FLOPS_PER_WATT = MappingProxyType({"7.5": 0.417e12, "8.9": 1.034e12, "8.6": 0.499e12})
+"""Of 16-bit products, by compute capability: V100 SXM (125e12 / 300 W, the same process), L40S (362e12 / 350 W), A40
+(149.7e12 / 300 W), from the catalogue. For generations that have small cards of high peaks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Efficiency:
     """Shares of the limits, the same for all engines and devices."""
@@ -56,6 +64,8 @@ class Engine:
 
     name: str
     software: Software
+    matmul: float
+    """Of the FLOP/s that `Efficiency.matmul` says, what its kernels reach."""
     layer: float
     """Seconds a layer takes at least, replayed from a graph."""
     layer_eager: float
@@ -208,7 +218,7 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     """How long `stage` takes for `batch`."""
     tp, device, rows = stage.tensor_parallel, stage.device, batch.rows
     memory = device.memory_bandwidth
-    plain_flops = flops_of(device, stage.weight_bits, efficiency)
+    plain_flops = flops_of(device, stage.weight_bits, efficiency) * engine.matmul
     linear = linear_memory = linear_compute = attention = activations = 0.0
     num_layers = 0
     for layer, count in stage.kinds:
@@ -219,7 +229,7 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         if layer.experts is not None:
             expert_memory, expert_compute = _expert_work(stage, layer, rows, efficiency)
             side_memory += expert_memory
-            side_compute += expert_compute
+            side_compute += expert_compute / engine.matmul
         linear += count * _rounded_max(side_memory, side_compute, efficiency.sharpness)
         linear_memory += count * side_memory
         linear_compute += count * side_compute
@@ -233,11 +243,20 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     layer_time = engine.layer if batch.graph else max(engine.layer, engine.layer_eager)
     head = 0.0
     if stage.head is not None:
-        head = stage.head.params * 2 / tp / (memory * efficiency.memory)
+        # Every row that decodes samples, and of a prompt the last one; the logits are fp32.
+        sampled = batch.decodes + (batch.prompt_tokens > 0)
+        read = stage.head.params * 2 / tp / (memory * efficiency.memory)
+        head = _rounded_max(read, read * sampled / rows_at_corner(device, efficiency), efficiency.sharpness)
+        head += sampled * stage.head.outputs * 4 * LOGIT_PASSES / tp / memory
     return StepTime(
         linear, attention, activations, communication, layer_time * num_layers, head,
         engine.step + engine.row * batch.decodes, linear_memory, linear_compute,
     )
+
+
+def rows_at_corner(device: Device, efficiency: Efficiency) -> float:
+    """Rows of 16-bit weights at which reading them takes as long as multiplying with them."""
+    return flops_of(device, 16, efficiency) / (device.memory_bandwidth * efficiency.memory)
 
 
 def flops_of(device: Device, weight_bits: float, efficiency: Efficiency) -> float:
@@ -247,8 +266,16 @@ def flops_of(device: Device, weight_bits: float, efficiency: Efficiency) -> floa
         if weight_bits <= bits * 1.2:
             rates = [device.flops[name] for name in names[bits] if name in device.flops]
             if rates:
-                return max(rates) * efficiency.matmul[bits]
+                return max(rates) * power_limit(device) * efficiency.matmul[bits]
     return max(device.flops.values()) * efficiency.matmul[16]
+
+
+def power_limit(device: Device) -> float:
+    """Share of its peak FLOP/s that a device has the power for, going on the FLOP/s per watt that the largest of its
+    generation gets: a T4 has half of a V100's peak at a quarter of its power."""
+    best = FLOPS_PER_WATT.get(device.capability)
+    peak = max(device.flops.get("bf16", 0), device.flops.get("fp16", 0))
+    return min(1, best * device.tdp / peak) if best and peak else 1
 
 
 def stored_bits(weight_bits: float) -> float:

@@ -13,7 +13,7 @@ _QWEN = frozenset({"qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
 def tower_params(config: Mapping[str, Any], name: str = "") -> int:
     """Numbers of the encoder beside the `text_config` of a config.json; 0 where its kind is not known here."""
     vision = config.get("vision_config")
-    if config.get("model_type") not in _QWEN or not isinstance(vision, Mapping):
+    if str(config.get("model_type")) not in _QWEN or not isinstance(vision, Mapping):
         return 0
     return _qwen_tower(Config(f"{name or 'config.json'}: vision_config", vision))
 

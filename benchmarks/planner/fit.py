@@ -1,0 +1,84 @@
+"""The few numbers of `holdfast/planner/coefficients.toml`, fitted to measured serving.
+
+Least squares on the logarithm of predicted / measured, robust (a row that is five times off counts little more than
+one that is twice off), each number drawn a little towards where it began: weakly where nothing else is known, more
+strongly the shares of physical limits, so that they stay shares.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from holdfast.planner.predict import kind_of, predict
+from holdfast.planner.timing import parse_coefficients
+
+SHARES = ("memory", "kv", "matmul_16bit", "matmul_8bit", "matmul_4bit", "attention", "passes", "all_reduce")
+LOAD = ("first_wave", "queue", "layer_context")
+SERVING = ("layer", "layer_eager", "step", "row", "mixing", "first_token", "front_request", "front_token")
+OF_ENGINE = {
+    "trtllm": SERVING,
+    "vllm": SERVING[:6],
+    "sglang": SERVING,
+    "fastertransformer": ("matmul", "layer", "layer_eager", "step", "row"),
+    "megatron": ("matmul", "layer", "layer_eager"),
+    "layerwise": ("matmul", "layer", "layer_eager"),
+}
+PULL_SHARE, PULL = 0.4, 0.05
+"""Standard deviations of the logarithm: 1 / pull · the scale of an error."""
+WEIGHTS = {"prompt_layer": 0.4, "decode_layer": 0.4}
+"""Single layers of an old engine: many rows, and the least of what is asked."""
+FREE = 2.5
+"""How far a logarithm may go from where it began."""
+SCALE = 0.1
+"""Errors up to this, as a logarithm, are noise."""
+
+
+def names(tables: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Of all that is fitted: where it is in the file, and how strongly it is drawn to where it began."""
+    for share in SHARES:
+        yield ("efficiency", share), PULL_SHARE
+    yield ("efficiency", "sharpness"), PULL
+    for load in LOAD:
+        yield ("load", load), PULL
+    for engine, parts in OF_ENGINE.items():
+        for part in parts:
+            yield ("engine", engine, part), PULL
+    for index, run in enumerate(tables["run"]):
+        if "cached" in run:
+            yield ("run", str(index), "cached"), PULL
+
+
+def _place(tables: dict[str, Any], path: tuple[str, ...]) -> tuple[Any, str]:
+    where: Any = tables
+    for part in path[:-1]:
+        where = where[int(part)] if isinstance(where, list) else where[part]
+    return where, path[-1]
+
+
+def fit(tables: dict[str, Any], rows: list[dict[str, str]], rounds: int = 25) -> dict[str, Any]:
+    """The tables with what fits `rows` best."""
+    fitted = copy.deepcopy(tables)
+    paths, pulls = zip(*names(fitted), strict=True)
+    places = [_place(fitted, path) for path in paths]
+    begin = np.log([where[name] for where, name in places])
+    values = np.array([float(row["value"]) for row in rows])
+    weights = np.array([WEIGHTS.get(kind_of(row["metric"]) or "", 1) for row in rows])
+
+    def errors(numbers: np.ndarray) -> np.ndarray:
+        for (where, name), number in zip(places, np.exp(numbers), strict=True):
+            where[name] = float(number)
+        known = parse_coefficients(fitted)
+        predicted = np.array([predict(row, known).value for row in rows])
+        return np.concatenate([weights * np.log(predicted / values), np.array(pulls) * (numbers - begin)])
+
+    bounds = (begin - FREE, begin + FREE)
+    best = least_squares(errors, begin, bounds=bounds, loss="soft_l1", f_scale=SCALE, max_nfev=rounds)
+    errors(best.x)
+    for where, name in places:
+        where[name] = float(f"{where[name]:.4g}")
+    return fitted
