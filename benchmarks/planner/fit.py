@@ -8,6 +8,7 @@ strongly the shares of physical limits, so that they stay shares.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,3 +83,35 @@ def fit(tables: dict[str, Any], rows: list[dict[str, str]], rounds: int = 25) ->
     for where, name in places:
         where[name] = float(f"{where[name]:.4g}")
     return fitted
+
+
+COMMENTS = {
+    "efficiency": "Shares of physical limits; `passes`: how often activations are read or written; `sharpness`: of the roofline's corner.",
+    "load": "Of a measurement with a fixed number of clients: requests of the first wave, how much of Little's law its\n"
+    "# waiting shows, and the context at which single layers were measured.",
+    "engine": "Times in microseconds.",
+    "run": "What is peculiar to a published series: the share of prompts that its prefix cache had, places that the engine\n"
+    "# kept for itself, tokens that its server sent at once. Found in the residuals; for predictions of its rows only.",
+    "bands": "Nine in ten rows that were not fitted are within this factor.",
+}
+
+
+def toml_of(tables: dict[str, Any]) -> str:
+    """The text of `coefficients.toml`."""
+    lines = ["# Written by `python -m benchmarks.planner --write`."]
+
+    def table(header: str, values: dict[str, Any]) -> None:
+        lines.extend(["", header])
+        lines.extend(f"{key} = {json.dumps(value)}" for key, value in values.items())
+
+    for name, values in tables.items():
+        lines.extend(["", f"# {COMMENTS[name]}"])
+        if isinstance(values, list):
+            for entry in values:
+                table(f"[[{name}]]", entry)
+        elif all(isinstance(value, dict) for value in values.values()):
+            for key, entry in values.items():
+                table(f"[{name}.{key}]", entry)
+        else:
+            table(f"[{name}]", values)
+    return "\n".join(lines) + "\n"

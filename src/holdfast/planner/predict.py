@@ -139,18 +139,23 @@ def _served(asked: ServingRow, known: Coefficients, concurrency: float | None = 
     asked.needs("input_len", "output_len")
     assert asked.input_len is not None and asked.output_len is not None
     engine = known.engines[asked.engine]
-    run = run_of(asked.source, known)
+    run = run_of(asked, known)
     requests = (concurrency or asked.batch or 0) / asked.replicas
     workload = Workload(
         int(asked.input_len), int(asked.output_len), max(1, round(requests)),
-        float(run.get("cached", 0)), int(run.get("slots_lost", 0)),
+        float(run.get("cached", 0)), int(run.get("slots_lost", 0)), int(run.get("stream_interval", 1)),
     )  # fmt: skip
     return serve(stages_of(asked, engine), kv_tokens(asked, engine), workload, engine, known)
 
 
-def run_of(source: str, known: Coefficients) -> Mapping[str, float | str]:
+def run_of(asked: ServingRow, known: Coefficients) -> Mapping[str, float | str]:
     """What is peculiar to a published series; see `coefficients.toml`."""
-    return next((run for run in known.runs if str(run["source"]) in source), {})
+    for run in known.runs:
+        lengths = (run.get("input_len", asked.input_len), run.get("output_len", asked.output_len))
+        fits = lengths == (asked.input_len, asked.output_len) and asked.tensor_parallel <= run.get("max_tp", math.inf)
+        if str(run["source"]) in asked.source and fits:
+            return run
+    return {}
 
 
 def kv_tokens(asked: ServingRow, engine: Engine) -> float:
@@ -163,7 +168,10 @@ def kv_tokens(asked: ServingRow, engine: Engine) -> float:
     routed = sum(layer.experts.params * count for layer, count in shape.kinds if layer.experts)
     weights = (params * plain + routed * expert) / 8 + embeddings
     device = asked.device.memory_bytes
-    room = device * engine.memory_share - weights / ranks - 3e9
+    if engine.share_of == "free":
+        room = (device - weights / ranks - 2e9) * engine.memory_share
+    else:
+        room = device * engine.memory_share - weights / ranks - 3e9
     heads = max((layer.attention.num_kv_heads for layer, _ in shape.kinds if layer.attention), default=1)
     cut = min(asked.tensor_parallel, heads) * asked.pipeline_parallel
     return max(room, 0) / (shape.kv_numbers_per_token() * asked.kv_bits / 8 / cut)
@@ -184,11 +192,7 @@ def _throughput(asked: ServingRow, known: Coefficients) -> float:
     served = _served(asked, known, None if asked.batch else MAX_REQUESTS * asked.replicas)
     if asked.batch:
         return served.throughput * asked.replicas
-    assert asked.output_len is not None
-    cycle = served.running * sum(time.total for time in served.prompt) + asked.output_len * sum(
-        time.total for time in served.decode
-    )
-    return served.running * asked.output_len / cycle * asked.replicas
+    return served.running / (served.latency + served.prompt_wait) * asked.replicas
 
 
 def _static_batch(asked: ServingRow, known: Coefficients) -> float:
@@ -218,7 +222,7 @@ def _static_token(asked: ServingRow, known: Coefficients) -> float:
     parts = min(len(stages), int(asked.batch)) or 1
     batch = StepBatch(asked.batch / parts, context)
     times = [step_time(stage, batch, engine, known.efficiency).total for stage in stages]
-    return sum(times) + (parts - 1) * max(times)
+    return max(sum(times), parts * max(times))
 
 
 def _layer(batch: StepBatch, asked: ServingRow, known: Coefficients) -> float:

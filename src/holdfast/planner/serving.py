@@ -4,7 +4,9 @@
 cycle: each request decodes for `output` steps, while every other one passes through its prompt once. So
 
     TPOT = step + (n - 1) · prompt · mixing / output            n requests run at once
-    TTFT = first_token + prompt + step / 2 + the wait of a burst + the wait for room
+    TTFT = first_token + prompt + 1.5 · step + the wait of a burst + the wait for room
+
+- `prompt` is what a prompt adds to a step in which the others decode: its weights are read once for all.
 
 - Only so many run at once as the KV cache has room for (n); the others wait in line, by Little's law a full request's
   time for each place they are behind.
@@ -15,6 +17,7 @@ cycle: each request decodes for `output` steps, while every other one passes thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +35,8 @@ class Workload:
     """Share of the prompt that the prefix cache has."""
     slots_lost: int = 0
     """Requests fewer than `concurrency` that the engine runs at once."""
+    stream_interval: int = 1
+    """Tokens that go to the client at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +50,8 @@ class Served:
     """Requests that run at once."""
     decode: tuple[StepTime, ...]
     """A decoding step, by stage."""
-    prompt: tuple[StepTime, ...]
-    """A prompt alone, by stage."""
+    prompt: float
+    """What a prompt adds to a step of the slowest stage."""
     prompt_wait: float
     """Of a token's time, what others' prompts take."""
     queue: float
@@ -66,39 +71,62 @@ def serve(
     stages: Sequence[Stage], kv_tokens: float, workload: Workload, engine: Engine, known: Coefficients
 ) -> Served:
     """The steady state of `workload` on a replica of `stages`, with room for `kv_tokens` tokens in the KV cache."""
-    efficiency, load = known.efficiency, known.load
+    load = known.load
     tokens = workload.input_len + engine.reserve * workload.output_len
     running = min(workload.concurrency - workload.slots_lost, kv_tokens / tokens)
     running = max(running, 1)
-    depth = len(stages)
-    rows = max(running / depth, 1)  # a pipeline that is full holds one part of the requests in each stage
-    context = workload.input_len + workload.output_len / 2
-    decode = tuple(step_time(stage, StepBatch(rows, context), engine, efficiency) for stage in stages)
-    prompt = prompt_times(stages, workload, engine, known)
-    step, through = sum(time.total for time in decode), sum(time.total for time in prompt)
-    slowest = max(time.total for time in prompt)
-    wait = (running - 1) * slowest * engine.mixing / max(workload.output_len - 1, 1)
+    decode = decode_times(stages, workload, running, engine, known)
+    step = sum(time.total for time in decode)
+    # Prompts that arrive within one step share the next, as far as it may be long.
+    together = min(max(running / workload.output_len, 1), max(engine.chunk / workload.input_len, 1))
+    through, slowest = _added(stages, workload, running, 1, decode, engine, known)
+    shared = slowest if together == 1 else _added(stages, workload, running, together, decode, engine, known)[1]
+    wait = (running - 1) * shared * engine.mixing / max(workload.output_len - 1, 1)
     tpot = step + wait
-    burst = load["first_wave"] * (running - 1) / 2 * slowest
-    ttft = engine.first_token + through + step / 2 + burst
+    chunks = math.ceil(workload.input_len * (1 - workload.cached) / engine.chunk)
+    burst = load["first_wave"] * (running - 1) / 2 * shared
+    ttft = engine.first_token + through + (chunks + 0.5) * step + burst
     total = ttft + tpot * workload.output_len
     queue = total * (workload.concurrency / running - 1) * load["queue"] if workload.concurrency > running else 0.0
-    ttft += queue
     busy = workload.concurrency * (engine.front_request + engine.front_token * workload.output_len)
-    front = (total**8 + busy**8) ** (1 / 8) - total
-    ttft += front
-    cycle = ttft + tpot * workload.output_len
-    return Served(
-        ttft, tpot, workload.concurrency * workload.output_len / cycle, running, decode, prompt, wait, queue, front, burst
-    )
+    front = ((total + queue) ** 8 + busy**8) ** (1 / 8) - total - queue
+    # Tokens sent in batches: the first comes with the last of its batch, and there are fewer gaps after it.
+    held = max(min(workload.stream_interval, workload.output_len) - 1, 0) * tpot
+    ttft += queue + front + held
+    tpot -= held / max(workload.output_len - 1, 1)
+    cycle = ttft + tpot * (workload.output_len - 1)
+    throughput = workload.concurrency * workload.output_len / cycle
+    return Served(ttft, tpot, throughput, running, decode, slowest, wait, queue, front, burst)
 
 
-def prompt_times(
-    stages: Sequence[Stage], workload: Workload, engine: Engine, known: Coefficients
+def decode_times(
+    stages: Sequence[Stage], workload: Workload, running: float, engine: Engine, known: Coefficients
 ) -> tuple[StepTime, ...]:
-    """A prompt alone, in as few steps as it needs. Its tokens look back on half of it in the mean, and on what is
-    cached."""
-    fresh = workload.input_len * (1 - workload.cached)
-    seen = workload.input_len * (1 + workload.cached) / 2
-    batch = StepBatch(0, 0, fresh, seen, graph=False)
+    """A decoding step of `running` requests half way through their output, by stage. A pipeline that is full holds
+    one part of them in each stage."""
+    rows = max(running / len(stages), 1)
+    batch = StepBatch(rows, workload.input_len + workload.output_len / 2)
     return tuple(step_time(stage, batch, engine, known.efficiency) for stage in stages)
+
+
+def _added(
+    stages: Sequence[Stage],
+    workload: Workload,
+    running: float,
+    prompts: float,
+    decode: Sequence[StepTime],
+    engine: Engine,
+    known: Coefficients,
+) -> tuple[float, float]:
+    """Seconds that each of so many prompts adds to a step: through all stages, and at the slowest of them. A prompt's
+    tokens look back on half of it in the mean, and on what is cached."""
+    fresh = workload.input_len * (1 - workload.cached)
+    batch = StepBatch(
+        max(running / len(stages), 1), workload.input_len + workload.output_len / 2,
+        prompts * fresh, workload.input_len * (1 + workload.cached) / 2, graph=False,
+    )  # fmt: skip
+    times = [
+        (step_time(stage, batch, engine, known.efficiency).total - before.total) / prompts
+        for stage, before in zip(stages, decode, strict=True)
+    ]
+    return sum(times), max(times)

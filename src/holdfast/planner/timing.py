@@ -85,7 +85,9 @@ class Engine:
     reserve: float
     """Share of a request's output that must fit before it is admitted: 1 where it is never preempted."""
     memory_share: float
-    """Of the device memory, what the engine takes for weights and KV cache."""
+    """Of the memory, what the engine takes for weights and KV cache,"""
+    share_of: str
+    """or, "free", of what weights leave for the KV cache alone."""
     chunk: int
     """Tokens of a step at most."""
 
