@@ -15,7 +15,7 @@ from holdfast.planner.shares import even_shares
 
 RESERVE = int(2.6 * GIB)
 """Beside its buffers: device context, the code of all its kernels, cuBLAS. What its guide measures of GPT-350M, 1.3B
-and 6.7B on an A100 with one sequence (docs/gpt_guide.md, Memory Usage) less what is counted here: 2.57 to 2.66 GiB."""
+and 6.7B on an A100 with one or two sequences (docs/gpt_guide.md, Memory Usage) less what is counted here."""
 _POSITIONS = 1024
 """max_seq_len of examples/cpp/multi_gpu_gpt/gpt_config.ini."""
 _BUFFERS_OF_PROMPT = 5
@@ -34,7 +34,8 @@ sampling layer, for top-k one more, for top-p the words, the sorted words and lo
 def fastertransformer_memory(
     table: ShapeTable, *, tensor: int = 1, pipeline: int = 1, batch: int, input_len: int, output_len: int
 ) -> RankMemory:
-    """Bytes of the fullest rank for `batch` prompts of `input_len` tokens, each continued by `output_len`, in 16 bits.
+    """Bytes of the fullest rank for `batch` prompts of `input_len` tokens, `output_len` tokens each to come, in 16
+    bits.
 
     Embeddings and head are whole on every rank, and two tables even where they are tied; the table of positions is
     as wide as the vocabulary. Micro-batches of a pipeline share the buffers of the whole batch; those of the context
