@@ -27,6 +27,8 @@ class RuntimeFormat:
     block_size: int = 16
     max_tokens: int = 512
     """Of a step (`--max-num-batched-tokens`)."""
+    logit_rows: int = 128
+    """Scored at once: `--max-num-seqs`, or core.config.LOGIT_ROWS if that is more."""
     activation_bits: int = 16
     """Of rows that meet quantized weights (`--quantized-activations`)."""
     multiplies_bfloat16: bool = True

@@ -36,6 +36,9 @@ class RuntimeMemory:
     kv_cache: int
     workspace: int
     """Results between the operations of a step."""
+    logits: int
+    """Of as many rows as can be scored at once, for the time of a step; of a vocabulary that is cut, the rank's share
+    as well."""
     split_states: int = _SPLIT_STATES
 
     @property
@@ -58,7 +61,8 @@ def runtime_memory(
     if how.repeated_head and place.is_first:
         packs.pop("head", None)
     positions = max_positions or spec.max_positions
-    ropes = sum(positions * rope.rotary_dim // 2 * 2 * 4 for rope in spec.ropes)
+    used = {layer.rope for layer in spec.layers[slice(*place.layers)]} - {None}
+    ropes = sum(positions * rope.rotary_dim * 4 for index, rope in enumerate(spec.ropes) if index in used)
     weights = sum(packed_bytes(packing, wanted, how) for packing in packs.values())
     return RuntimeMemory(
         weights=-(-weights // shared_by),
@@ -66,7 +70,13 @@ def runtime_memory(
         tables=ropes + 4 * spec.num_heads * spec.alibi,
         kv_cache=num_blocks * runtime_block_bytes(spec, place, how),
         workspace=workspace_bytes(spec, place, packs, how),
+        logits=4 * how.logit_rows * _logit_columns(spec, place) if place.is_last else 0,
     )
+
+
+def _logit_columns(spec: DecoderSpec, place: Place) -> int:
+    own = place.shard.vocab[1] - place.shard.vocab[0]
+    return spec.vocab_size + (own if len(place.ranks) > 1 else 0)
 
 
 def runtime_block_bytes(spec: DecoderSpec, place: Place, how: RuntimeFormat) -> int:
