@@ -30,7 +30,7 @@ def test_equal_layers_are_one_object_and_kinds_count_them():
     shape = shape_of_config({**SMALL, **CASES["qwen3_moe, some layers dense"]})
     dense, routed = shape.layers[0], shape.layers[1]
     assert [layer is routed for layer in shape.layers] == [False, True, False, False, False]
-    assert shape.kinds == [(dense, 4), (routed, 1)]
+    assert shape.kinds == ((dense, 4), (routed, 1))
 
 
 def test_active_parameters_are_those_of_the_chosen_experts_and_the_head():

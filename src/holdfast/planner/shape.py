@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from holdfast.core.spec import DecoderSpec, LayerSpec
@@ -85,10 +86,12 @@ class Experts:
     """Experts per token."""
     matrices: tuple[Matrix, ...]
     """Of one expert."""
+    biases: int = 0
+    """Of one expert."""
 
     @property
     def params_each(self) -> int:
-        return sum(matrix.params for matrix in self.matrices)
+        return sum(matrix.params for matrix in self.matrices) + self.biases
 
     @property
     def params(self) -> int:
@@ -120,7 +123,7 @@ class Layer:
         return self.params - (self.experts.num_experts - self.experts.num_chosen) * self.experts.params_each
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """One decoder. Equal layers are one object; `kinds` groups them."""
 
@@ -153,10 +156,10 @@ class ModelShape:
         """The product that makes logits; its weights are counted in `embedding_params`."""
         return Matrix("head", self.hidden, self.vocab, "column")
 
-    @property
-    def kinds(self) -> list[tuple[Layer, int]]:
+    @cached_property  # a search asks for it at every plan it looks at
+    def kinds(self) -> tuple[tuple[Layer, int], ...]:
         """Different layers with how many there are of each, in the order in which they first appear."""
-        return list(Counter(self.layers).items())
+        return tuple(Counter(self.layers).items())
 
     @property
     def params(self) -> int:
@@ -175,7 +178,12 @@ class ModelShape:
     def weight_bytes(self) -> int:
         """Bytes of the checkpoint's numbers, towers included."""
         plain = sum(matrix.params * count for layer, count in self.kinds for matrix in layer.matrices)
-        experts = sum(layer.experts.params * count for layer, count in self.kinds if layer.experts)
+        experts = sum(
+            layer.experts.num_experts * matrix.params * count
+            for layer, count in self.kinds
+            if layer.experts
+            for matrix in layer.experts.matrices
+        )
         others = self.params - plain - experts + self.tower_params
         return round((plain * self.weight_bits + experts * self.expert_bits + others * 16) / 8)
 
@@ -197,11 +205,11 @@ def share_layers(layers: Iterable[Layer]) -> tuple[Layer, ...]:
 
 def mlp_matrices(hidden: int, columns: int, *, gated: bool = True, prefix: str = "") -> tuple[Matrix, ...]:
     """Up (with its gate) and down."""
-    up = Matrix(f"{prefix}gate_up", hidden, 2 * columns, "column") if gated else None
-    return (
-        up or Matrix(f"{prefix}up", hidden, columns, "column"),
-        Matrix(f"{prefix}down", columns, hidden, "row"),
-    )
+    if gated:
+        up = Matrix(f"{prefix}gate_up", hidden, 2 * columns, "column")
+    else:
+        up = Matrix(f"{prefix}up", hidden, columns, "column")
+    return up, Matrix(f"{prefix}down", columns, hidden, "row")
 
 
 def attention_matrices(hidden: int, attention: Attention, *, output_gate: bool = False) -> tuple[Matrix, ...]:
@@ -243,15 +251,11 @@ def _layer_of_spec(spec: DecoderSpec, layer: LayerSpec, norm: int) -> Layer:
     num_norms = 1 if spec.block == "parallel" and spec.shared_parallel_norm else 4 if spec.block == "sandwich" else 2
     other = norm * num_norms + (2 * head_dim if spec.qk_norm else 0)
     other += matrices[0].outputs * spec.qkv_bias + hidden * spec.attention_out_bias
-    experts, num_mlps = None, 1
-    if layer.moe:
-        assert spec.moe is not None, "a layer with experts needs DecoderSpec.moe"
-        num_mlps, mlp = spec.moe.num_experts, mlp_matrices(hidden, spec.moe.expert_mlp_size, gated=spec.gated_mlp)
-        experts = Experts(num_mlps, spec.moe.experts_per_token, mlp)
-        matrices += (router_matrix(hidden, num_mlps),)
-    else:
+    if not layer.moe:
         mlp = mlp_matrices(hidden, spec.mlp_size, gated=spec.gated_mlp)
-        matrices += mlp
-    if spec.mlp_bias:
-        other += num_mlps * sum(matrix.outputs for matrix in mlp)
-    return Layer(attention, matrices, experts, other)
+        return Layer(attention, matrices + mlp, None, other + spec.mlp_bias * sum(matrix.outputs for matrix in mlp))
+    assert spec.moe is not None, "a layer with experts needs DecoderSpec.moe"
+    mlp = mlp_matrices(hidden, spec.moe.expert_mlp_size, gated=spec.gated_mlp)
+    biases = spec.mlp_bias * sum(matrix.outputs for matrix in mlp)
+    experts = Experts(spec.moe.num_experts, spec.moe.experts_per_token, mlp, biases)
+    return Layer(attention, (*matrices, router_matrix(hidden, spec.moe.num_experts)), experts, other)
