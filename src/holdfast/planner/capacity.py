@@ -193,7 +193,9 @@ def _device_bytes(memory: RankMemory, engine: EngineMemory) -> int:
     return int((memory.kv_cache / engine.kv_fraction + memory.without_kv) / engine.utilization) + 1
 
 
-def describe_shortfall(memory: RankMemory, device_bytes: int, remedies: Remedies, load: ServingLoad) -> str:
+def describe_shortfall(
+    memory: RankMemory, device_bytes: int, remedies: Remedies, load: ServingLoad, engine: EngineMemory = PLAIN
+) -> str:
     """One sentence: what a rank would need, and each thing that would help. Bytes in GB."""
     parts = (
         ("weights", memory.weights),
@@ -214,7 +216,10 @@ def describe_shortfall(memory: RankMemory, device_bytes: int, remedies: Remedies
         ways.append(f"{remedies.sequences} sequences instead of {load.sequences}")
     if remedies.context and remedies.context < load.context:
         ways.append(f"a context of {remedies.context} tokens instead of {load.context}")
+    usable = f"{device_bytes / 1e9:.1f} GB"
+    if engine.utilization < 1:
+        usable += f", of which {engine.name} takes {device_bytes * engine.utilization / 1e9:.1f} GB"
     return (
-        f"a rank needs {memory.total / 1e9:.1f} GB ({needs}) of a device with {device_bytes / 1e9:.1f} GB; "
+        f"a rank needs {memory.total / 1e9:.1f} GB ({needs}), a device has {usable}; "
         f"it would fit with {' or '.join(ways)}"
     )

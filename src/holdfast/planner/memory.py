@@ -135,8 +135,9 @@ class LayerSizes:
     mlp_replicated: int
     """The router."""
     other: int
-    experts: int
-    """Of all routed experts."""
+    expert: int
+    """Of one routed expert's matrices."""
+    expert_biases: int
     num_experts: int
     num_chosen: int
     attention_live: int
@@ -187,8 +188,9 @@ def table_of(shape: ModelShape) -> ShapeTable:
 
 
 def is_mlp_matrix(name: str) -> bool:
-    """By the names that `shape.mlp_matrices` gives, shared experts' included."""
-    return name.endswith(("up", "down", "router"))
+    """By the names that shapes give: of MLPs and shared experts (`shape.mlp_matrices`), and of what leads to routed
+    ones. All others are the attention's."""
+    return name.removeprefix("shared ") in {"gate_up", "up", "down", "router", "latent up", "latent down"}
 
 
 def _sizes(layer: Layer) -> LayerSizes:
@@ -208,7 +210,8 @@ def _sizes(layer: Layer) -> LayerSizes:
         by_columns=_params(mlp, cut=True),
         mlp_replicated=_params(mlp, cut=False),
         other=layer.other_params,
-        experts=experts.params if experts else 0,
+        expert=experts.params_each - experts.biases if experts else 0,
+        expert_biases=experts.biases if experts else 0,
         num_experts=experts.num_experts if experts else 0,
         num_chosen=experts.num_chosen if experts else 0,
         attention_live=_made(attending) + _taken(attending),
@@ -303,11 +306,9 @@ def _layer_numbers(kind: LayerSizes, share: RankShare) -> tuple[int, int, int, i
     kv_heads = _whole(kind.attention.num_kv_heads, share.kv_heads) if kind.per_kv_head and kind.attention else 0
     attention = _query_numbers(kind, share) + kind.per_kv_head * kv_heads + kind.attention_replicated
     mlp = _whole(kind.by_columns, share.columns) + kind.mlp_replicated
-    experts = 0
-    if kind.num_experts:
-        each = _whole(kind.experts // kind.num_experts, share.expert_columns)
-        experts = each * _whole(kind.num_experts, share.experts)
-    return attention, mlp, experts, kind.other
+    held = _whole(kind.num_experts, share.experts)
+    experts = held * _whole(kind.expert, share.expert_columns)
+    return attention, mlp, experts, kind.other + held * kind.expert_biases
 
 
 def _embedding_numbers(table: ShapeTable, share: RankShare) -> int:

@@ -40,6 +40,7 @@ class RuntimeMemory:
     """Of as many rows as can be scored at once, for the time of a step; of a vocabulary that is cut, the rank's share
     as well."""
     split_states: int = _SPLIT_STATES
+    """Backed by memory as far as splits of long contexts have reached into it."""
 
     @property
     def total(self) -> int:
