@@ -49,7 +49,7 @@ def judge(rows: Iterable[Row], known: Coefficients) -> tuple[list[Judged], dict[
         prediction = predict(row, known)
         if prediction.value is None:
             refused[prediction.note] += 1
-        elif prediction.kind != "collective":
+        elif prediction.kind not in {"collective", "out_of_memory"}:
             judged.append(Judged(row, prediction.kind, float(row["value"]), prediction.value))
     return judged, dict(refused)
 

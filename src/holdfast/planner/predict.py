@@ -8,18 +8,34 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 
-from holdfast.core.errors import UserError
+from holdfast.core.errors import ConfigError, UserError
 from holdfast.hardware.catalogue import find_link
+from holdfast.planner.capacity import capacity_of
 from holdfast.planner.communication import Fabric, path_of, wire_bytes
+from holdfast.planner.engines import ENGINES
+from holdfast.planner.fastertransformer import fastertransformer_memory
+from holdfast.planner.memory import KV_FORMATS, ServingLoad, ShapeTable, plan_memory, table_of
 from holdfast.planner.rows import DEVICES_PER_NODE, CollectiveRow, Row, ServingRow, collective_in_metric, collective_of, serving_of
 from holdfast.planner.serving import Served, Workload, serve
 from holdfast.planner.shape import Layer, ModelShape
-from holdfast.planner.timing import Coefficients, Engine, Stage, StepBatch, coefficients, stage_of, step_time
+from holdfast.planner.shares import RankShare, even_shares
+from holdfast.planner.timing import (
+    Coefficients,
+    Engine,
+    Stage,
+    StepBatch,
+    coefficients,
+    stage_of,
+    step_time,
+    stored_bits,
+)
 
 UNITS = MappingProxyType({"s": 1.0, "ms": 1e3, "us": 1e6, "µs": 1e6, "ns": 1e9})
+SIZES = MappingProxyType({"b": 1.0, "gb": 1e-9, "gib": 2.0**-30, "tokens": 1.0, "blocks": 1 / 16})
 MAX_REQUESTS = 2048
 """At once, where a row says "as many as fit" (TensorRT-LLM's default of max_batch_size)."""
 
@@ -80,10 +96,16 @@ def _banded(value: float, kind: str, known: Coefficients) -> Prediction:
 def _scale(kind: str, unit: str | None) -> float:
     """From seconds, bytes or tokens per second into the row's unit."""
     unit = (unit or "ms").strip().lower()
-    if kind in ("throughput", "decode_throughput"):
+    if kind in ("throughput", "decode_throughput", "out_of_memory"):
         return 1
+    if kind in ("weights", "memory_used", "kv_tokens"):
+        if kind == "memory_used" and unit == "gb":
+            unit = "gib"  # what shows the memory in use counts in MiB, and who rounds it says GB
+        if unit not in SIZES:
+            raise ConfigError(f"unit {unit!r} is not known; known are {', '.join(SIZES)}")
+        return SIZES[unit]
     if unit not in UNITS:
-        raise UserError(f"unit {unit!r} is not known; known are {', '.join(UNITS)}")
+        raise ConfigError(f"unit {unit!r} is not known; known are {', '.join(UNITS)}")
     return UNITS[unit]
 
 
@@ -145,7 +167,7 @@ def _served(asked: ServingRow, known: Coefficients, concurrency: float | None = 
         int(asked.input_len), int(asked.output_len), max(1, round(requests)),
         float(run.get("cached", 0)), int(run.get("slots_lost", 0)), int(run.get("stream_interval", 1)),
     )  # fmt: skip
-    return serve(stages_of(asked, engine), kv_tokens(asked, engine), workload, engine, known)
+    return serve(stages_of(asked, engine), kv_tokens(replace(asked, batch=None), engine.memory), workload, engine, known)
 
 
 def run_of(asked: ServingRow, known: Coefficients) -> Mapping[str, float | str]:
@@ -158,23 +180,39 @@ def run_of(asked: ServingRow, known: Coefficients) -> Mapping[str, float | str]:
     return {}
 
 
-def kv_tokens(asked: ServingRow, engine: Engine) -> float:
+def shares_and_load(asked: ServingRow) -> tuple[tuple[RankShare, ...], ServingLoad]:
+    shares = even_shares(
+        asked.shape.num_layers, tensor=asked.tensor_parallel, pipeline=asked.pipeline_parallel,
+        expert=asked.expert_parallel,
+    )  # fmt: skip
+    context = int((asked.input_len or 0) + (asked.output_len or 0)) or asked.shape.max_context
+    formats = {8: KV_FORMATS["fp8"], 16: KV_FORMATS["bfloat16"]}
+    return shares, ServingLoad(context, int(asked.batch or 1), 8192, formats[int(asked.kv_bits)])
+
+
+def weighed(asked: ServingRow) -> ShapeTable:
+    """The model with the row's bits of weights."""
+    bits = asked.weight_bits
+    if bits is None:
+        return _table(asked.shape)
+    stored = stored_bits(bits)
+    return _table(replace(asked.shape, weight_bits=stored, expert_bits=stored))
+
+
+@lru_cache(maxsize=256)
+def _table(shape: ModelShape) -> ShapeTable:
+    return table_of(shape)
+
+
+@lru_cache(maxsize=4096)
+def kv_tokens(asked: ServingRow, memory: str) -> int:
     """Tokens that the KV cache of one replica has room for."""
-    shape, ranks = asked.shape, asked.tensor_parallel * asked.pipeline_parallel
-    plain = asked.weight_bits or shape.weight_bits
-    expert = asked.weight_bits or shape.expert_bits
-    embeddings = shape.embedding_params * 2
-    params = sum(matrix.params * count for layer, count in shape.kinds for matrix in layer.matrices)
-    routed = sum(layer.experts.params * count for layer, count in shape.kinds if layer.experts)
-    weights = (params * plain + routed * expert) / 8 + embeddings
-    device = asked.device.memory_bytes
-    if engine.share_of == "free":
-        room = (device - weights / ranks - 2e9) * engine.memory_share
-    else:
-        room = device * engine.memory_share - weights / ranks - 3e9
-    heads = max((layer.attention.num_kv_heads for layer, _ in shape.kinds if layer.attention), default=1)
-    cut = min(asked.tensor_parallel, heads) * asked.pipeline_parallel
-    return max(room, 0) / (shape.kv_numbers_per_token() * asked.kv_bits / 8 / cut)
+    shares, load = shares_and_load(asked)
+    linked = asked.device.scale_up is not None
+    capacity = capacity_of(
+        weighed(asked), shares, asked.device.memory_bytes, replace(load, sequences=1), ENGINES[memory], linked=linked
+    )
+    return capacity.kv_tokens
 
 
 def _tpot(asked: ServingRow, known: Coefficients) -> float:
@@ -252,6 +290,39 @@ def _decode_rate(asked: ServingRow, known: Coefficients) -> float:
     return asked.batch / _static_token(asked, known)
 
 
+def _weights(asked: ServingRow, known: Coefficients) -> float:
+    """Bytes of the fullest rank."""
+    shares, load = shares_and_load(asked)
+    return max(rank.weights for rank in plan_memory(weighed(asked), shares, load))
+
+
+def _kv_room(asked: ServingRow, known: Coefficients) -> float:
+    engine = known.engines[asked.engine].memory
+    return kv_tokens(replace(asked, batch=None), engine)
+
+
+def _memory_used(asked: ServingRow, known: Coefficients) -> float:
+    """Bytes of the fullest rank, as FasterTransformer allocates."""
+    asked.needs("batch", "input_len", "output_len")
+    return _ft_memory(asked)
+
+
+def _out_of_memory(asked: ServingRow, known: Coefficients) -> float:
+    """1 where it does not fit, 0 where it does."""
+    asked.needs("batch", "input_len", "output_len")
+    return float(_ft_memory(asked) > asked.device.memory_bytes)
+
+
+def _ft_memory(asked: ServingRow) -> int:
+    if asked.engine != "fastertransformer":
+        raise ConfigError(f"the memory that {asked.engine} uses depends on its settings, which the row does not give")
+    assert asked.batch is not None and asked.input_len is not None and asked.output_len is not None
+    return fastertransformer_memory(
+        weighed(asked), tensor=asked.tensor_parallel, pipeline=asked.pipeline_parallel, batch=int(asked.batch),
+        input_len=int(asked.input_len), output_len=int(asked.output_len),
+    ).total  # fmt: skip
+
+
 KINDS: Mapping[str, Callable[[ServingRow, Coefficients], float]] = MappingProxyType(
     {
         "tpot": _tpot,
@@ -263,6 +334,10 @@ KINDS: Mapping[str, Callable[[ServingRow, Coefficients], float]] = MappingProxyT
         "prompt_layer": _prompt_layer,
         "decode_layer": _decode_layer,
         "decode_throughput": _decode_rate,
+        "weights": _weights,
+        "kv_tokens": _kv_room,
+        "memory_used": _memory_used,
+        "out_of_memory": _out_of_memory,
     }
 )
 """What can be asked → seconds, or tokens per second."""
@@ -270,6 +345,10 @@ KINDS: Mapping[str, Callable[[ServingRow, Coefficients], float]] = MappingProxyT
 _NAMES = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
+        (r"^oom", "out_of_memory"),
+        (r"^memory_used", "memory_used"),
+        (r"^mem_weights", "weights"),
+        (r"^kv_cache_(tokens|blocks16)$", "kv_tokens"),
         (r"prompt_time_per_layer|prefill_time_per_layer", "prompt_layer"),
         (r"decode_time_per_layer", "decode_layer"),
         (r"decode_throughput", "decode_throughput"),

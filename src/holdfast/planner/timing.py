@@ -84,10 +84,8 @@ class Engine:
     """and on each of its tokens."""
     reserve: float
     """Share of a request's output that must fit before it is admitted: 1 where it is never preempted."""
-    memory_share: float
-    """Of the memory, what the engine takes for weights and KV cache,"""
-    share_of: str
-    """or, "free", of what weights leave for the KV cache alone."""
+    memory: str
+    """How it takes memory, of `engines.ENGINES`."""
     chunk: int
     """Tokens of a step at most."""
 
