@@ -14,6 +14,7 @@ from holdfast.cli.flags import with_flags
 from holdfast.cli.help import PanelHelp
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, UserError
+from holdfast.hardware.config import TopoConfig
 from holdfast.operate.config import DrainConfig
 
 app = typer.Typer(
@@ -104,6 +105,19 @@ def drain(
     from holdfast.operate.drain import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(url, config))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(TopoConfig)
+def topo(config: TopoConfig) -> None:
+    """Draw which devices are joined by fast links, the slow edges between them, and good groups of devices.
+
+    It warns where tensor-parallel groups of consecutive devices would cross slow edges, and names a better order.
+    """
+    config.check()
+    from holdfast.hardware.report import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(config))
 
 
 bench = typer.Typer(help="Measure a server.", no_args_is_help=True, rich_markup_mode="rich")
