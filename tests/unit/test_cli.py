@@ -83,6 +83,7 @@ SERVE_FLAGS = [
 
 
 TOPO_FLAGS = ["--file", "--gpu", "--json", "--no-json"]
+PROBE_FLAGS = ["--output", "--max-ranks", "--pool-bytes", "--rounds"]
 
 
 def flags_of(*path: str) -> list[str]:
@@ -110,8 +111,9 @@ def test_the_flags_of_serve_are_frozen() -> None:
     assert flags_of("serve") == SERVE_FLAGS
 
 
-def test_the_flags_of_topo_are_frozen() -> None:
+def test_the_flags_of_topo_and_probe_are_frozen() -> None:
     assert flags_of("topo") == TOPO_FLAGS
+    assert flags_of("probe") == PROBE_FLAGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +267,7 @@ def test_odd_values_are_one_line_and_exit_2(arguments: list[str], flag: str) -> 
 
 
 def test_commands_that_do_not_exist_are_not_offered() -> None:
-    assert set(typer.main.get_command(app).commands) == {"serve", "drain", "topo", "bench", "chaos"}
+    assert set(typer.main.get_command(app).commands) == {"serve", "drain", "topo", "probe", "bench", "chaos"}
     assert holdfast("plan").returncode == 2
 
 

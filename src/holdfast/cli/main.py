@@ -16,6 +16,7 @@ from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, UserError
 from holdfast.hardware.config import TopoConfig
 from holdfast.operate.config import DrainConfig
+from holdfast.probe.config import ProbeConfig
 
 app = typer.Typer(
     help="Serve large language models over many devices: plan it, run the plan, lose nothing.",
@@ -116,6 +117,18 @@ def topo(config: TopoConfig) -> None:
     """
     config.check()
     from holdfast.hardware.report import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(config))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(ProbeConfig)
+def probe(config: ProbeConfig) -> None:
+    """Measure this machine: matrix products, attention, memory, and what passes between ranks, each in processes like
+    those that serve. The profile is kept for the planner. CPUs only so far.
+    """
+    config.check()
+    from holdfast.probe.run import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(config))
 
