@@ -17,6 +17,7 @@ PROFILE = Profile(
     memory_bytes=10**10,
     holdfast="0",
     measured_at="2026-01-01T00:00:00+00:00",
+    load=0.1,
     readings=(
         Reading(ranks=1, threads=2, seconds=0.5, num_bytes=10**10),
         Reading(ranks=2, threads=1, seconds=0.4, num_bytes=10**10),

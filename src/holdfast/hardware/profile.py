@@ -61,7 +61,8 @@ class Reading(Shared, frozen=True, kw_only=True):
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One machine, measured once. `kernels`: the backend's name. `measured_at`: ISO 8601."""
+    """One machine, measured once. `kernels`: the backend's name. `measured_at`: ISO 8601. `load`: processes that were
+    running before (the load average of a minute); those that went on took their share of what was measured."""
 
     machine: str
     processor: str
@@ -70,6 +71,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     memory_bytes: int
     holdfast: str
     measured_at: str
+    load: float
     readings: tuple[Reading, ...]
     products: tuple[Product, ...]
     attentions: tuple[Attention, ...]

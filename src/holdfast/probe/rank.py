@@ -36,7 +36,7 @@ from holdfast.probe.job import Found, Job
 
 ROWS = (1, 4, 16, 64, 256)
 FORMATS: tuple[Format, ...] = ("bfloat16", "float32", "Q8_0", "Q4_0")
-MOST_FLOP = 20e9
+MOST_FLOP = 5e9
 """Of one round of products: with many rows some matrices of the pool suffice, since the caches do not help them."""
 CONTEXTS = ((1, 1, 256), (1, 1, 2048), (8, 1, 256), (8, 1, 2048), (1, 256, 256), (1, 256, 2048))
 """Requests, new tokens of each, tokens that the last of them sees."""
@@ -139,7 +139,7 @@ def _products(rank: Rank) -> Iterator[Product]:
         kernels = CpuKernels(torch.float32, rank.job.threads) if format == "float32" else rank.kernels
         for size in rank.job.sizes:
             matrix = _matrix(format, size)
-            count = max(1, rank.job.pool_bytes // _bytes_of(matrix))
+            count = max(2, -(-rank.job.pool_bytes // _bytes_of(matrix)))  # one alone would stay in a large cache
             packed = [kernels.pack([matrix]) for _ in range(count)]
             for rows in ROWS:
                 used = packed[: max(1, int(MOST_FLOP / (2 * rows * size * size)))]

@@ -33,6 +33,8 @@ Point = TypeVar("Point", bound=Shared)
 PATIENCE = 1200.0
 """Seconds that the ranks of one job may take."""
 SIZES = (512, 1536, 4096)
+BUSY = 0.5
+"""Load average above which a machine is not fit to be measured."""
 
 
 def run(config: ProbeConfig) -> int:
@@ -56,7 +58,7 @@ def measure(config: MeasureConfig, tell: Callable[[str], object] = lambda _: Non
     cores = sorted(os.sched_getaffinity(0))
     most = min(config.max_ranks or usable_cores(), len(cores))
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most]
-    found = []
+    load, found = os.getloadavg()[0], []
     for ranks in sizes:
         tell(f"measuring with {ranks} {'ranks' if ranks > 1 else 'rank'}")
         found.append(_slowest(_run_ranks(ranks, cores, config, staged=False)))
@@ -70,6 +72,7 @@ def measure(config: MeasureConfig, tell: Callable[[str], object] = lambda _: Non
         memory_bytes=available_memory(),
         holdfast=__version__,
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        load=load,
         readings=tuple(point for part in found for point in part.readings),
         products=tuple(point for part in found for point in part.products),
         attentions=tuple(point for part in found for point in part.attentions),
@@ -180,6 +183,8 @@ def show(profile: Profile, console: Console) -> None:
     console.print(
         f"[bold]{profile.machine}[/]: {profile.cores} cores of {profile.processor}, {profile.kernels} kernels"
     )
+    if profile.load > BUSY:
+        console.print(f"[yellow]{profile.load:.1f} other processes were running: the rates are too low[/]")
     console.print(f"memory read at {profile.memory_bandwidth / 1e9:.1f} GB/s")
     products = Table("product", "ranks", "GB/s of weights, 1 row", "GFLOP/s, 256 rows", box=None)
     for ranks in sorted({product.ranks for product in profile.products}):
