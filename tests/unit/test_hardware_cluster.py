@@ -116,14 +116,16 @@ def test_a_file_describes_nodes_sites_and_what_joins_them() -> None:
     assert mixed.network is not None
     assert mixed.network.bandwidth == 25e9
     assert islands(mixed.topology) == ((0, 1, 2, 3), (4, 5, 6, 7))
-    assert cluster.assumptions == ()
+    assert cluster.assumptions == ("nodes[1]: 8 network cards",)
 
 
 def test_what_a_file_leaves_open_is_said() -> None:
     cluster = parse_cluster("nodes: [{gpus: 8xH100, site: a}, {gpus: 4xL4, site: b}]")
     assert cluster.assumptions == (
-        "node node0: 1 × infiniband-ndr to the other nodes",
-        "node node1: 1 × infiniband-hdr to the other nodes",
+        "nodes[0]: 8 network cards",
+        "nodes[1]: 1 network cards",
+        "network of nodes with H100-80GB-SXM: infiniband-ndr",
+        "network of nodes with L4: infiniband-hdr",
         f"between sites: {cluster.between_sites.source}",
     )
     assert parse_cluster("nodes: [{gpus: 8xH100}]").assumptions == ()
@@ -170,6 +172,7 @@ def test_a_node_may_have_a_topology_or_one_link(tmp_path: Path) -> None:
         ("nodes: [{gpus: H100}]\nnodes: [{gpus: L4}]", "line 1: not YAML: nodes is given twice"),
         ("nodes: [{gpus: H100", "not YAML"),
         ("&a [*a]", "a mapping with nodes"),
+        ("[" * 5000, "not YAML: it is nested too deeply"),
         ("!!python/object/apply:os.getpid []", "not YAML: could not determine a constructor"),
     ],
 )

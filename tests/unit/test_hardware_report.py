@@ -52,7 +52,7 @@ def test_a_cluster_file_is_drawn_once_for_nodes_that_are_alike(tmp_path: Path) -
     assert "2 nodes, left0 to …: 8 × H100-80GB-SXM (84.9 GB each), in here" in shown
     assert "Every pair is joined alike, by pcie4 at 31.51 GB/s per direction" in shown
     assert "Between sites  wan at 1.25 GB/s per direction, 10 ms" in shown
-    assert "note  node left0: 8 × infiniband-ndr to the other nodes" in shown
+    assert "note  network of nodes with H100-80GB-SXM: infiniband-ndr" in shown
 
 
 def test_the_facts_are_there_as_json(tmp_path: Path) -> None:

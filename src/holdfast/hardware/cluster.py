@@ -142,10 +142,14 @@ def _split(count: int, device: Device) -> list[Node]:
 
 def _usual_node(devices: tuple[Device, ...]) -> Node:
     """A machine of these devices as they are usually built, named later."""
-    network = USUAL_NETWORK.get(devices[0].pcie.name)
-    switched = devices[0].fabric == "switch"  # such machines have a network card for each GPU
-    nics = len(devices) if switched else 1
-    return Node("", devices, usual_topology(devices), network=find_link(network) if network else None, nics=nics)
+    name = USUAL_NETWORK.get(devices[0].pcie.name)
+    network = find_link(name) if name else None
+    return Node("", devices, usual_topology(devices), network=network, nics=usual_nics(devices))
+
+
+def usual_nics(devices: Sequence[Device]) -> int:
+    """Network cards of a usual machine of these devices: where a switch joins them, one for each, else one."""
+    return len(devices) if devices[0].fabric == "switch" else 1
 
 
 def _assumed(nodes: Sequence[Node], network: Link | None) -> tuple[str, ...]:

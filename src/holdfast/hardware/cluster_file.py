@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,15 @@ import yaml
 
 from holdfast.core.errors import ConfigError
 from holdfast.hardware.catalogue import Device, Link, find_link
-from holdfast.hardware.cluster import MOST_DEVICES, USUAL_NETWORK, Cluster, Node, gpu_counts, node_of
+from holdfast.hardware.cluster import (
+    MOST_DEVICES,
+    USUAL_NETWORK,
+    Cluster,
+    Node,
+    gpu_counts,
+    node_of,
+    usual_nics,
+)
 from holdfast.hardware.topology import parse_topology
 
 NUMBER = (int, float)
@@ -56,6 +65,8 @@ def parse_cluster(text: str, source: str = "the cluster", folder: Path = Path())
     try:
         _no_key_twice(yaml.compose(text, Loader=yaml.SafeLoader), set())
         tree = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(f"{source}: not YAML: it is nested too deeply") from error
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "it is no text"
         line = f" line {mark.line + 1}:" if mark else ""
@@ -95,11 +106,17 @@ def _cluster(fields: dict[str, Any], folder: Path) -> Cluster:
         node = _node(told, where, folder, between_nodes)
         if sum(len(node.devices) for node in nodes) + count * len(node.devices) > MOST_DEVICES:
             raise ConfigError(f"{where}: more than {MOST_DEVICES:,} devices")
-        base = told.get("name", f"node{len(nodes)}" if count == 1 else "node")
-        nodes += [replace(node, name=base if count == 1 else f"{base}{len(nodes) + i}") for i in range(count)]
-    _unlike([node.name for node in nodes])
+        name, first = (told["name"], 0) if "name" in told else ("node", len(nodes))
+        alone = count == 1 and "name" in told
+        nodes += [replace(node, name=name if alone else f"{name}{first + i}") for i in range(count)]
+        if "nics" not in told and not node.topology.nics:
+            assumptions.append(f"{where}: {node.nics} network cards")
+    _unlike(node.name for node in nodes)
     if len(nodes) > 1:
-        nodes, assumptions = _networked(nodes)
+        nodes, said = _networked(nodes)
+        assumptions += said
+    else:
+        assumptions = []
     sites = fields.get("between_sites")
     between_sites = _link(sites, "between_sites") if sites is not None else find_link("wan")
     if sites is None and len({node.site for node in nodes}) > 1:
@@ -125,7 +142,7 @@ def _node(told: Mapping[str, Any], where: str, folder: Path, network: Link | Non
         raise ConfigError(f"{where}: {error}") from error
     if "network" in told:
         network = _link(told["network"], f"{where}.network")
-    cards = len(topology.nics) if topology and topology.nics else 1
+    cards = len(topology.nics) if topology and topology.nics else usual_nics(devices)
     price, memory = told.get("price_per_hour"), told.get("memory_gb")
     return replace(
         node,
@@ -144,10 +161,10 @@ def _networked(nodes: list[Node]) -> tuple[list[Node], list[str]]:
         name = USUAL_NETWORK.get(node.devices[0].pcie.name)
         if node.network is None and name:
             found.append(replace(node, network=find_link(name)))
-            said.append(f"node {node.name}: {node.nics} × {name} to the other nodes")
+            said.append(f"network of nodes with {node.devices[0].name}: {name}")
         else:
             found.append(node)
-    return found, said
+    return found, list(dict.fromkeys(said))
 
 
 def _devices(gpus: object, where: str) -> tuple[Device, ...]:
@@ -214,10 +231,10 @@ def _within(value: Number, where: str, least: float, most: float) -> Number:
     return value
 
 
-def _unlike(names: list[str]) -> None:
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise ConfigError(f"two nodes are named {twice!r}")
+def _unlike(names: Iterable[str]) -> None:
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"two nodes are named {name!r}")
 
 
 def _short(value: object) -> str:

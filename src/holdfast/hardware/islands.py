@@ -17,7 +17,8 @@ EXACT_DEVICES = 12
 @dataclass(frozen=True)
 class Group:
     """Devices that work together. `worst`: the slowest path of any pair of them. `ring`: the slowest path of the best
-    ring through all; in a hybrid cube mesh a ring of 8 stays on NVLink, though some pairs are not joined by it."""
+    ring through all; in a hybrid cube mesh a ring of 8 stays on NVLink, though some pairs are not joined by it.
+    Beyond `EXACT_DEVICES` no ring is looked for, and it is the slowest pair's."""
 
     devices: tuple[int, ...]
     worst: Path
@@ -118,11 +119,12 @@ def bad_orders(topology: Topology, order: Sequence[int]) -> tuple[BadOrder, ...]
     if len(set(order)) < len(order):
         raise ConfigError(f"a device appears twice in the order {','.join(map(str, order))}")
     seen = topology.only(order)
+    fastest = max((seen.between(i, j).speed for i, j in combinations(range(len(order)), 2)), default=0.0)
     found = []
     size = 2
     while size < len(order):
-        best = groups_of(seen, size)
         given = tuple(group_of(seen, devices) for devices in _consecutive(range(len(order)), size))
+        best = given if all(group.worst.speed == fastest for group in given) else groups_of(seen, size)
         if _speeds(given) != _speeds(best):
             limit = _speeds(best)
             # A group is to blame where it is slower than the group of its place in the best partition.
@@ -194,7 +196,9 @@ class _Worth:
         self._topology, self._labels = topology, labels
         self._group = lru_cache(maxsize=None)(self._of_group)
         paths = {topology.between(i, j) for i, j in combinations(range(len(labels)), 2)}
-        self.alike = len(paths) <= 1 and len(set(labels)) == 1 and len(set(topology.numa)) == 1
+        # Of many devices that are joined alike, where they are near to is not worth the search.
+        one_place = len(set(topology.numa)) == 1 or len(labels) > EXACT_DEVICES
+        self.alike = len(paths) <= 1 and len(set(labels)) == 1 and one_place
 
     def of(self, partition: Sequence[tuple[int, ...]]) -> tuple[object, ...]:
         groups = [self._group(devices) for devices in partition]

@@ -72,6 +72,8 @@ class Rank:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.kernels = CpuKernels(torch.bfloat16, job.threads)
+        # Others than these: a guard that waits for other ranks watches over every program of its kernels.
+        self.exchanging = CpuKernels(torch.float32, 1)
         self.collectives: SharedCollectives | None = None
         self.together: Callable[[], object] = lambda: None
         """Returns when all ranks have come so far."""
@@ -81,10 +83,7 @@ class Rank:
         plan = make_plan(SPEC, pipeline=job.ranks) if job.staged else make_plan(SPEC, tensor=job.ranks)
         place: Place = places(plan.replicas[0])[job.rank]
         memory = attach(job.descriptor, layout)
-        # Kernels of their own: a guard that waits for others watches over every program of its kernels.
-        kernels = CpuKernels(torch.float32, 1)
-        self.collectives = SharedCollectives(kernels, SPEC, place, layout, memory, TIMEOUT)
-        self.exchanging = kernels
+        self.collectives = SharedCollectives(self.exchanging, SPEC, place, layout, memory, TIMEOUT)
         if not job.staged:
             meet = torch.zeros(1, WIDTH)
             collectives = self.collectives
