@@ -82,6 +82,10 @@ SERVE_FLAGS = [
 ]
 
 
+TOPO_FLAGS = ["--file", "--gpu", "--json", "--no-json"]
+PROBE_FLAGS = ["--output", "--max-ranks", "--pool-bytes", "--rounds"]
+
+
 def flags_of(*path: str) -> list[str]:
     command = typer.main.get_command(app)
     for name in path:
@@ -105,6 +109,11 @@ def holdfast(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[
 def test_the_flags_of_serve_are_frozen() -> None:
     """Guards against a flag that vanishes or changes its name unnoticed: scripts in the world depend on it."""
     assert flags_of("serve") == SERVE_FLAGS
+
+
+def test_the_flags_of_topo_and_probe_are_frozen() -> None:
+    assert flags_of("topo") == TOPO_FLAGS
+    assert flags_of("probe") == PROBE_FLAGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +267,7 @@ def test_odd_values_are_one_line_and_exit_2(arguments: list[str], flag: str) -> 
 
 
 def test_commands_that_do_not_exist_are_not_offered() -> None:
-    assert set(typer.main.get_command(app).commands) == {"serve", "drain", "bench", "chaos"}
+    assert set(typer.main.get_command(app).commands) == {"serve", "drain", "topo", "probe", "bench", "chaos"}
     assert holdfast("plan").returncode == 2
 
 

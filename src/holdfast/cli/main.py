@@ -14,7 +14,9 @@ from holdfast.cli.flags import with_flags
 from holdfast.cli.help import PanelHelp
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, UserError
+from holdfast.hardware.config import TopoConfig
 from holdfast.operate.config import DrainConfig
+from holdfast.probe.config import ProbeConfig
 
 app = typer.Typer(
     help="Serve large language models over many devices: plan it, run the plan, lose nothing.",
@@ -104,6 +106,31 @@ def drain(
     from holdfast.operate.drain import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(url, config))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(TopoConfig)
+def topo(config: TopoConfig) -> None:
+    """Draw which devices are joined by fast links, the slow edges between them, and good groups of devices.
+
+    It warns where tensor-parallel groups of consecutive devices would cross slow edges, and names a better order.
+    """
+    config.check()
+    from holdfast.hardware.report import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(config))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(ProbeConfig)
+def probe(config: ProbeConfig) -> None:
+    """Measure this machine: matrix products, attention, memory, and what passes between ranks, each in processes like
+    those that serve. The profile is kept for the planner. CPUs only so far.
+    """
+    config.check()
+    from holdfast.probe.run import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(config))
 
 
 bench = typer.Typer(help="Measure a server.", no_args_is_help=True, rich_markup_mode="rich")

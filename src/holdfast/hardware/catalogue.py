@@ -120,7 +120,7 @@ def _device(entry: dict[str, Any], links: Mapping[str, Link]) -> Device:
         memory_bytes=round(entry["memory_gib"] * GIB),
         memory_sold=entry["memory_gb"] * 1e9,
         memory_bandwidth=entry["bandwidth_gb"] * 1e9,
-        flops=MappingProxyType({dtype: rate * 1e12 for dtype, rate in entry["tflops"].items()}),
+        flops=MappingProxyType({dtype: round(rate * 1e3) * 1e9 for dtype, rate in entry["tflops"].items()}),
         capability=entry["capability"],
         multiprocessors=entry["sms"],
         tdp=entry["tdp_w"],
