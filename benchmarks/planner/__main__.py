@@ -17,11 +17,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-
 from benchmarks.planner import collectives
 from benchmarks.planner.fit import fit, toml_of
-from benchmarks.planner.report import figures, group_errors, judge, print_errors, print_picks, print_worst
+from benchmarks.planner.report import group_errors, judge, print_errors, print_picks, print_worst
+from rich.console import Console
+
 from holdfast.planner.timing import parse_coefficients
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,9 @@ def report_collectives(console: Console, rows: list[dict[str, str]], write: bool
         groups["all", "", ""].append(error)
         groups[operation, "all", ""].append(error)
         groups[software, device, f"{nodes} node{'s' * (nodes > 1)}"].append(error)
-    print_errors(console, "collectives: rows not fitted (all-reduce: goal median 10, 90th 25)", groups, ("of", "device", ""))
+    print_errors(
+        console, "collectives: rows not fitted (all-reduce: goal median 10, 90th 25)", groups, ("of", "device", "")
+    )
     console.print(f"{len(fitted)} paths of 4 numbers; {unknown} rows of a path without any fitted row")
     if write:
         collectives.write(collectives.fit(collectives.points_of(rows)), PLANNER / "collectives.csv")
@@ -66,8 +68,12 @@ def report_serving(console: Console, rows: list[dict[str, str]], without: str | 
     fitted = fit(tables, learn)
     known = parse_coefficients(fitted)
     judged, _ = judge(rest, known)
-    print_errors(console, f"serving: {len(rest)} rows not fitted ({len(learn)} fitted; goal: mean of tpot 10, of ttft 15)",
-                 group_errors(judged, by_device=False), ("kind", "", ""))
+    print_errors(
+        console,
+        f"serving: {len(rest)} rows not fitted ({len(learn)} fitted; goal: mean of tpot 10, of ttft 15)",
+        group_errors(judged, by_device=False),
+        ("kind", "", ""),
+    )
     print_errors(console, "by source and device", group_errors(judged, by_device=True), ("kind", "source", "gpu"))
     print_worst(console, judged)
     for margin in (1.0, 1.1):
@@ -82,7 +88,9 @@ def report_serving(console: Console, rows: list[dict[str, str]], without: str | 
         for one in judged:
             bands[one.kind].append(abs(np.log(one.predicted / one.value)))
         whole = fit(fitted, usable)
-        whole["bands"] = {kind: round(float(np.exp(np.quantile(off, 0.9))), 2) for kind, off in bands.items() if len(off) > 9}
+        whole["bands"] = {
+            kind: round(float(np.exp(np.quantile(off, 0.9))), 2) for kind, off in bands.items() if len(off) > 9
+        }
         whole["bands"] |= {"collective": 1.3, "other": 1.5}
         (PLANNER / "coefficients.toml").write_text(toml_of(whole), encoding="utf-8")
 
@@ -96,7 +104,9 @@ def main() -> None:
     console = Console(width=150)
     files = [chosen.data / name for name in ("measured_collectives.csv", "measured_serving.csv")]
     if not all(file.exists() for file in files):
-        raise SystemExit(f"{chosen.data}: measured_collectives.csv and measured_serving.csv are not there; --data FOLDER")
+        raise SystemExit(
+            f"{chosen.data}: measured_collectives.csv and measured_serving.csv are not there; --data FOLDER"
+        )
     if not chosen.without:
         report_collectives(console, read(files[0]), chosen.write)
     report_serving(console, read(files[1]), chosen.without, chosen.write)

@@ -109,7 +109,9 @@ def fit(points: list[Point]) -> dict[tuple, Path]:
     for point in points:
         software, device, nodes, _, _ = point.key
         by_key[point.key].append(point)
-        (by_device[device] if software in SOFTWARES and nodes == 1 else by_group[software, device, nodes]).append(point)
+        (by_device[device] if software in SOFTWARES and nodes == 1 else by_group[software, device, nodes]).append(
+            point
+        )
     shared = {device: Shared.fit(device, part) for device, part in by_device.items()}
     grouped = {}
     for (software, device, nodes), part in by_group.items():
@@ -124,7 +126,9 @@ def fit(points: list[Point]) -> dict[tuple, Path]:
         for device in shared
         for software in SOFTWARES
         for ranks in (2, 4, 8)
-        for operation in (("all_reduce", "all_gather", "reduce_scatter", "all_to_all") if software == "nccl" else ("all_reduce",))
+        for operation in (
+            ("all_reduce", "all_gather", "reduce_scatter", "all_to_all") if software == "nccl" else ("all_reduce",)
+        )
     }
     for key in sorted(keys):
         software, device, nodes, _, _ = key

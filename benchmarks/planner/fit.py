@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from holdfast.planner.predict import kind_of, predict
+from holdfast.planner.answers import kind_of
+from holdfast.planner.predict import predict
 from holdfast.planner.timing import parse_coefficients
 
 SHARES = ("memory", "kv", "matmul_16bit", "matmul_8bit", "matmul_4bit", "attention", "passes", "all_reduce")
@@ -86,12 +87,13 @@ def fit(tables: dict[str, Any], rows: list[dict[str, str]], rounds: int = 25) ->
 
 
 COMMENTS = {
-    "efficiency": "Shares of physical limits; `passes`: how often activations are read or written; `sharpness`: of the roofline's corner.",
-    "load": "Of a measurement with a fixed number of clients: requests of the first wave, how much of Little's law its\n"
-    "# waiting shows, and the context at which single layers were measured.",
+    "efficiency": "Shares of physical limits. `passes`: how often activations are read or written; `sharpness`: of\n"
+    "# the roofline's corner.",
+    "load": "Of measurements with a fixed number of clients: requests of the first wave, how much of Little's law\n"
+    "# their waiting shows, and the context at which single layers were measured.",
     "engine": "Times in microseconds.",
-    "run": "What is peculiar to a published series: the share of prompts that its prefix cache had, places that the engine\n"
-    "# kept for itself, tokens that its server sent at once. Found in the residuals; for predictions of its rows only.",
+    "run": "What is peculiar to a published series: the share of prompts that its prefix cache had, places that the\n"
+    "# engine kept for itself, tokens that its server sent at once. Found in the residuals; for its rows only.",
     "bands": "Nine in ten rows that were not fitted are within this factor.",
 }
 

@@ -58,10 +58,18 @@ def figures(errors: Iterable[float]) -> tuple[int, float, float, float, float]:
     """How many; mean, median, 90th percentile of the absolute errors and the median of the signed, in per cent."""
     signed = 100 * np.array(list(errors))
     size = np.abs(signed)
-    return len(size), float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.9)), float(np.median(signed))
+    return (
+        len(size),
+        float(size.mean()),
+        float(np.median(size)),
+        float(np.quantile(size, 0.9)),
+        float(np.median(signed)),
+    )
 
 
-def print_errors(console: Console, title: str, groups: Mapping[tuple[str, ...], list[float]], names: tuple[str, ...]) -> None:
+def print_errors(
+    console: Console, title: str, groups: Mapping[tuple[str, ...], list[float]], names: tuple[str, ...]
+) -> None:
     table = Table(title=title, title_justify="left")
     for name in names:
         table.add_column(name)
@@ -111,7 +119,9 @@ def scenarios(judged: Iterable[Judged]) -> dict[tuple[str, ...], list[Judged]]:
     for one in judged:
         if one.kind == "tpot" and one.row["batch"]:
             row = one.row
-            groups[row["source"], row["model"], row["gpu"], row["dtype"], row["input_len"], row["output_len"]].append(one)
+            groups[row["source"], row["model"], row["gpu"], row["dtype"], row["input_len"], row["output_len"]].append(
+                one
+            )
     return {key: group for key, group in groups.items() if len(group) >= 3}
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from holdfast.core.errors import ModelError
-from holdfast.planner.configs import shape_of_config
+from holdfast.planner.shapes.configs import shape_of_config
 
 CONFIGS = Path(__file__).parents[2].parent / "shared" / "data" / "configs"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.planner.engines import GIB
-from holdfast.planner.fastertransformer import fastertransformer_memory
-from holdfast.planner.memory import ShapeTable, table_of
-from holdfast.planner.shape import Attention, Layer, ModelShape, attention_matrices, mlp_matrices
+from holdfast.planner.memory.engines import GIB
+from holdfast.planner.memory.fastertransformer import fastertransformer_memory
+from holdfast.planner.memory.ranks import ShapeTable, table_of
+from holdfast.planner.shapes.shape import Attention, Layer, ModelShape, attention_matrices, mlp_matrices
 
 A100 = int(79.15 * GIB)
 """Bytes that an A100 of 80 GB has: torch's total_memory, as serving engines log it."""

@@ -15,10 +15,9 @@ from holdfast.core.plan import ExpertPlacement, ReplicaPlan
 from holdfast.models.config import hf_config
 from holdfast.models.families import FAMILIES
 from holdfast.parallel.cuts import make_plan
-from holdfast.planner.capacity import capacity_of, describe_shortfall, kv_room, remedies
-from holdfast.planner.configs import shape_of_config
-from holdfast.planner.engines import ENGINES, GIB, PLAIN, EngineMemory
-from holdfast.planner.memory import (
+from holdfast.planner.memory.capacity import capacity_of, describe_shortfall, kv_room, remedies
+from holdfast.planner.memory.engines import ENGINES, GIB, PLAIN, EngineMemory
+from holdfast.planner.memory.ranks import (
     KV_FORMATS,
     KVFormat,
     RankMemory,
@@ -29,7 +28,9 @@ from holdfast.planner.memory import (
     rank_memory,
     table_of,
 )
-from holdfast.planner.shape import (
+from holdfast.planner.memory.shares import RankShare, even_shares, shares_of_replica
+from holdfast.planner.shapes.configs import shape_of_config
+from holdfast.planner.shapes.shape import (
     Attention,
     Experts,
     Layer,
@@ -39,7 +40,6 @@ from holdfast.planner.shape import (
     mlp_matrices,
     router_matrix,
 )
-from holdfast.planner.shares import RankShare, even_shares, shares_of_replica
 from support.cases import CASES
 from support.checkpoints import SMALL
 

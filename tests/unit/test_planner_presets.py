@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from holdfast.core.errors import ConfigError, ModelError
-from holdfast.planner import model as planner_model
-from holdfast.planner.model import load_shape
-from holdfast.planner.presets import find_model, preset_names
+from holdfast.planner.shapes import load as planner_model
+from holdfast.planner.shapes.load import load_shape
+from holdfast.planner.shapes.presets import find_model, preset_names
 
 MEASURED = Path(__file__).parents[2].parent / "shared" / "data" / "measured_serving.csv"
 
@@ -199,5 +199,5 @@ def test_a_damaged_config_is_refused(text: str, tmp_path: Path):
 
 def test_shapes_need_neither_torch_nor_numpy():
     """A plan for a machine elsewhere is made in a moment, on any machine."""
-    code = "import sys, holdfast.planner.model; sys.exit(len({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, holdfast.planner.shapes.load; sys.exit(len({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

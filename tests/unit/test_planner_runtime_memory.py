@@ -22,9 +22,9 @@ from holdfast.models.inspect import inspect_model
 from holdfast.models.layers import Pieces
 from holdfast.models.parameters import parameters
 from holdfast.parallel.cuts import make_plan
-from holdfast.planner import runtime_format
-from holdfast.planner.runtime_format import RuntimeFormat
-from holdfast.planner.runtime_memory import runtime_memory, runtime_num_blocks
+from holdfast.planner.memory import runtime_format
+from holdfast.planner.memory.runtime_format import RuntimeFormat
+from holdfast.planner.memory.runtime_memory import runtime_memory, runtime_num_blocks
 from support.cases import CASES
 from support.checkpoints import random_model, save
 from support.gguf_twin import write_twin

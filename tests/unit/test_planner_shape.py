@@ -11,8 +11,8 @@ from transformers import AutoConfig
 from holdfast.models.config import hf_config
 from holdfast.models.families import FAMILIES
 from holdfast.models.parameters import parameters
-from holdfast.planner.configs import shape_of_config
-from holdfast.planner.shape import shape_of_spec
+from holdfast.planner.shapes.configs import shape_of_config
+from holdfast.planner.shapes.shape import shape_of_spec
 from support.cases import CASES
 from support.checkpoints import SMALL
 

@@ -1,8 +1,8 @@
 """What ranks that share a layer say to each other: how many bytes, over which path, for how long.
 
-A collective of a small message takes its latency and nothing else; of a large one, what the wire carries. In between,
-NCCL and the peer-memory kernels of the engines change the protocol: one that starts at once but spends half of the
-wire on flags, then one that starts slower and fills it. So a path is two straight lines, and the better of them holds:
+A collective of a small message takes its latency and nothing else; of a large one, what the wire carries. In
+between, NCCL and the peer-memory kernels of the engines change the protocol: one that starts at once but spends half
+of the wire on flags, then one that starts slower and fills it. So a path is two straight lines, the better holds:
 
     time(bytes) = min(latency_low + wire / rate_low, latency_high + wire / rate_high)
 
@@ -23,8 +23,8 @@ from holdfast.hardware.catalogue import Link
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 Software = Literal["nccl", "vllm", "vllm-eager", "trtllm", "torch"]
-"""Who moves the bytes: NCCL called from a CUDA graph or C++; the engines' own all-reduce over peer memory, recorded in
-a graph or launched one by one; NCCL called from Python."""
+"""Who moves the bytes: NCCL called from a CUDA graph or C++; the engines' own all-reduce over peer memory, recorded
+in a graph or launched one by one; NCCL called from Python."""
 
 SHARPNESS = 12
 """How suddenly the protocol changes: the power of the norm that stands for min()."""
@@ -47,7 +47,7 @@ class Path:
         ratio = low / high
         if not 0.5 < ratio < 2:
             return min(low, high)
-        return low * (1 + ratio**SHARPNESS) ** (-1 / SHARPNESS)
+        return low * float((1 + ratio**SHARPNESS) ** (-1 / SHARPNESS))
 
 
 def wire_bytes(operation: Operation, ranks: int, message: float) -> float:
@@ -137,9 +137,7 @@ def _nearest(
     measured: dict[tuple[str, str, int, int, str], Path], software: str, device: str, ranks: int, operation: str
 ) -> Path | None:
     """Of the same devices, another number of ranks: 6 of 8 on one node are as 8."""
-    same = [
-        key[3] for key in measured if (key[0], key[1], key[2], key[4]) == (software, device, 1, operation)
-    ]
+    same = [key[3] for key in measured if (key[0], key[1], key[2], key[4]) == (software, device, 1, operation)]
     if not same:
         return None
     nearest = min(same, key=lambda known: (abs(math.log(known / ranks)), -known))

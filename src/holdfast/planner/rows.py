@@ -16,8 +16,8 @@ from functools import cache
 from holdfast.core.errors import ConfigError
 from holdfast.hardware.catalogue import Device, find_device
 from holdfast.planner.communication import Operation, Software
-from holdfast.planner.presets import find_model
-from holdfast.planner.shape import ModelShape
+from holdfast.planner.shapes.presets import find_model
+from holdfast.planner.shapes.shape import ModelShape
 
 Row = Mapping[str, str | None]
 
@@ -134,7 +134,7 @@ def collective_in_metric(row: Row) -> CollectiveRow:
 
 def operation_of(name: str) -> Operation:
     """By any spelling: "allreduce", "all_reduce_custom", "all_reduce NCCL_NVLS_ENABLE=0"."""
-    key = re.sub(r"[^a-z0-9]", "", name.split()[0].lower() if name.split() else "")
+    key = re.sub(r"[^a-z0-9]", "", name.split(maxsplit=1)[0].lower() if name.split() else "")
     if key not in _OPERATIONS:
         raise ConfigError(f"op {name!r} is not known; known are {', '.join(dict.fromkeys(_OPERATIONS.values()))}")
     return _OPERATIONS[key]

@@ -18,8 +18,7 @@ cycle: each request decodes for `output` steps, while every other one passes thr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from holdfast.planner.timing import Coefficients, Engine, Stage, StepBatch, StepTime, step_time
 
@@ -30,6 +29,7 @@ class Workload:
 
     input_len: int
     output_len: int
+    """At least 1."""
     concurrency: int
     cached: float = 0
     """Share of the prompt that the prefix cache has."""
@@ -67,66 +67,70 @@ class Served:
         return sum(stage.total for stage in self.decode)
 
 
-def serve(
-    stages: Sequence[Stage], kv_tokens: float, workload: Workload, engine: Engine, known: Coefficients
-) -> Served:
-    """The steady state of `workload` on a replica of `stages`, with room for `kv_tokens` tokens in the KV cache."""
-    load = known.load
-    tokens = workload.input_len + engine.reserve * workload.output_len
-    running = min(workload.concurrency - workload.slots_lost, kv_tokens / tokens)
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One copy of the model, as far as its time goes."""
+
+    stages: tuple[Stage, ...]
+    kv_tokens: float
+    """That the KV cache has room for."""
+    engine: Engine
+    known: Coefficients
+
+    def decode(self, workload: Workload, running: float) -> tuple[StepTime, ...]:
+        """A decoding step of `running` requests half way through their output, by stage."""
+        return self._step(self._rows(workload, running))
+
+    def prompt(self, workload: Workload, running: float, together: float = 1) -> tuple[float, float]:
+        """Seconds that each of so many prompts adds to a step in which `running` requests decode: through all stages,
+        and at the slowest of them. A prompt's tokens look back on half of it in the mean, and on what is cached."""
+        decodes = self._rows(workload, running)
+        both = replace(
+            decodes,
+            prompt_tokens=together * workload.input_len * (1 - workload.cached),
+            prompt_context=workload.input_len * (1 + workload.cached) / 2,
+            graph=False,
+        )
+        times = [
+            (after.total - before.total) / together
+            for after, before in zip(self._step(both), self._step(decodes), strict=True)
+        ]
+        return sum(times), max(times)
+
+    def _rows(self, workload: Workload, running: float) -> StepBatch:
+        """A pipeline that is full holds one part of the requests in each stage."""
+        return StepBatch(max(running / len(self.stages), 1), workload.input_len + workload.output_len / 2)
+
+    def _step(self, batch: StepBatch) -> tuple[StepTime, ...]:
+        return tuple(step_time(stage, batch, self.engine, self.known.efficiency) for stage in self.stages)
+
+
+def serve(replica: Replica, workload: Workload) -> Served:
+    """The steady state of `workload` on a replica."""
+    engine, load, output = replica.engine, replica.known.load, workload.output_len
+    running = min(
+        workload.concurrency - workload.slots_lost, replica.kv_tokens / (workload.input_len + engine.reserve * output)
+    )
     running = max(running, 1)
-    decode = decode_times(stages, workload, running, engine, known)
+    decode = replica.decode(workload, running)
     step = sum(time.total for time in decode)
     # Prompts that arrive within one step share the next, as far as it may be long.
-    together = min(max(running / workload.output_len, 1), max(engine.chunk / workload.input_len, 1))
-    through, slowest = _added(stages, workload, running, 1, decode, engine, known)
-    shared = slowest if together == 1 else _added(stages, workload, running, together, decode, engine, known)[1]
-    wait = (running - 1) * shared * engine.mixing / max(workload.output_len - 1, 1)
+    together = min(max(running / output, 1), max(engine.chunk / workload.input_len, 1))
+    through, slowest = replica.prompt(workload, running)
+    shared = slowest if together == 1 else replica.prompt(workload, running, together)[1]
+    gaps = max(output - 1, 1)
+    wait = (running - 1) * shared * engine.mixing / gaps
     tpot = step + wait
     chunks = math.ceil(workload.input_len * (1 - workload.cached) / engine.chunk)
     burst = load["first_wave"] * (running - 1) / 2 * shared
     ttft = engine.first_token + through + (chunks + 0.5) * step + burst
-    total = ttft + tpot * workload.output_len
+    total = ttft + tpot * output
     queue = total * (workload.concurrency / running - 1) * load["queue"] if workload.concurrency > running else 0.0
-    busy = workload.concurrency * (engine.front_request + engine.front_token * workload.output_len)
+    busy = workload.concurrency * (engine.front_request + engine.front_token * output)
     front = ((total + queue) ** 8 + busy**8) ** (1 / 8) - total - queue
     # Tokens sent in batches: the first comes with the last of its batch, and there are fewer gaps after it.
-    held = max(min(workload.stream_interval, workload.output_len) - 1, 0) * tpot
+    held = (min(workload.stream_interval, output) - 1) * tpot
     ttft += queue + front + held
-    tpot -= held / max(workload.output_len - 1, 1)
-    cycle = ttft + tpot * (workload.output_len - 1)
-    throughput = workload.concurrency * workload.output_len / cycle
+    tpot -= held / gaps
+    throughput = workload.concurrency * output / (ttft + tpot * (output - 1))
     return Served(ttft, tpot, throughput, running, decode, slowest, wait, queue, front, burst)
-
-
-def decode_times(
-    stages: Sequence[Stage], workload: Workload, running: float, engine: Engine, known: Coefficients
-) -> tuple[StepTime, ...]:
-    """A decoding step of `running` requests half way through their output, by stage. A pipeline that is full holds
-    one part of them in each stage."""
-    rows = max(running / len(stages), 1)
-    batch = StepBatch(rows, workload.input_len + workload.output_len / 2)
-    return tuple(step_time(stage, batch, engine, known.efficiency) for stage in stages)
-
-
-def _added(
-    stages: Sequence[Stage],
-    workload: Workload,
-    running: float,
-    prompts: float,
-    decode: Sequence[StepTime],
-    engine: Engine,
-    known: Coefficients,
-) -> tuple[float, float]:
-    """Seconds that each of so many prompts adds to a step: through all stages, and at the slowest of them. A prompt's
-    tokens look back on half of it in the mean, and on what is cached."""
-    fresh = workload.input_len * (1 - workload.cached)
-    batch = StepBatch(
-        max(running / len(stages), 1), workload.input_len + workload.output_len / 2,
-        prompts * fresh, workload.input_len * (1 + workload.cached) / 2, graph=False,
-    )  # fmt: skip
-    times = [
-        (step_time(stage, batch, engine, known.efficiency).total - before.total) / prompts
-        for stage, before in zip(stages, decode, strict=True)
-    ]
-    return sum(times), max(times)

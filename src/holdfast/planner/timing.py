@@ -10,7 +10,7 @@ A roofline (Williams et al., CACM 2009) per kind of work, summed over the layers
     launches     what a layer costs however little it does
     head, engine   logits of the rows that sample; the scheduler, the sampler, the input of each step
 
-All sizes are of one rank. Everything fitted is in `coefficients.toml`; everything else is the model and the datasheet.
+All sizes are of one rank. All that is fitted is in `coefficients.toml`; the rest is the model and the datasheet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 from holdfast.hardware.catalogue import Device
 from holdfast.planner.communication import Fabric, Path, Software, path_of, wire_bytes
-from holdfast.planner.shape import Layer, Matrix, ModelShape
+from holdfast.planner.shapes.shape import Layer, Matrix, ModelShape
 
 SCALES = 1.06
 """Of 4-bit weights in blocks of 16 (NVFP4): with an 8-bit scale each they take 4.5 bits, padded."""
@@ -181,7 +181,15 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.linear + self.attention + self.activations + self.communication + self.launches + self.head + self.engine
+        return (
+            self.linear
+            + self.attention
+            + self.activations
+            + self.communication
+            + self.launches
+            + self.head
+            + self.engine
+        )
 
 
 PARTS = tuple(field.name for field in fields(StepTime))[:7]
@@ -190,11 +198,11 @@ PARTS = tuple(field.name for field in fields(StepTime))[:7]
 def stage_of(
     shape: ModelShape,
     kinds: tuple[tuple[Layer, int], ...],
+    engine: Engine,
+    *,
     device: Device,
     tensor_parallel: int,
     fabric: Fabric,
-    engine: Engine,
-    *,
     nodes: int = 1,
     expert_parallel: int = 1,
     weight_bits: float | None = None,
@@ -209,8 +217,17 @@ def stage_of(
     plain = shape.weight_bits if weight_bits is None else weight_bits
     expert = shape.expert_bits if weight_bits is None else weight_bits
     return Stage(
-        kinds, shape.hidden, shape.head if last else None, device, tensor_parallel, expert_parallel,
-        plain, expert, kv_bits, paths[0], paths[1],
+        kinds,
+        shape.hidden,
+        shape.head if last else None,
+        device,
+        tensor_parallel,
+        expert_parallel,
+        plain,
+        expert,
+        kv_bits,
+        paths[0],
+        paths[1],
     )
 
 
@@ -249,8 +266,15 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         head = _rounded_max(read, read * sampled / rows_at_corner(device, efficiency), efficiency.sharpness)
         head += sampled * stage.head.outputs * 4 * LOGIT_PASSES / tp / memory
     return StepTime(
-        linear, attention, activations, communication, layer_time * num_layers, head,
-        engine.step + engine.row * batch.decodes, linear_memory, linear_compute,
+        linear,
+        attention,
+        activations,
+        communication,
+        layer_time * num_layers,
+        head,
+        engine.step + engine.row * batch.decodes,
+        linear_memory,
+        linear_compute,
     )
 
 
@@ -285,7 +309,7 @@ def stored_bits(weight_bits: float) -> float:
 
 def _rounded_max(a: float, b: float, power: float) -> float:
     larger, smaller = max(a, b), min(a, b)
-    return larger * (1 + (smaller / larger) ** power) ** (1 / power)
+    return larger * float((1 + (smaller / larger) ** power) ** (1 / power))
 
 
 def _plain_work(layer: Layer, tp: int, rows: float) -> tuple[float, float]:

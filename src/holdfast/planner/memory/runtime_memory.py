@@ -15,8 +15,8 @@ from holdfast.core.plan import Place, ReplicaPlan
 from holdfast.core.spec import DecoderSpec
 from holdfast.models.parameters import Packing, Parameter, norms_at, packings_at, parameters
 from holdfast.parallel.segment import layout_of
-from holdfast.planner.runtime_format import GROUP, GROUP_BYTES, RuntimeFormat, format_of
-from holdfast.planner.runtime_workspace import workspace_bytes
+from holdfast.planner.memory.runtime_format import GROUP, GROUP_BYTES, RuntimeFormat, format_of
+from holdfast.planner.memory.runtime_workspace import workspace_bytes
 
 _PANEL = 32
 """Output columns of a panel, which are padded to whole ones (kernels.cpu.packing)."""

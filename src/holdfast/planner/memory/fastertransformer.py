@@ -9,9 +9,9 @@ layers/attention_layers/GptContextAttentionLayer.cc, layers/FfnLayer.cc and laye
 
 from __future__ import annotations
 
-from holdfast.planner.engines import GIB
-from holdfast.planner.memory import RankMemory, ShapeTable, rank_memory
-from holdfast.planner.shares import even_shares
+from holdfast.planner.memory.engines import GIB
+from holdfast.planner.memory.ranks import RankMemory, ShapeTable, rank_memory
+from holdfast.planner.memory.shares import even_shares
 
 RESERVE = int(2.6 * GIB)
 """Beside its buffers: device context, the code of all its kernels, cuBLAS. What its guide measures of GPT-350M, 1.3B

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Range, RankShard, ReplicaPlan, StagePlan
 from holdfast.parallel.placement import groups_of, held_by, owners_of
-from holdfast.planner.shape import ModelShape
+from holdfast.planner.shapes.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

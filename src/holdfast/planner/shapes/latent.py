@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from holdfast.models.config import Config
-from holdfast.planner.parts import decoder, experts, from_layer_on, mlp, per_layer, refuse
-from holdfast.planner.shape import Attention, Layer, Matrix, ModelShape
+from holdfast.planner.shapes.parts import decoder, experts, from_layer_on, mlp, per_layer, refuse
+from holdfast.planner.shapes.shape import Attention, Layer, Matrix, ModelShape
 
 
 def latent_attention(config: Config) -> tuple[Attention, tuple[Matrix, ...], int]:

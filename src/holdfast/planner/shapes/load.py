@@ -12,9 +12,9 @@ from holdfast.models.gguf_file import TENSOR_TYPES, read_gguf
 from holdfast.models.hub import CONFIG_FILES, resolve_model
 from holdfast.models.inspect import inspect_model
 from holdfast.models.safetensors_file import read_json
-from holdfast.planner.configs import shape_of_config
-from holdfast.planner.presets import find_model
-from holdfast.planner.shape import ModelShape, shape_of_spec
+from holdfast.planner.shapes.configs import shape_of_config
+from holdfast.planner.shapes.presets import find_model
+from holdfast.planner.shapes.shape import ModelShape, shape_of_spec
 
 
 def load_shape(model: str) -> ModelShape:

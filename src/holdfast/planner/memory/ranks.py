@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from types import MappingProxyType
 
-from holdfast.planner.engines import PLAIN, EngineMemory
-from holdfast.planner.shape import Attention, Layer, Matrix, ModelShape
-from holdfast.planner.shares import RankShare
+from holdfast.planner.memory.engines import PLAIN, EngineMemory
+from holdfast.planner.memory.shares import RankShare
+from holdfast.planner.shapes.shape import Attention, Layer, Matrix, ModelShape
 
 _WHOLE = 1e-9
 """Less than any share of a head: 1/3 of 48 heads is 16, whatever the last bit of 1/3 says."""

@@ -15,7 +15,7 @@ from holdfast.core.plan import Place
 from holdfast.core.spec import DecoderSpec
 from holdfast.models.parameters import Packing
 from holdfast.parallel.segment import StageTrees
-from holdfast.planner.runtime_format import GROUP, RuntimeFormat, format_of
+from holdfast.planner.memory.runtime_format import GROUP, RuntimeFormat, format_of
 
 _LINE = 64
 

@@ -6,9 +6,17 @@ from collections.abc import Sequence
 
 from holdfast.core.errors import ModelError
 from holdfast.models.config import Config, head_size
-from holdfast.planner.latent import latent_attention
-from holdfast.planner.parts import decoder, experts, grouped_queries, layer_types, mlp, refuse
-from holdfast.planner.shape import Attention, Experts, Layer, Matrix, ModelShape, attention_matrices, mlp_matrices
+from holdfast.planner.shapes.latent import latent_attention
+from holdfast.planner.shapes.parts import decoder, experts, grouped_queries, layer_types, mlp, refuse
+from holdfast.planner.shapes.shape import (
+    Attention,
+    Experts,
+    Layer,
+    Matrix,
+    ModelShape,
+    attention_matrices,
+    mlp_matrices,
+)
 
 _BLOCKS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from holdfast.core.errors import ModelError
 from holdfast.models.config import Config, head_size
-from holdfast.planner.shape import (
+from holdfast.planner.shapes.shape import (
     Attention,
     Experts,
     Layer,

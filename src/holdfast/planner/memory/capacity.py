@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from holdfast.planner.engines import PLAIN, EngineMemory
-from holdfast.planner.memory import (
+from holdfast.planner.memory.engines import PLAIN, EngineMemory
+from holdfast.planner.memory.ranks import (
     KV_FORMATS,
     RankMemory,
     ServingLoad,
@@ -15,7 +15,7 @@ from holdfast.planner.memory import (
     kv_bytes_per_block,
     plan_memory,
 )
-from holdfast.planner.shares import RankShare, even_shares
+from holdfast.planner.memory.shares import RankShare, even_shares
 
 _MOST_RANKS = 64
 """Tensor degrees are tried up to here."""

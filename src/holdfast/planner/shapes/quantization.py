@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 from holdfast.core.errors import ModelError
 from holdfast.models.config import Config
-from holdfast.planner.shape import Matrix, ModelShape
+from holdfast.planner.shapes.shape import Matrix, ModelShape
 
 _MXFP4 = 4 + 8 / 32
 _NVFP4 = 4 + 8 / 16

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from holdfast.models.config import Config, head_size
 from holdfast.models.families import FAMILIES
-from holdfast.planner.parts import (
+from holdfast.planner.shapes.parts import (
     decoder,
     experts,
     from_layer_on,
@@ -21,7 +21,7 @@ from holdfast.planner.parts import (
     per_layer,
     refuse,
 )
-from holdfast.planner.shape import Attention, Layer, Matrix, ModelShape, attention_matrices, shape_of_spec
+from holdfast.planner.shapes.shape import Attention, Layer, Matrix, ModelShape, attention_matrices, shape_of_spec
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

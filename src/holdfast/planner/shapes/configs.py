@@ -10,10 +10,10 @@ from typing import Any
 from holdfast.core.errors import ModelError
 from holdfast.models.config import Config, hf_config
 from holdfast.models.families import FAMILIES
-from holdfast.planner import families, latent, states
-from holdfast.planner.quantization import with_stored_bits
-from holdfast.planner.shape import ModelShape, shape_of_spec
-from holdfast.planner.towers import tower_params
+from holdfast.planner.shapes import families, latent, states
+from holdfast.planner.shapes.quantization import with_stored_bits
+from holdfast.planner.shapes.shape import ModelShape, shape_of_spec
+from holdfast.planner.shapes.towers import tower_params
 
 _SERVED: Mapping[str, str] = MappingProxyType(
     {name: name for name in FAMILIES}

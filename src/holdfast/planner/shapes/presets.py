@@ -12,8 +12,8 @@ from importlib import resources
 from typing import Any
 
 from holdfast.core.errors import ConfigError
-from holdfast.planner.configs import shape_of_config
-from holdfast.planner.shape import ModelShape
+from holdfast.planner.shapes.configs import shape_of_config
+from holdfast.planner.shapes.shape import ModelShape
 
 _SAME_SHAPE = re.compile(
     r"instruct|chat|base|hf|it|pt|meta|dynamic|thinking|preview|static|pertensor|1m|4k|bf16|fp16|fp8|v0\.\d|v1|v1\.0|2[4-6]\d\d"
@@ -24,7 +24,7 @@ _SAME_SHAPE = re.compile(
 @cache
 def _presets() -> Mapping[str, tuple[str, Mapping[str, Any]]]:
     """Spelling without its signs → (name, config)."""
-    text = resources.files("holdfast.planner").joinpath("presets.toml").read_text(encoding="utf-8")
+    text = resources.files("holdfast.planner.shapes").joinpath("presets.toml").read_text(encoding="utf-8")
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for group in tomllib.loads(text).values():
         for spellings, values in group["models"].items():
