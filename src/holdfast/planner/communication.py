@@ -77,6 +77,8 @@ class Fabric:
     """The slowest between two of the group within a node."""
     network: Link | None = None
     """Between nodes, per device; None: there is one node."""
+    as_usual: bool = True
+    """Joined as the machines of such devices that were measured; else nothing measured is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def path_of(software: Software, fabric: Fabric, nodes: int, ranks: int, operatio
     Between nodes without a measurement the hierarchical algorithm is assumed: each of the g ranks of a node reduces
     1/g of the message with its peers elsewhere.
     """
-    measured = measured_paths()
+    measured = measured_paths() if fabric.as_usual else {}
     found = measured.get((software, fabric.device, nodes, ranks, operation))
     if found is None and software != "nccl" and (nodes > 1 or operation != "all_reduce"):
         found = measured.get(("nccl", fabric.device, nodes, ranks, operation))  # their own kernels do not go there

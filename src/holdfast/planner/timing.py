@@ -23,7 +23,7 @@ from importlib import resources
 from types import MappingProxyType
 
 from holdfast.hardware.catalogue import Device
-from holdfast.planner.communication import Fabric, Path, Software, path_of, wire_bytes
+from holdfast.planner.communication import Fabric, Path, Software, imbalance, path_of, wire_bytes
 from holdfast.planner.shapes.shape import Layer, Matrix, ModelShape
 
 SCALES = 1.06
@@ -142,6 +142,12 @@ class Stage:
     weight_bits: float
     expert_bits: float
     kv_bits: float
+    next_path: Path | None
+    """To the stage that follows; None: it is the last."""
+    gather_path: Path | None
+    """To the other replicas, where these hold the weights together: what a rank lacks comes over it in every step."""
+    gathered: float
+    """Bytes of it."""
     graph_path: Path | None
     """For the all-reduces of a step from a graph; None: one rank."""
     eager_path: Path | None
@@ -207,6 +213,9 @@ def stage_of(
     expert_parallel: int = 1,
     weight_bits: float | None = None,
     kv_bits: float = 16,
+    next_path: Path | None = None,
+    gather_path: Path | None = None,
+    gathered: float = 0,
     last: bool = True,
 ) -> Stage:
     """A stage with its paths looked up. `weight_bits` None: as the checkpoint has them; it holds for experts too."""
@@ -217,17 +226,20 @@ def stage_of(
     plain = shape.weight_bits if weight_bits is None else weight_bits
     expert = shape.expert_bits if weight_bits is None else weight_bits
     return Stage(
-        kinds,
-        shape.hidden,
-        shape.head if last else None,
-        device,
-        tensor_parallel,
-        expert_parallel,
-        plain,
-        expert,
-        kv_bits,
-        paths[0],
-        paths[1],
+        kinds=kinds,
+        hidden=shape.hidden,
+        head=shape.head if last else None,
+        device=device,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
+        weight_bits=plain,
+        expert_bits=expert,
+        kv_bits=kv_bits,
+        next_path=next_path,
+        gather_path=gather_path,
+        gathered=gathered,
+        graph_path=paths[0],
+        eager_path=paths[1],
     )
 
 
@@ -257,6 +269,10 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     if path is not None:
         sent = wire_bytes("all_reduce", tp, rows * stage.hidden * 2)
         communication = 2 * num_layers * efficiency.all_reduce * path.time(sent)
+    if stage.gather_path is not None:
+        communication += stage.gather_path.time(stage.gathered)
+    if stage.next_path is not None:
+        communication += stage.next_path.time(rows * stage.hidden * 2)
     layer_time = engine.layer if batch.graph else max(engine.layer, engine.layer_eager)
     head = 0.0
     if stage.head is not None:
@@ -330,8 +346,10 @@ def _expert_work(stage: Stage, layer: Layer, rows: float, efficiency: Efficiency
     chosen = experts.num_chosen / experts.num_experts
     touched = experts.num_experts * (1 - (1 - chosen) ** rows)
     each = experts.params_each / stage.tensor_parallel
-    read = touched * each * stored_bits(stage.expert_bits) / 8
-    macs = rows * experts.num_chosen * each
+    routed = rows * experts.num_chosen
+    busiest = imbalance(experts.num_experts, stage.expert_parallel, routed)
+    read = min(touched * busiest, experts.num_experts) * each * stored_bits(stage.expert_bits) / 8
+    macs = routed * each * busiest
     flops = flops_of(stage.device, stage.expert_bits, efficiency)
     return read / (stage.device.memory_bandwidth * efficiency.memory), 2 * macs / flops
 

@@ -1,0 +1,296 @@
+"""What a candidate needs of memory, how fast it is under a load, and what of a goal it misses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+
+from holdfast.hardware.cluster import Cluster
+from holdfast.planner.candidates import Candidate, DeviceGroup
+from holdfast.planner.communication import Path, path_of
+from holdfast.planner.goal import Goal
+from holdfast.planner.memory.capacity import kv_capacity_tokens, kv_room
+from holdfast.planner.memory.engines import ENGINES, EngineMemory
+from holdfast.planner.memory.ranks import (
+    KV_FORMATS,
+    RankMemory,
+    ServingLoad,
+    ShapeTable,
+    kv_bytes_of_sequence,
+    rank_memory,
+    table_of,
+)
+from holdfast.planner.memory.shares import RankShare
+from holdfast.planner.serving import Replica, Served, Workload, serve
+from holdfast.planner.shapes.shape import Layer, ModelShape
+from holdfast.planner.timing import Coefficients, Stage, stage_of, stored_bits
+
+MEMORY_ENGINE = "holdfast"
+BATCHED_TOKENS = 8192
+"""Of a step: what activations are reckoned for."""
+MAX_SEQUENCES = 1024
+"""At once in a replica, where the goal does not say how many."""
+Kinds = tuple[tuple[Layer, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """All that is the same for every candidate."""
+
+    shape: ModelShape
+    table: ShapeTable
+    """With the bits of weights that are asked for."""
+    cluster: Cluster
+    goal: Goal
+    known: Coefficients
+    kinds: dict[tuple[int, int], Kinds] = field(default_factory=dict)
+    """Kinds of layers of each range that was asked for so far."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, cluster: Cluster, goal: Goal, known: Coefficients) -> Question:
+        if goal.weight_bits is not None:
+            bits = stored_bits(goal.weight_bits)
+            shape = replace(shape, weight_bits=bits, expert_bits=bits)
+        return cls(shape, table_of(shape), cluster, goal, known)
+
+    @property
+    def memory_engine(self) -> EngineMemory:
+        return ENGINES[MEMORY_ENGINE]
+
+    def load(self, sequences: int = 1) -> ServingLoad:
+        return ServingLoad(self.goal.longest, sequences, BATCHED_TOKENS, KV_FORMATS[self.goal.kv_format])
+
+    def kinds_of(self, first: int, last: int) -> Kinds:
+        if (first, last) not in self.kinds:
+            counts: dict[Layer, int] = {}
+            for layer in self.shape.layers[first:last]:
+                counts[layer] = counts.get(layer, 0) + 1
+            self.kinds[first, last] = tuple(counts.items())
+        return self.kinds[first, last]
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Of the fullest rank of a stage: what it needs with the goal's load, and bytes of its device."""
+
+    memory: RankMemory
+    device_bytes: int
+    kv_room: int
+    """Bytes for KV cache; negative: missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A candidate, judged. Seconds; tokens per second of output, of all replicas together."""
+
+    candidate: Candidate
+    stages: tuple[StageMemory, ...]
+    kv_tokens: int
+    """Room of one replica's KV cache."""
+    fits: bool
+    """A sequence of the goal's length fits beside the weights."""
+    concurrency: int
+    """Requests at once in all replicas."""
+    served: Served | None = None
+    throughput: float = 0
+    cost: float | None = None
+    """Per million tokens of output, in what prices are given in."""
+    spare: float = 0
+    """Share of the throughput that is left when one rank is lost, at worst."""
+    misses: tuple[str, ...] = ()
+    """Limits that it does not keep, each as a short sentence."""
+
+    @property
+    def memory_used(self) -> float:
+        """Share of the fullest device's memory that weights and working memory take."""
+        return max(stage.memory.without_kv / stage.device_bytes for stage in self.stages)
+
+    @property
+    def throughput_per_device(self) -> float:
+        return self.throughput / self.candidate.num_devices
+
+
+def shares_of(candidate: Candidate) -> list[RankShare]:
+    """The share of a rank of each stage."""
+    shares, depth = [], len(candidate.layers)
+    borders = list(pairwise((0, *accumulate(candidate.layers))))
+    for index, (bounds, degree) in enumerate(zip(borders, candidate.degrees, strict=True)):
+        part = 1 / degree
+        experts, columns = (part, 1.0) if candidate.expert_parallel else (1.0, part)
+        shares.append(
+            RankShare(
+                bounds, part, part, part, part, experts, columns,
+                is_first=index == 0, is_last=index == depth - 1, ranks_in_stage=degree,
+            )
+        )  # fmt: skip
+    return shares
+
+
+def memory_of(question: Question, candidate: Candidate) -> tuple[tuple[StageMemory, ...], list[RankShare]]:
+    """What the ranks of each stage need. Stages that are alike are reckoned once."""
+    shares, load, engine = shares_of(candidate), question.load(), question.memory_engine
+    spread = len(candidate.replicas) if candidate.shard_weights else 1
+    known: dict[tuple[object, ...], RankMemory] = {}
+    stages = []
+    for share, group in zip(shares, candidate.stages, strict=True):
+        linked = group.link.kind == "nvlink"
+        kinds = question.kinds_of(*share.layers)
+        key = (kinds, share.ranks_in_stage, share.is_first, share.is_last, linked)
+        if key not in known:
+            known[key] = rank_memory(question.table, share, load, engine, linked=linked, spread_over=spread)
+        memory, size = known[key], group.device.memory_bytes
+        stages.append(StageMemory(memory, size, kv_room(memory, size, engine)))
+    return tuple(stages), shares
+
+
+def estimate(question: Question, candidate: Candidate) -> Estimate:
+    """Memory first; if a sequence fits, the steady state with as many requests as the goal says or allows."""
+    stages, shares = memory_of(question, candidate)
+    rooms = [stage.kv_room for stage in stages]
+    load, goal = question.load(), question.goal
+    tokens = kv_capacity_tokens(question.table, shares, rooms, load)
+    fits = all(
+        kv_bytes_of_sequence(question.table, share, goal.longest, load, question.memory_engine) <= room
+        for share, room in zip(shares, rooms, strict=True)
+    )
+    if not fits:
+        return Estimate(candidate, stages, tokens, False, 0)
+    replica = Replica(stages_of(question, candidate), tokens, question.known.engines[goal.engine], question.known)
+    copies = len(candidate.replicas)
+    if goal.concurrency is not None:
+        return _judged(question, candidate, stages, replica, _ceil(goal.concurrency, copies))
+    tried, each = [], 1
+    most = max(1, int(tokens / (goal.input_len + replica.engine.reserve * goal.output_len)))
+    most = min(most, MAX_SEQUENCES)
+    while each < 2 * most:
+        tried.append(_judged(question, candidate, stages, replica, min(each, most)))
+        if tried[-1].misses and len(tried) > 1:
+            break  # more requests at once are never answered sooner
+        each *= 2
+    return min(tried, key=lambda some: rank_key(goal, some))
+
+
+def _ceil(count: int, parts: int) -> int:
+    return -(-count // parts)
+
+
+def _judged(
+    question: Question, candidate: Candidate, stages: tuple[StageMemory, ...], replica: Replica, each: int
+) -> Estimate:
+    """With `each` requests at once in every replica."""
+    goal, copies = question.goal, len(candidate.replicas)
+    served = serve(replica, Workload(goal.input_len, goal.output_len, each))
+    misses = []
+    for name, limit, value in (("TTFT", goal.ttft, served.ttft), ("TPOT", goal.tpot, served.tpot)):
+        if limit is not None and value > limit:
+            misses.append(f"{name} {seconds(value)} is above {seconds(limit)}")
+    throughput = served.throughput * copies
+    if goal.concurrency is not None and goal.concurrency < copies:
+        throughput *= goal.concurrency / copies  # fewer requests than replicas: some idle
+    price = price_per_hour(question.cluster, candidate)
+    cost = None if price is None else price / (throughput * 3600) * 1e6
+    return Estimate(
+        candidate, stages, int(replica.kv_tokens), True, each * copies, served, throughput, cost,
+        (copies - 1) / copies, tuple(misses),
+    )  # fmt: skip
+
+
+def stages_of(question: Question, candidate: Candidate) -> tuple[Stage, ...]:
+    """Of the replica with the slowest links; stages that are alike are one object."""
+    goal = question.goal
+    engine = question.known.engines[goal.engine]
+    groups, borders = candidate.stages, list(pairwise((0, *accumulate(candidate.layers))))
+    made: dict[tuple[object, ...], Stage] = {}
+    stages = []
+    for index, (group, bounds) in enumerate(zip(groups, borders, strict=True)):
+        last = index == len(groups) - 1
+        kinds = question.kinds_of(*bounds)
+        following = None if last else path_between(question.cluster, group, groups[index + 1])
+        gather, gathered = _gathering(question, candidate, index)
+        key = (
+            kinds,
+            group.device,
+            group.degree,
+            group.nodes,
+            group.slowest_link,
+            group.as_usual,
+            following,
+            gathered,
+            last,
+        )
+        if key not in made:
+            made[key] = stage_of(
+                question.shape, kinds, engine, device=group.device, tensor_parallel=group.degree,
+                fabric=group.fabric, nodes=group.nodes,
+                expert_parallel=group.degree if candidate.expert_parallel else 1,
+                weight_bits=goal.weight_bits, kv_bits=KV_FORMATS[goal.kv_format].bytes_per_number * 8,
+                next_path=following, gather_path=gather, gathered=gathered, last=last,
+            )  # fmt: skip
+        stages.append(made[key])
+    return tuple(stages)
+
+
+def _gathering(question: Question, candidate: Candidate, stage: int) -> tuple[Path | None, float]:
+    """The path to the same stage of another replica, and what comes over it in a step: all of a rank's weights but
+    its own part."""
+    copies = len(candidate.replicas)
+    if not candidate.shard_weights or copies == 1:
+        return None, 0
+    share = shares_of(replace(candidate, shard_weights=False))[stage]
+    weights = rank_memory(question.table, share, question.load(), question.memory_engine).weights
+    first, last = candidate.replicas[0][stage], candidate.replicas[-1][stage]
+    link = question.cluster.link_between(first.places[0], last.places[0])
+    fabric = replace(first.fabric, link=link, network=None, as_usual=False)
+    return path_of("nccl", fabric, 1, copies, "all_gather"), weights * (copies - 1) / copies
+
+
+def path_between(cluster: Cluster, first: DeviceGroup, second: DeviceGroup) -> Path:
+    """What carries a stage's results to the next."""
+    link = cluster.link_between(first.places[0], second.places[0])
+    fabric = replace(first.fabric, link=link, network=None, as_usual=False)
+    return path_of("nccl", fabric, 1, 2, "send_recv")
+
+
+def price_per_hour(cluster: Cluster, candidate: Candidate) -> float | None:
+    """Of the nodes it uses; None where one has no price."""
+    used = {node for groups in candidate.replicas for group in groups for node, _ in group.places}
+    prices = [cluster.nodes[node].price_per_hour for node in used]
+    return None if None in prices else sum(price for price in prices if price is not None)
+
+
+def rank_key(goal: Goal, some: Estimate) -> tuple[object, ...]:
+    """Smaller is better: what fits, what keeps the limits, then the objective, then the simpler plan."""
+    served = some.served
+    if served is None:
+        return (2, max(-stage.kv_room for stage in some.stages))
+    if some.misses:
+        limits = ((goal.ttft, served.ttft), (goal.tpot, served.tpot))
+        over = max(value / limit for limit, value in limits if limit is not None)
+        return (1, over, *simplicity(some.candidate))
+    return (0, worth(goal, some), -some.throughput, *simplicity(some.candidate))
+
+
+def worth(goal: Goal, some: Estimate) -> float:
+    """What the objective says of it; smaller is better."""
+    assert some.served is not None
+    if goal.objective == "throughput":
+        return -some.throughput
+    if goal.objective == "latency":
+        return some.served.ttft + some.served.tpot * (goal.output_len - 1)
+    if goal.objective == "cost":
+        return some.cost if some.cost is not None else -some.throughput_per_device
+    if goal.objective == "memory":
+        return some.memory_used
+    return -some.spare
+
+
+def simplicity(candidate: Candidate) -> tuple[object, ...]:
+    """Smaller is simpler: weights where they are used, stages alike, few of them, few ranks to a layer."""
+    return (candidate.shard_weights, not candidate.is_even, len(candidate.layers), max(candidate.degrees))
+
+
+def seconds(value: float) -> str:
+    """For people: 4.1 ms, 2.3 s."""
+    if value < 1e-3:
+        return f"{value * 1e6:.3g} µs"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
