@@ -3,6 +3,7 @@ context, fewer requests at once, more devices."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from holdfast.planner.goal import Goal
 from holdfast.planner.memory.capacity import max_context
 from holdfast.planner.memory.ranks import KV_FORMATS
 from holdfast.planner.search import Found, candidates, search
+from holdfast.planner.serving import Served
 
 LESS_WEIGHT = (8.0, 4.0)
 """Bits of weights that are proposed where there are more."""
@@ -23,6 +25,8 @@ LESS_KV = ("fp8", "int4")
 MOST_DEVICES_TIMED = 256
 """Larger clusters are looked at for whether the model fits; not timed."""
 MOST_DOUBLINGS = 6
+ENOUGH = 0.97
+"""Twice the devices must bring at least so much."""
 NEAREST = 12
 """Candidates at the top of a ranking that are asked again with fewer requests."""
 
@@ -107,8 +111,8 @@ def _more_nodes(cluster: Cluster, times: int) -> Cluster:
 
 
 def where_it_fits(question: Question) -> tuple[Cluster, Candidate] | None:
-    """The smallest of the larger clusters that the model fits, and the best candidate there (of very many devices, the
-    first that fits)."""
+    """The smallest of the larger clusters that the model fits, and the best candidate there: of very many devices
+    the first that fits."""
     for cluster in larger_clusters(question.cluster):
         asked = replace(question, cluster=cluster)
         first = next((candidate for candidate in candidates(asked) if fits(asked, candidate)), None)
@@ -120,14 +124,26 @@ def where_it_fits(question: Question) -> tuple[Cluster, Candidate] | None:
 
 
 def where_it_is_fast(question: Question) -> tuple[Cluster, Found] | None:
-    """The smallest of the larger clusters on which the limits are kept."""
+    """The smallest of the larger clusters on which the limits are kept; None when more devices bring no more."""
+    before = math.inf
     for cluster in larger_clusters(question.cluster):
         if len(cluster.devices) > MOST_DEVICES_TIMED:
             return None
         found = search(question.shape, cluster, question.goal, question.known)
         if found.best.fits and not found.best.misses:
             return cluster, found
+        if found.best.served is not None:
+            over = excess(question.goal, found.best.served)
+            if over > before * ENOUGH:
+                return None
+            before = over
     return None
+
+
+def excess(goal: Goal, served: Served) -> float:
+    """How many times the limit that is missed most."""
+    limits = ((goal.ttft, served.ttft), (goal.tpot, served.tpot))
+    return max((value / limit for limit, value in limits if limit is not None), default=0)
 
 
 def fast_with_fewer_bits(question: Question) -> tuple[float, str] | None:

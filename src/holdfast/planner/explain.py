@@ -54,7 +54,7 @@ def _breaks_limits(question: Question, other: Estimate) -> str:
         binds = f"{_subject(question, other, part)} {of_seconds(taken)} of it"
     else:
         name, taken = max(first_token_parts(question, other), key=lambda named: named[1])
-        binds = f"{name} takes {of_seconds(taken)} of it"
+        binds = f"{of_seconds(taken)} of it for {name}"
     return f"{miss}: {binds}; {_requests_that_keep(question, other)}"
 
 
@@ -159,7 +159,7 @@ def _loss(question: Question, best: Estimate, same: Estimate) -> str:
     if by_start > by_part:
         name, taken = max(first_token_parts(question, same), key=lambda named: named[1])
         return (
-            f"{name} takes {of_seconds(taken)} of its TTFT of {of_seconds(same.served.ttft)} "
+            f"TTFT is {of_seconds(same.served.ttft)}, {of_seconds(taken)} of it for {name} "
             f"(the best: {of_seconds(best.served.ttft)})"
         )
     if by_part <= 0:
