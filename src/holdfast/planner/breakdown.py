@@ -187,20 +187,25 @@ def token_parts(question: Question, some: Estimate) -> dict[Part, float]:
 
 
 def first_token_parts(question: Question, some: Estimate) -> list[tuple[str, float]]:
-    """Of the time to the first token: (what, seconds), those that are there; they add up to TTFT."""
+    """Of the time to the first token: (what, seconds), those of a microsecond and more; they add up to TTFT.
+
+    `engine`: before the prompt is scheduled and after its token; `its prompt`: what it adds to a step of every stage;
+    `steps meanwhile`: of the others; `prompts before it`: that came at the same time; `waiting for room` in the KV
+    cache, and for the `process in front` of the engine.
+    """
     served, replica, workload = some.served, replica_of(question, some), workload_of(question, some)
     assert served is not None
     chunks = math.ceil(workload.input_len * (1 - workload.cached) / replica.engine.chunk)
     through, _ = replica.prompt(workload, served.running)
     found = [
-        ("before the prompt, and sending", replica.engine.first_token),
-        ("its prompt, through all stages", through),
-        ("steps of the others until then", (chunks + 0.5) * served.latency),
-        ("prompts that came at the same time", served.burst),
-        ("waiting for room in the KV cache", served.queue),
-        ("waiting for the process in front", served.front),
+        ("engine", replica.engine.first_token),
+        ("its prompt", through),
+        ("steps meanwhile", (chunks + 0.5) * served.latency),
+        ("prompts before it", served.burst),
+        ("waiting for room", served.queue),
+        ("process in front", served.front),
     ]
-    return [(name, time) for name, time in found if time > 1e-9]
+    return [(name, time) for name, time in found if time > 1e-6]
 
 
 def _added(some: list[dict[Part, float]]) -> dict[Part, float]:
