@@ -1,4 +1,4 @@
-"""A found plan for a terminal: what was asked, where everything lies, memory, time, communication, and why no other."""
+"""A found plan for a terminal: what was asked, where everything lies, memory, time, communication, why no other."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from holdfast.planner.summary import (
     devices_named,
     error_band,
     is_pareto,
+    kinds_used,
     runners,
     stage_runs,
     warnings,
@@ -79,35 +80,29 @@ def _table(*columns: str, left: int = 1) -> Table:
 
 
 def _show_question(found: Found, console: Console, width: int) -> None:
-    shape, goal, cluster = found.question.shape, found.question.goal, found.question.cluster
+    goal, cluster = found.question.goal, found.question.cluster
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_row("model", model_named(found.question))
     facts.add_row("devices", cluster_named(cluster))
     limits = [f"{name} ≤ {of_seconds(limit)}" for name, limit in (("TTFT", goal.ttft), ("TPOT", goal.tpot)) if limit]
-    together = (
-        f"{requests(goal.concurrency)} at once" if goal.concurrency else "as many requests at once as serve best"
-    )
+    together = f"{requests(goal.concurrency)} at once" if goal.concurrency else "as many at once as serve best"
     lengths = f"{goal.input_len:,} tokens in, {goal.output_len:,} out, sequences of up to {goal.longest:,}"
     facts.add_row("goal", "; ".join([f"best {goal.objective}", lengths, together, *limits]))
     facts.add_row("KV cache", goal.kv_format)
     if cluster.assumptions:
-        facts.add_row("assumed", "\n".join(cluster.assumptions))
-    assert shape.name
+        facts.add_row("assumed", Text("\n".join(cluster.assumptions)))
     console.print(facts, width=width)
 
 
 def model_named(question: Question) -> str:
     """Name, parameters, layers, bits."""
     shape = question.shape
-    active = (
-        f", {billions(shape.active_params)} of them for a token" if shape.active_params < 0.9 * shape.params else ""
-    )
-    bits = (
-        f"{shape.weight_bits:.3g}"
-        if shape.expert_bits == shape.weight_bits
-        else (f"{shape.weight_bits:.3g} (experts {shape.expert_bits:.3g})")
-    )
-    return f"{shape.name}: {billions(shape.params)} parameters{active}, {shape.num_layers} layers, weights of {bits} bits"
+    active = f" ({billions(shape.active_params)} for a token)" if shape.active_params < 0.9 * shape.params else ""
+    bits = f"{shape.weight_bits:.3g}"
+    if shape.expert_bits != shape.weight_bits:
+        bits += f" (experts {shape.expert_bits:.3g})"
+    parameters = f"{billions(shape.params)} parameters{active}"
+    return f"{shape.name}: {parameters}, {shape.num_layers} layers, weights of {bits} bits"
 
 
 def _placement(question: Question, best: Estimate) -> Table:
@@ -133,8 +128,7 @@ def memory_parts(memory: RankMemory) -> list[tuple[str, int]]:
         ("attention", memory.attention_weights),
         ("MLP", memory.mlp_weights),
         ("experts", memory.expert_weights),
-        ("embeddings", memory.embedding_weights),
-        ("norms", memory.other_weights),
+        ("embeddings, norms", memory.embedding_weights + memory.other_weights),
         ("gathered", memory.gathered_weights),
         ("activations", memory.activations + memory.logits),
         ("buffers", memory.communication),
@@ -175,7 +169,7 @@ def _times(question: Question, best: Estimate) -> Table:
     )
     rates.add_row("of a device", count(best.throughput_per_device))
     rates.add_row("run at once", count(served.running * len(best.candidate.replicas)))
-    rates.add_row("left without a rank", percent(best.spare))
+    rates.add_row("left at a loss", percent(best.spare))
     if best.cost is not None:
         rates.add_row("million tokens", f"{best.cost:.3g}")
     side = Table.grid(padding=(0, 2, 0, 0))
@@ -223,7 +217,7 @@ def _ranking(found: Found) -> Table:
         ]  # fmt: skip
         style = "bold" if number == 1 else "dim" if not some.fits or some.misses else ""
         mark = f"{number}{' ◆' if is_pareto(found, some) else ''}"
-        name = label(found.question, some.candidate)
+        name = f"{some.candidate.name} {kinds_used(found.question, some.candidate)}"
         table.add_row(mark, name, *figures, percent(some.spare), f"{some.kv_tokens:,}", style=style)
     return table
 
@@ -241,7 +235,7 @@ def _show_reasons(found: Found, console: Console, width: int) -> None:
     reasons = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
     for number, some in enumerate(runners(found), 1):
         if reason := why(found, some):
-            reasons.add_row(str(number), f"{label(found.question, some.candidate)}: {reason}")
+            reasons.add_row(str(number), Text(f"{label(found.question, some.candidate)}: {reason}"))
     if reasons.row_count:
         _heading(console, "Why not the others")
         console.print(reasons, width=width)
