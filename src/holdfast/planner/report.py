@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -82,7 +83,7 @@ def _table(*columns: str, left: int = 1) -> Table:
 def _show_question(found: Found, console: Console, width: int) -> None:
     goal, cluster = found.question.goal, found.question.cluster
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    facts.add_row("model", model_named(found.question))
+    facts.add_row("model", Text(model_named(found.question)))
     facts.add_row("devices", cluster_named(cluster))
     limits = [f"{name} ≤ {of_seconds(limit)}" for name, limit in (("TTFT", goal.ttft), ("TPOT", goal.tpot)) if limit]
     together = f"{requests(goal.concurrency)} at once" if goal.concurrency else "as many at once as serve best"
@@ -111,7 +112,7 @@ def _placement(question: Question, best: Estimate) -> Table:
         which = str(replica) if number == 1 else f"{number}, as {replica}"
         for run in stage_runs(best.candidate, replica):
             group = run.groups[0]
-            where = f"{group.device.name}, {devices_named(question.cluster, run.groups)}"
+            where = escape(f"{group.device.name}, {devices_named(question.cluster, run.groups)}")
             link = group.slowest_link
             joined = f"{link.name}, {bytes_per_second(link.bandwidth)}" if group.degree > 1 else "–"
             table.add_row(which, run.name, run.layer_range, str(group.degree), where, joined)

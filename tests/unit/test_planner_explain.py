@@ -1,0 +1,158 @@
+"""Why a plan is not chosen, and what it would take: the sentences name what binds, and what they propose is true."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from holdfast.hardware.cluster import Cluster, cluster_of
+from holdfast.planner.alternatives import fits, larger_clusters, most_requests
+from holdfast.planner.breakdown import at_concurrency
+from holdfast.planner.estimate import Estimate, Question, estimate
+from holdfast.planner.explain import why
+from holdfast.planner.goal import Goal
+from holdfast.planner.levers import faster_by, needed, request_time
+from holdfast.planner.search import Found, search
+from holdfast.planner.shapes.load import load_shape
+from holdfast.planner.shortfall import nothing_fits, shortfall
+from holdfast.planner.timing import coefficients
+
+LLAMA = "Llama-3.1-70B"
+
+
+def found_for(model: str, cluster: str | Cluster, goal: Goal | None = None) -> Found:
+    where = cluster_of(cluster) if isinstance(cluster, str) else cluster
+    return search(load_shape(model), where, goal or Goal())
+
+
+def named(found: Found, name: str) -> Estimate:
+    return next(some for some in found.ranking if some.candidate.name == name)
+
+
+def test_tensor_parallelism_over_pcie_is_beaten_by_its_all_reduces() -> None:
+    found = found_for(LLAMA, "8xL40S")
+    reason = why(found, named(found, "TP8"))
+    assert "all-reduces over pcie4 and the link between sockets (16 GB/s per direction)" in reason
+    link = re.search(r"needs a link of (\d+) GB/s per direction instead of 16 GB/s", reason)
+    assert link is not None
+    assert 16 < int(link[1]) < 900
+
+
+def test_the_link_that_is_said_to_be_needed_levels_the_plan() -> None:
+    found = found_for(LLAMA, "8xL40S")
+    question, best = found.question, found.best
+    assert best.served is not None
+    same = estimate(at_concurrency(question, best.concurrency), named(found, "TP8").candidate)
+    target = request_time(best.served, question.goal.output_len)
+    factor = needed(question, same, "all-reduces", target)
+    assert factor is not None
+    assert faster_by(question, same, "all-reduces", factor) <= target
+    assert faster_by(question, same, "all-reduces", factor / 1.02) > target
+
+
+def test_where_latency_is_all_no_bandwidth_is_proposed() -> None:
+    goal = Goal(objective="latency", concurrency=4, weight_bits=16)
+    found = found_for("DeepSeek-V3", "4x8xA100-80GB", goal)
+    reason = why(found, named(found, "TP32"))
+    assert "latency alone is" in reason
+    assert "no bandwidth of this link would help" in reason
+
+
+def test_few_ranks_are_beaten_by_the_weights_they_read() -> None:
+    found = found_for(LLAMA, "8xH100", Goal(objective="latency", concurrency=1))
+    reason = why(found, named(found, "TP1 × PP8"))
+    assert "reading weights (137 GB stage after stage)" in reason
+    assert "of memory instead of 3.35 TB/s" in reason
+
+
+def test_little_room_for_kv_is_named() -> None:
+    found = found_for(LLAMA, "8xL40S")
+    assert "its KV cache has room for" in why(found, named(found, "TP2 × PP2 × DP2"))
+
+
+def test_gathering_weights_is_named() -> None:
+    found = found_for(LLAMA, "8xH100", Goal(concurrency=16))
+    assert "gathering other replicas' weights" in why(found, named(found, "TP2 × DP4 × sharded weights"))
+
+
+def test_stages_are_beaten_by_what_the_scheduler_takes_for_each() -> None:
+    found = found_for("Llama-3.1-8B", "8xH100", Goal(objective="cost"))
+    assert "no device or link would change that" in why(found, named(found, "TP1 × PP4 × DP2"))
+
+
+def test_a_broken_limit_says_how_many_requests_would_keep_it() -> None:
+    found = found_for(LLAMA, "8xA100-80GB", Goal(tpot=0.05, concurrency=32))
+    other = named(found, "TP2 × DP4")
+    reason = why(found, other)
+    assert reason.startswith("TPOT 54.9 ms is above 50 ms: reading weights")
+    most = most_requests(found.question, other)
+    assert f"it would be kept with {most} requests at once" in reason
+    assert not estimate(at_concurrency(found.question, most), other.candidate).misses
+    assert estimate(at_concurrency(found.question, most + 4), other.candidate).misses
+
+
+def test_what_does_not_fit_names_the_bytes_and_ways_that_work() -> None:
+    found = found_for(LLAMA, "8xL40S")
+    other = named(found, "TP2 × DP4")
+    reason = why(found, other)
+    assert "a rank needs 72.8 GB (weights 70.6 GB" in reason
+    assert "weights of 8 bits or devices of 80.8 GB would make it fit" in reason
+    asked = Question.of(
+        found.question.shape, found.question.cluster, replace(found.question.goal, weight_bits=8), coefficients()
+    )
+    assert fits(asked, other.candidate)
+    assert shortfall(found.question, other)[1] == pytest.approx(29.9e9, rel=0.01)
+
+
+def test_the_objective_decides_what_is_compared() -> None:
+    spare = found_for("Llama-3.1-8B", "8xH100", Goal(objective="spare"))
+    assert "of its throughput left when a rank is lost" in why(spare, named(spare, "TP8"))
+    memory = found_for("Llama-3.1-8B", "8xH100", Goal(objective="memory"))
+    assert "on the fullest rank before any KV cache" in why(memory, named(memory, "TP1 × DP8"))
+
+
+def test_kinds_of_devices_left_idle_are_counted() -> None:
+    found = found_for(LLAMA, "2xH100,4xL40S", Goal(tpot=0.06))
+    alone = next(some for some in found.ranking if some.candidate.num_devices == 2)
+    assert "leaves 4 of 6 devices idle" in why(found, alone)
+
+
+def test_everything_has_a_reason_but_the_best() -> None:
+    for cluster, goal in (("8xA100-80GB", Goal(tpot=0.05)), ("4xA100-40GB-SXM,4xA100-80GB-SXM", Goal())):
+        found = found_for(LLAMA, cluster, goal)
+        assert why(found, found.best) == ""
+        for other in found.ranking[1:15]:
+            assert len(why(found, other)) > 20
+
+
+def test_a_model_too_large_is_told_what_would_hold_it() -> None:
+    found = found_for("Llama-3.1-8B", "1xL4", Goal(context=131072))
+    sentence = nothing_fits(found)
+    assert "13.5 GB more than the 21.3 GB it may use" in sentence
+    assert "2 devices (TP2)" in sentence
+    context = re.search(r"a context of ([\d,]+) tokens", sentence)
+    assert context is not None
+    length = int(context[1].replace(",", ""))
+    assert found_for("Llama-3.1-8B", "1xL4", Goal(context=length)).best.fits
+    assert not found_for("Llama-3.1-8B", "1xL4", Goal(context=length + 16)).best.fits
+
+
+def test_an_impossible_limit_is_told_what_can_be_reached() -> None:
+    found = found_for("Llama-3.1-8B", "8xA100-80GB", Goal(tpot=0.005, concurrency=100))
+    sentence = nothing_fits(found)
+    assert "a TPOT of 11.7 ms allowed" in sentence
+    fewer = re.search(r"with (\d+) requests at once instead of 100", sentence)
+    assert fewer is not None
+    assert nothing_fits(found_for("Llama-3.1-8B", "8xA100-80GB", Goal(tpot=0.005, concurrency=int(fewer[1])))) == ""
+
+
+def test_nothing_is_said_where_a_plan_does_it() -> None:
+    assert nothing_fits(found_for(LLAMA, "8xA100-80GB")) == ""
+
+
+def test_larger_clusters_of_several_kinds_are_more_nodes() -> None:
+    sizes = [len(cluster.devices) for cluster in larger_clusters(cluster_of("2xH100,4xL40S"))]
+    assert sizes[:3] == [12, 24, 48]
+    assert [len(cluster.devices) for cluster in larger_clusters(cluster_of("1xL4"))][:3] == [2, 4, 8]
