@@ -111,6 +111,16 @@ def test_the_flags_of_serve_are_frozen() -> None:
     assert flags_of("serve") == SERVE_FLAGS
 
 
+PLAN_FLAGS = """
+--cluster --gpus --objective --ttft --tpot --input-len --output-len --context --concurrency --weight-bits
+--kv-cache-dtype --engine --output -o --json --no-json --explain --no-explain --html
+""".split()
+
+
+def test_the_flags_of_plan_are_frozen() -> None:
+    assert flags_of("plan") == PLAN_FLAGS
+
+
 def test_the_flags_of_topo_and_probe_are_frozen() -> None:
     assert flags_of("topo") == TOPO_FLAGS
     assert flags_of("probe") == PROBE_FLAGS
@@ -267,7 +277,15 @@ def test_odd_values_are_one_line_and_exit_2(arguments: list[str], flag: str) -> 
 
 
 def test_commands_that_do_not_exist_are_not_offered() -> None:
-    assert set(typer.main.get_command(app).commands) == {"serve", "drain", "topo", "probe", "bench", "chaos"}
+    assert set(typer.main.get_command(app).commands) == {
+        "serve",
+        "plan",
+        "drain",
+        "topo",
+        "probe",
+        "bench",
+        "chaos",
+    }
     assert holdfast("plan").returncode == 2
 
 

@@ -16,6 +16,7 @@ from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, UserError
 from holdfast.hardware.config import TopoConfig
 from holdfast.operate.config import DrainConfig
+from holdfast.planner.config import PlanConfig
 from holdfast.probe.config import ProbeConfig
 
 app = typer.Typer(
@@ -106,6 +107,31 @@ def drain(
     from holdfast.operate.drain import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(url, config))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(PlanConfig)
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A config.json, a folder, a .gguf file, a published model's name or a hub id.",
+            show_default=False,
+        ),
+    ],
+    config: PlanConfig,
+) -> None:
+    """How to lay MODEL over GPUs, and why: memory of each rank, communication, times, and what beat each other plan.
+
+    holdfast plan Llama-3.1-70B --gpus 8xA100-80GB --tpot 50
+
+    No GPU and no weights are needed. Exit code 1 when no plan fits or keeps the limits.
+    """
+    config.check()
+    from holdfast.planner.run import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(model, config))
 
 
 @app.command(cls=PanelHelp)

@@ -131,7 +131,7 @@ def path_of(software: Software, fabric: Fabric, nodes: int, ranks: int, operatio
         near = _nearest(measured, software, fabric.device, ranks, operation)
         if near is not None:
             return near
-        return _drawn(STARTS[software], fabric.link, ranks, operation)
+        return _drawn(software, fabric.link, ranks, operation)
     return _between_nodes(software, fabric, nodes, ranks, operation)
 
 
@@ -146,9 +146,13 @@ def _nearest(
     return measured[software, device, 1, nearest, operation]
 
 
-def _drawn(start: Start, link: Link, ranks: int, operation: Operation) -> Path:
+def _drawn(software: Software, link: Link, ranks: int, operation: Operation) -> Path:
+    own_links = link.kind == "nvlink"
+    # Peer-memory kernels are for NVLink, or for two: vLLM's and TensorRT-LLM's leave the rest to NCCL.
+    start = STARTS[software if own_links or ranks == 2 else "nccl"]
     low = start.launch + (start.hop + link.latency) * hops(operation, ranks) / 2
-    rate = link.bandwidth
+    # Devices on PCIe share what leads to the others: a ring of four has half the rate of a pair, of eight a quarter.
+    rate = link.bandwidth if own_links else link.bandwidth * 2 / max(ranks, 2)
     return Path(low, rate * start.rate_low, low + start.wait_high, rate * start.rate_high, link.name)
 
 

@@ -285,8 +285,8 @@ def worth(goal: Goal, some: Estimate) -> float:
 
 
 def simplicity(candidate: Candidate) -> tuple[object, ...]:
-    """Smaller is simpler: weights where they are used, stages alike, few of them, few ranks to a layer."""
-    return (candidate.shard_weights, not candidate.is_even, len(candidate.layers), max(candidate.degrees))
+    """Smaller is simpler: weights where they are used, few stages, few ranks to a layer."""
+    return (candidate.shard_weights, len(candidate.layers), max(candidate.degrees))
 
 
 def seconds(value: float) -> str:
