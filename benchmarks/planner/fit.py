@@ -25,7 +25,7 @@ SERVING = ("layer", "layer_eager", "step", "row", "mixing", "first_token", "fron
 OF_ENGINE = {
     "trtllm": SERVING,
     "vllm": SERVING[:6],
-    "sglang": SERVING,
+    "sglang": (*SERVING[:6], "most_running"),
     "fastertransformer": ("matmul", "layer", "layer_eager", "step", "row"),
     "megatron": ("matmul", "layer", "layer_eager"),
     "layerwise": ("matmul", "layer", "layer_eager"),

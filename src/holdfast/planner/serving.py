@@ -108,10 +108,8 @@ class Replica:
 def serve(replica: Replica, workload: Workload) -> Served:
     """The steady state of `workload` on a replica."""
     engine, load, output = replica.engine, replica.known.load, workload.output_len
-    running = min(
-        workload.concurrency - workload.slots_lost, replica.kv_tokens / (workload.input_len + engine.reserve * output)
-    )
-    running = max(running, 1)
+    room = replica.kv_tokens / (workload.input_len + engine.reserve * output)
+    running = max(min(workload.concurrency - workload.slots_lost, room, engine.most_running), 1)
     decode = replica.decode(workload, running)
     step = sum(time.total for time in decode)
     # Prompts that arrive within one step share the next, as far as it may be long.

@@ -88,6 +88,8 @@ class Engine:
     """How it takes memory, of `engines.ENGINES`."""
     chunk: int
     """Tokens of a step at most."""
+    most_running: float
+    """Requests at once at most, whatever room there is."""
 
 
 @dataclass(frozen=True, slots=True)
