@@ -1,4 +1,4 @@
-"""Arithmetic that everybody can do by hand, and the planner must do alike; docs/planning.md shows the same numbers."""
+"""Arithmetic that everybody can do by hand, and the planner must do alike; docs/planning.md shows the numbers."""
 
 from __future__ import annotations
 

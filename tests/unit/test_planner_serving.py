@@ -1,4 +1,4 @@
-"""What users see under a steady load: closed loops of few and many clients, against what must hold whatever the fit."""
+"""What users see under a steady load: closed loops of few and many clients, against what holds whatever the fit."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def read_rows(text: str, name: str) -> tuple[list[str], list[dict[str, str]]]:
         columns = list(reader.fieldnames or [])
         rows: list[dict[str, str]] = [dict(row) for row in reader]
     except csv.Error as error:
-        raise ConfigError(f"--rows {name}: line {reader.line_num}: {error}") from error
+        raise ConfigError(f"--rows {name}: after line {reader.line_num}: {error}") from error
     if not any(column.strip() for column in columns):
         raise ConfigError(f"--rows {name}: is empty; it must begin with the names of its columns")
     plain = [column.strip().lower() for column in columns]

@@ -65,7 +65,7 @@ _BITS = (
 _WEIGHTS_ONLY = re.compile(r"awq|gptq|int4|w4a16|w8a16|4bit|8bit")
 """Formats beside which the KV cache stays in 16 bits."""
 _FORMAT_IN_NAME = re.compile(
-    r"[-_ ]?\b(awq|gptq|bnb|marlin|quantized|(nv|mx)?fp4|int[48]|w[48]a(4|8|16)|[48]bit)(?=[-_ ]|$)", re.IGNORECASE
+    r"[-_. ]?\b(awq|gptq|bnb|marlin|quantized|(nv|mx)?fp4|int[48]|w[48]a(4|8|16)|[48]bit)(?=[-_. ]|$)", re.IGNORECASE
 )
 _READ = ("model", "gpu", "dtype", "metric", "unit", "op")
 _BLANK = frozenset({"", "nan", "none", "null", "n/a", "na", "-"})
