@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from holdfast.planner.answers import kind_of
+from holdfast.planner.metrics import kind_of
 from holdfast.planner.predict import predict
 from holdfast.planner.timing import parse_coefficients
 

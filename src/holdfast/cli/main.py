@@ -16,7 +16,7 @@ from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, UserError
 from holdfast.hardware.config import TopoConfig
 from holdfast.operate.config import DrainConfig
-from holdfast.planner.config import PlanConfig
+from holdfast.planner.config import PlanConfig, PredictConfig
 from holdfast.probe.config import ProbeConfig
 
 app = typer.Typer(
@@ -155,6 +155,21 @@ def probe(config: ProbeConfig) -> None:
     """
     config.check()
     from holdfast.probe.run import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(config))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(PredictConfig)
+def predict(config: PredictConfig) -> None:
+    """Hold the planner against measurements.
+
+    Every row of a CSV file comes back with what the planner says to it, the band in which nine of ten measurements
+    lie, and the error where the row has a value; what cannot be predicted, with a note that says why. A summary goes
+    to stderr.
+    """
+    config.check()
+    from holdfast.planner.predictions import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(config))
 

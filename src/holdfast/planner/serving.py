@@ -132,3 +132,10 @@ def serve(replica: Replica, workload: Workload) -> Served:
     tpot -= held / gaps
     throughput = workload.concurrency * output / (ttft + tpot * (output - 1))
     return Served(ttft, tpot, throughput, running, decode, slowest, wait, queue, front, burst)
+
+
+def bubble(stages: int, microbatches: int) -> float:
+    """Share of the time in which a stage of a pipeline stands idle while `microbatches` pass through: (p - 1) /
+    (m + p - 1) (Huang et al., GPipe, NeurIPS 2019, section 2.3). Where decoding goes on, the next microbatches follow
+    at once, and only fewer microbatches than stages leave a gap."""
+    return (stages - 1) / (microbatches + stages - 1)

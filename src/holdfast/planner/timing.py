@@ -251,9 +251,10 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     memory = device.memory_bandwidth
     plain_flops = flops_of(device, stage.weight_bits, efficiency) * engine.matmul
     linear = linear_memory = linear_compute = attention = activations = 0.0
-    num_layers = 0
+    num_layers, launched = 0, 0.0
     for layer, count in stage.kinds:
         num_layers += count
+        launched += count * _launches(layer)
         weights, macs = _plain_work(layer, tp, rows)
         side_memory = weights * stored_bits(stage.weight_bits) / 8 / (memory * efficiency.memory)
         side_compute = 2 * macs / plain_flops
@@ -288,7 +289,7 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         attention,
         activations,
         communication,
-        layer_time * num_layers,
+        layer_time * launched,
         head,
         engine.step + engine.row * batch.decodes,
         linear_memory,
@@ -372,6 +373,13 @@ def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficie
         flops = 2 * width * batch.prompt_tokens * seen / tp
         seconds += flops / (flops_of(device, 16, efficiency) / efficiency.matmul[16] * efficiency.attention)
     return seconds
+
+
+def _launches(layer: Layer) -> float:
+    """Kernels of a layer against those of a dense one, which has four products: routed experts bring their products,
+    and the choice, the sorting and the adding up of rows."""
+    routed = len(layer.experts.matrices) + 3 if layer.experts else 0
+    return (len(layer.matrices) + routed) / 4
 
 
 def _activation_numbers(layer: Layer, hidden: int, tp: int) -> float:
