@@ -144,15 +144,16 @@ class Stage:
     weight_bits: float
     expert_bits: float
     kv_bits: float
-    next_path: Path | None
-    """To the stage that follows; None: it is the last."""
-    gather_path: Path | None
-    """To the other replicas, where these hold the weights together: what a rank lacks comes over it in every step."""
-    gathered: float
-    """Bytes of it."""
-    graph_path: Path | None
+    graph_path: Path | None = None
     """For the all-reduces of a step from a graph; None: one rank."""
-    eager_path: Path | None
+    eager_path: Path | None = None
+    """The same of a step that is launched kernel by kernel."""
+    next_path: Path | None = None
+    """To the stage that follows; None: it is the last."""
+    gather_path: Path | None = None
+    """To the other replicas, where these hold the weights together: what a rank lacks comes over it in every step."""
+    gathered: float = 0
+    """Bytes of it."""
 
 
 @dataclass(frozen=True, slots=True)
