@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
@@ -149,11 +150,7 @@ def estimate(question: Question, candidate: Candidate) -> Estimate:
     rooms = [stage.kv_room for stage in stages]
     load, goal = question.load(), question.goal
     tokens = kv_capacity_tokens(question.table, shares, rooms, load)
-    fits = all(
-        kv_bytes_of_sequence(question.table, share, goal.longest, load, question.memory_engine) <= room
-        for share, room in zip(shares, rooms, strict=True)
-    )
-    if not fits:
+    if not has_room(question, shares, rooms):
         return Estimate(candidate, stages, tokens, False, 0)
     replica = Replica(stages_of(question, candidate), tokens, question.known.engines[goal.engine], question.known)
     copies = len(candidate.replicas)
@@ -168,6 +165,15 @@ def estimate(question: Question, candidate: Candidate) -> Estimate:
             break  # more requests at once are never answered sooner
         each *= 2
     return min(tried, key=lambda some: rank_key(goal, some))
+
+
+def has_room(question: Question, shares: Sequence[RankShare], rooms: Sequence[int]) -> bool:
+    """Whether a sequence of the goal's length fits into the bytes that each stage's ranks have for KV cache."""
+    return all(
+        kv_bytes_of_sequence(question.table, share, question.goal.longest, question.load(), question.memory_engine)
+        <= room
+        for share, room in zip(shares, rooms, strict=True)
+    )
 
 
 def _ceil(count: int, parts: int) -> int:

@@ -79,29 +79,36 @@ class Replica:
 
     def decode(self, workload: Workload, running: float) -> tuple[StepTime, ...]:
         """A decoding step of `running` requests half way through their output, by stage."""
-        return self._step(self._rows(workload, running))
+        return self.step(self.rows(workload, running))
 
     def prompt(self, workload: Workload, running: float, together: float = 1) -> tuple[float, float]:
         """Seconds that each of so many prompts adds to a step in which `running` requests decode: through all stages,
         and at the slowest of them. A prompt's tokens look back on half of it in the mean, and on what is cached."""
-        decodes = self._rows(workload, running)
-        both = replace(
-            decodes,
+        decodes, both = self.rows(workload, running), self.rows_with_prompts(workload, running, together)
+        times = [
+            (after.total - before.total) / together
+            for after, before in zip(self.step(both), self.step(decodes), strict=True)
+        ]
+        return sum(times), max(times)
+
+    def rows_with_prompts(self, workload: Workload, running: float, together: float = 1) -> StepBatch:
+        """The same step with so many prompts."""
+        return replace(
+            self.rows(workload, running),
             prompt_tokens=together * workload.input_len * (1 - workload.cached),
             prompt_context=workload.input_len * (1 + workload.cached) / 2,
             graph=False,
         )
-        times = [
-            (after.total - before.total) / together
-            for after, before in zip(self._step(both), self._step(decodes), strict=True)
-        ]
-        return sum(times), max(times)
 
-    def _rows(self, workload: Workload, running: float) -> StepBatch:
+    def prompts_together(self, workload: Workload, running: float) -> float:
+        """Prompts that arrive within one step share the next, as far as it may be long."""
+        return min(max(running / workload.output_len, 1), max(self.engine.chunk / workload.input_len, 1))
+
+    def rows(self, workload: Workload, running: float) -> StepBatch:
         """A pipeline that is full holds one part of the requests in each stage."""
         return StepBatch(max(running / len(self.stages), 1), workload.input_len + workload.output_len / 2)
 
-    def _step(self, batch: StepBatch) -> tuple[StepTime, ...]:
+    def step(self, batch: StepBatch) -> tuple[StepTime, ...]:
         return tuple(step_time(stage, batch, self.engine, self.known.efficiency) for stage in self.stages)
 
 
@@ -112,8 +119,7 @@ def serve(replica: Replica, workload: Workload) -> Served:
     running = max(min(workload.concurrency - workload.slots_lost, room, engine.most_running), 1)
     decode = replica.decode(workload, running)
     step = sum(time.total for time in decode)
-    # Prompts that arrive within one step share the next, as far as it may be long.
-    together = min(max(running / output, 1), max(engine.chunk / workload.input_len, 1))
+    together = replica.prompts_together(workload, running)
     through, slowest = replica.prompt(workload, running)
     shared = slowest if together == 1 else replica.prompt(workload, running, together)[1]
     gaps = max(output - 1, 1)

@@ -255,19 +255,19 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     num_layers, launched = 0, 0.0
     for layer, count in stage.kinds:
         num_layers += count
-        launched += count * _launches(layer)
-        weights, macs = _plain_work(layer, tp, rows)
+        launched += count * launches(layer)
+        weights, macs = plain_work(layer, tp, rows)
         side_memory = weights * stored_bits(stage.weight_bits) / 8 / (memory * efficiency.memory)
         side_compute = 2 * macs / plain_flops
         if layer.experts is not None:
-            expert_memory, expert_compute = _expert_work(stage, layer, rows, efficiency)
+            expert_memory, expert_compute = expert_work(stage, layer, rows, efficiency)
             side_memory += expert_memory
             side_compute += expert_compute / engine.matmul
-        linear += count * _rounded_max(side_memory, side_compute, efficiency.sharpness)
+        linear += count * rounded_max(side_memory, side_compute, efficiency.sharpness)
         linear_memory += count * side_memory
         linear_compute += count * side_compute
         attention += count * _attention(stage, layer, batch, efficiency)
-        activations += count * rows * 2 * efficiency.passes * _activation_numbers(layer, stage.hidden, tp) / memory
+        activations += count * rows * 2 * efficiency.passes * activation_numbers(layer, stage.hidden, tp) / memory
     path = stage.graph_path if batch.graph else stage.eager_path
     communication = 0.0
     if path is not None:
@@ -283,7 +283,7 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         # Every row that decodes samples, and of a prompt the last one; the logits are fp32.
         sampled = batch.decodes + (batch.prompt_tokens > 0)
         read = stage.head.params * 2 / tp / (memory * efficiency.memory)
-        head = _rounded_max(read, read * sampled / rows_at_corner(device, efficiency), efficiency.sharpness)
+        head = rounded_max(read, read * sampled / rows_at_corner(device, efficiency), efficiency.sharpness)
         head += sampled * stage.head.outputs * 4 * LOGIT_PASSES / tp / memory
     return StepTime(
         linear,
@@ -327,12 +327,13 @@ def stored_bits(weight_bits: float) -> float:
     return weight_bits * SCALES if weight_bits == 4 else weight_bits
 
 
-def _rounded_max(a: float, b: float, power: float) -> float:
+def rounded_max(a: float, b: float, power: float) -> float:
+    """The larger of two times, more where they are alike: (a^p + b^p)^(1/p)."""
     larger, smaller = max(a, b), min(a, b)
     return larger * float((1 + (smaller / larger) ** power) ** (1 / power))
 
 
-def _plain_work(layer: Layer, tp: int, rows: float) -> tuple[float, float]:
+def plain_work(layer: Layer, tp: int, rows: float) -> tuple[float, float]:
     """Weights that a rank reads, and multiply-adds that it does, of a layer's plain matrices."""
     weights = 0.0
     for matrix in layer.matrices:
@@ -340,7 +341,7 @@ def _plain_work(layer: Layer, tp: int, rows: float) -> tuple[float, float]:
     return weights, weights * rows
 
 
-def _expert_work(stage: Stage, layer: Layer, rows: float, efficiency: Efficiency) -> tuple[float, float]:
+def expert_work(stage: Stage, layer: Layer, rows: float, efficiency: Efficiency) -> tuple[float, float]:
     """Seconds by memory and by arithmetic of the routed experts.
 
     Of E experts, `rows` tokens that choose k each by chance touch E·(1 - (1 - k/E)^rows) (coupon collector).
@@ -376,14 +377,14 @@ def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficie
     return seconds
 
 
-def _launches(layer: Layer) -> float:
+def launches(layer: Layer) -> float:
     """Kernels of a layer against those of a dense one, which has four products: routed experts bring their products,
     and the choice, the sorting and the adding up of rows."""
     routed = len(layer.experts.matrices) + 3 if layer.experts else 0
     return (len(layer.matrices) + routed) / 4
 
 
-def _activation_numbers(layer: Layer, hidden: int, tp: int) -> float:
+def activation_numbers(layer: Layer, hidden: int, tp: int) -> float:
     """Numbers of a token that a layer's products take and give, per rank."""
     wide = sum(matrix.outputs / tp for matrix in layer.matrices if matrix.cut == "column")
     if layer.experts is not None:
