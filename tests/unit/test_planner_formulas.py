@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+
 from holdfast.hardware.cluster import cluster_of
 from holdfast.planner.breakdown import (
     decode_parts,

@@ -13,11 +13,14 @@ from holdfast.core.errors import ConfigError, UserError
 from holdfast.hardware.cluster import Cluster, cluster_of
 from holdfast.hardware.cluster_file import read_cluster
 from holdfast.hardware.detect import this_machine
-from holdfast.planner import emit, explain, page, report
+from holdfast.planner import emit, report
 from holdfast.planner.config import PlanConfig
+from holdfast.planner.facts import as_json
+from holdfast.planner.formulas import show_formulas
 from holdfast.planner.goal import Goal
 from holdfast.planner.search import Found, search
 from holdfast.planner.shapes.load import load_shape, load_spec
+from holdfast.planner.shortfall import nothing_fits
 
 
 def run(model: str, config: PlanConfig) -> int:
@@ -26,15 +29,17 @@ def run(model: str, config: PlanConfig) -> int:
     good = found.best.served is not None and not found.best.misses
     console = Console(width=100 if not sys.stdout.isatty() else None)
     if config.out.json:
-        print(json.dumps(report.as_json(found), indent=2))
+        print(json.dumps(as_json(found), indent=2))
     else:
         report.show(found, console)
         if config.out.explain and found.best.served is not None:
-            console.print(explain.formulas(found))
+            show_formulas(found, console)
     if config.out.html is not None:
+        from holdfast.planner import page
+
         _write(Path(config.out.html), page.html(found), "--html")
     if not good and not config.out.json:
-        console.print(explain.nothing_fits(found), style="bold")
+        console.print(nothing_fits(found), style="bold")
     if config.out.output is not None:
         _write_plan(model, found, Path(config.out.output))
     return 0 if good else 1
