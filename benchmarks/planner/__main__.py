@@ -76,7 +76,7 @@ def report_serving(console: Console, rows: list[dict[str, str]], without: str | 
     )
     print_errors(console, "by source and device", group_errors(judged, by_device=True), ("kind", "source", "gpu"))
     print_worst(console, judged)
-    for margin in (1.0, 1.1):
+    for margin in (1.0, 1.05):
         print_picks(console, judged, margin)
     print_picks(console, judge(usable, known)[0], 1.0)
     console.print(f"{sum(refused.values())} rows that cannot be predicted:")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from holdfast.planner.answers import kind_of
+from holdfast.planner.metrics import kind_of
 from holdfast.planner.predict import predict
 from holdfast.planner.timing import parse_coefficients
 
@@ -25,7 +25,7 @@ SERVING = ("layer", "layer_eager", "step", "row", "mixing", "first_token", "fron
 OF_ENGINE = {
     "trtllm": SERVING,
     "vllm": SERVING[:6],
-    "sglang": SERVING,
+    "sglang": (*SERVING[:6], "most_running"),
     "fastertransformer": ("matmul", "layer", "layer_eager", "step", "row"),
     "megatron": ("matmul", "layer", "layer_eager"),
     "layerwise": ("matmul", "layer", "layer_eager"),

@@ -83,6 +83,7 @@ SERVE_FLAGS = [
 
 
 TOPO_FLAGS = ["--file", "--gpu", "--json", "--no-json"]
+PREDICT_FLAGS = ["--rows", "--output", "--json", "--no-json"]
 PROBE_FLAGS = ["--output", "--max-ranks", "--pool-bytes", "--rounds"]
 
 
@@ -111,8 +112,36 @@ def test_the_flags_of_serve_are_frozen() -> None:
     assert flags_of("serve") == SERVE_FLAGS
 
 
-def test_the_flags_of_topo_and_probe_are_frozen() -> None:
+PLAN_FLAGS = [
+    "--cluster",
+    "--gpus",
+    "--objective",
+    "--ttft",
+    "--tpot",
+    "--input-len",
+    "--output-len",
+    "--context",
+    "--concurrency",
+    "--weight-bits",
+    "--kv-cache-dtype",
+    "--engine",
+    "--output",
+    "-o",
+    "--json",
+    "--no-json",
+    "--explain",
+    "--no-explain",
+    "--html",
+]
+
+
+def test_the_flags_of_plan_are_frozen() -> None:
+    assert flags_of("plan") == PLAN_FLAGS
+
+
+def test_the_flags_of_topo_probe_and_predict_are_frozen() -> None:
     assert flags_of("topo") == TOPO_FLAGS
+    assert flags_of("predict") == PREDICT_FLAGS
     assert flags_of("probe") == PROBE_FLAGS
 
 
@@ -253,6 +282,8 @@ def test_what_the_user_did_wrong_is_one_line_and_exit_2() -> None:
         (["serve", "x", "--shutdown-timeout", "nan"], "--shutdown-timeout nan"),
         (["serve", ""], "MODEL ''"),
         (["serve", "x" * 300], "no such file or folder"),
+        (["predict"], "--rows"),
+        (["predict", "--rows", "nowhere.csv"], "--rows nowhere.csv: No such file"),
         (["bench", "serve", "--base-url", "http://[::1"], "--base-url http://[::1"),
         (["bench", "serve", "--api-key", "schlüssel"], "--api-key"),
     ],
@@ -267,7 +298,16 @@ def test_odd_values_are_one_line_and_exit_2(arguments: list[str], flag: str) -> 
 
 
 def test_commands_that_do_not_exist_are_not_offered() -> None:
-    assert set(typer.main.get_command(app).commands) == {"serve", "drain", "topo", "probe", "bench", "chaos"}
+    assert set(typer.main.get_command(app).commands) == {
+        "serve",
+        "plan",
+        "drain",
+        "topo",
+        "probe",
+        "predict",
+        "bench",
+        "chaos",
+    }
     assert holdfast("plan").returncode == 2
 
 

@@ -24,6 +24,8 @@ from support.data import data
         ("NVIDIA H100 80GB HBM3", "H100-80GB-SXM"),
         ("NVIDIA H100 PCIe", "H100-80GB-PCIe"),
         ("H200-SXM-141GB", "H200-141GB-SXM"),
+        ("NVIDIA A800-SXM4-80GB", "A800-80GB-SXM"),
+        ("H800", "H800-80GB-SXM"),
         ("NVIDIA B200", "B200-180GB"),
         ("B200-192GB", "B200-180GB"),
         ("178.36GiB-GPU", "B200-180GB"),

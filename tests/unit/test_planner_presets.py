@@ -113,6 +113,8 @@ def test_every_preset_is_a_shape():
         ("google/gemma-3-4b-it", "Gemma-3-4B"),
         ("openai/gpt-oss-20b", "gpt-oss-20b"),
         ("deepseek-ai/DeepSeek-R1", "DeepSeek-R1"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "Llama-3.3-70B"),
+        ("lmsys/vicuna-13b-v1.5", "Llama-2-13B"),
     ],
 )
 def test_names_are_found_however_they_are_spelt(spelling: str, name: str):

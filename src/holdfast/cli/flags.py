@@ -101,7 +101,8 @@ def _flag(field: dataclasses.Field[Any], hint: Any, panel: str) -> tuple[Any, An
         hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
     extra["show_default"] = default not in (None, [])
     extra["metavar"] = field.metadata.get("metavar", "BYTES" if "parser" in extra else _metavar(hint))
-    return Annotated[hint, typer.Option(declaration, **extra)], default
+    short = [field.metadata["short"]] if "short" in field.metadata else []
+    return Annotated[hint, typer.Option(declaration, *short, **extra)], default
 
 
 def _metavar(hint: Any) -> str | None:

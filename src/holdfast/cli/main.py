@@ -16,6 +16,7 @@ from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, UserError
 from holdfast.hardware.config import TopoConfig
 from holdfast.operate.config import DrainConfig
+from holdfast.planner.config import PlanConfig, PredictConfig
 from holdfast.probe.config import ProbeConfig
 
 app = typer.Typer(
@@ -109,6 +110,31 @@ def drain(
 
 
 @app.command(cls=PanelHelp)
+@with_flags(PlanConfig)
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A config.json, a folder, a .gguf file, a published model's name or a hub id.",
+            show_default=False,
+        ),
+    ],
+    config: PlanConfig,
+) -> None:
+    """How to lay MODEL over GPUs, and why: memory of each rank, communication, times, and what beat each other plan.
+
+    holdfast plan Llama-3.1-70B --gpus 8xA100-80GB --tpot 50
+
+    No GPU and no weights are needed. Exit code 1 when no plan fits or keeps the limits.
+    """
+    config.check()
+    from holdfast.planner.run import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(model, config))
+
+
+@app.command(cls=PanelHelp)
 @with_flags(TopoConfig)
 def topo(config: TopoConfig) -> None:
     """Draw which devices are joined by fast links, the slow edges between them, and good groups of devices.
@@ -129,6 +155,21 @@ def probe(config: ProbeConfig) -> None:
     """
     config.check()
     from holdfast.probe.run import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(config))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(PredictConfig)
+def predict(config: PredictConfig) -> None:
+    """Hold the planner against measurements.
+
+    Every row of a CSV file comes back with what the planner says to it, the band in which nine of ten measurements
+    lie, and the error where the row has a value; what cannot be predicted, with a note that says why. A summary goes
+    to stderr.
+    """
+    config.check()
+    from holdfast.planner.predictions import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(config))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from holdfast.cache.store import StoreLayout
 from holdfast.core import lifecycle
@@ -11,10 +14,18 @@ from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Plan, places, read_plan
 from holdfast.core.spec import ModelInfo
+from holdfast.hardware.cluster import Cluster
+from holdfast.hardware.detect import this_machine
 from holdfast.hardware.host import available_memory
 from holdfast.models.parameters import expert_bytes, weight_bytes
 from holdfast.parallel.cuts import check_plan, make_plan
 from holdfast.parallel.placement import groups_of
+from holdfast.planner import emit
+from holdfast.planner.goal import Goal
+from holdfast.planner.search import search
+from holdfast.planner.shapes.shape import shape_of_spec
+
+log = logging.getLogger(__name__)
 
 STORE_LIMIT = 4_000_000_000
 STORE_SHARE = 0.2
@@ -22,22 +33,59 @@ STORE_SHARE = 0.2
 
 
 def plan_of(config: ServeConfig, model: ModelInfo) -> Plan:
-    """The plan of `--plan`, or the one that the sizes ask for. Raises `ConfigError`, which names what is wrong."""
+    """The plan of `--plan`, the one that the sizes ask for, or, where nothing is asked for, the planner's for the
+    devices of this machine; every rank with its device. Raises `ConfigError`, which names what is wrong."""
     device = config.device
     if device.plan is not None:
         plan = read_plan(device.plan)
         check_plan(plan, model.spec, f"--plan {device.plan}")
-        return plan
-    return make_plan(
-        model.spec,
-        tensor=device.tensor_parallel_size,
-        pipeline=device.pipeline_parallel_size,
-        data=device.data_parallel_size,
-        expert=device.expert_parallel_size,
-        layers=device.layers_of_stages(),
-        pipeline_batching=device.pipeline_batching,
-        shard_weights=device.shard_weights,
+    elif device.says_no_sizes:
+        plan = planned(config, model, this_machine() if device.device != "cpu" else None)
+    else:
+        plan = make_plan(
+            model.spec,
+            tensor=device.tensor_parallel_size or 1,
+            pipeline=device.pipeline_parallel_size or 1,
+            data=device.data_parallel_size or 1,
+            expert=device.expert_parallel_size,
+            layers=device.layers_of_stages(),
+            pipeline_batching=device.pipeline_batching,
+            shard_weights=device.shard_weights,
+        )
+    return msgspec.structs.replace(plan, devices=plan.devices or plan.devices_in_order)
+
+
+def planned(config: ServeConfig, model: ModelInfo, machine: Cluster | None) -> Plan:
+    """The planner's choice for the GPUs of a machine: as many tokens per second as it can have, with `--max-num-seqs`
+    requests at once of a quarter of `--max-model-len`. One rank where there are no two GPUs: a CPU's has all cores.
+
+    Raises `ConfigError` when the model does not fit them.
+    """
+    gpus = [device for device in machine.devices if device.name != "cpu"] if machine else []
+    if machine is None or len(gpus) < 2:
+        return make_plan(model.spec, pipeline_batching=config.device.pipeline_batching)
+    longest = min(config.model.max_model_len or model.spec.max_positions, model.spec.max_positions)
+    quarter = max(longest // 4, 1)
+    goal = Goal(
+        input_len=max(quarter * 3 // 4, 1),
+        output_len=max(quarter // 4, 1),
+        concurrency=config.scheduler.max_num_seqs,
+        context=longest,
     )
+    found = search(shape_of_spec(model.spec), machine, goal)
+    best = found.best
+    if best.served is None:
+        raise ConfigError(
+            f"the model does not fit the {len(gpus)} GPUs of this machine with {longest} tokens of context, however "
+            f"it is cut; holdfast plan MODEL --context {longest} tells what it would take"
+        )
+    log.info(
+        "the planner chose %s of %d plans: %.0f tokens/s expected; holdfast plan MODEL says why",
+        best.candidate.name,
+        len(found.ranking),
+        best.throughput,
+    )
+    return emit.plan_of(model.spec, best)
 
 
 def check_balancing(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:

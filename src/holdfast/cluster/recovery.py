@@ -22,7 +22,7 @@ from holdfast.cluster.starter import Starter
 from holdfast.core import lifecycle
 from holdfast.core.errors import ConfigError, ProcessDied
 from holdfast.core.plan import Place
-from holdfast.parallel.cuts import replan
+from holdfast.planner.replan import replan
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Recovery:
         epoch = self.children.by_name[member.speaker].epoch
         self.children.kill(member.processes)
         if self._is_smaller(member):
-            self.starter.use(member, self._whole.replicas[member.number])
+            self.starter.use(member, self._whole.replicas[member.number], self._whole.devices[member.number])
         log.warning("%s is started anew: %s", member.name, reason)
         self.children.send(GATEWAY, lifecycle.ReplicaLost(member.number, reason, epoch, comes_back=True, loss=loss))
         self._start_again(member)
@@ -214,7 +214,9 @@ class Recovery:
             return False
         if smaller is None:
             return False
-        self.starter.use(member, smaller)
+        devices = self.starter.boot.plan.devices[member.number]
+        rank = replica.stages[stage].ranks[index].rank
+        self.starter.use(member, smaller, devices[:rank] + devices[rank + 1 :])
         member.deaths = 0
         return True
 

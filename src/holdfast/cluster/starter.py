@@ -37,14 +37,13 @@ class Starter:
                 self._shared[place.name] = create(HEADER + packed_room(boot.model.spec, place))
         self._write()
 
-    def use(self, member: Member, plan: ReplicaPlan) -> None:
-        """Cut this replica so when it is started next."""
+    def use(self, member: Member, plan: ReplicaPlan, devices: tuple[int, ...]) -> None:
+        """Cut this replica so, over these devices, when it is started next."""
         assert member.number is not None
-        replicas = list(self.boot.plan.replicas)
-        replicas[member.number] = plan
-        self.boot = msgspec.structs.replace(
-            self.boot, plan=msgspec.structs.replace(self.boot.plan, replicas=tuple(replicas))
-        )
+        replicas, all_devices = list(self.boot.plan.replicas), list(self.boot.plan.devices)
+        replicas[member.number], all_devices[member.number] = plan, devices
+        changed = msgspec.structs.replace(self.boot.plan, replicas=tuple(replicas), devices=tuple(all_devices))
+        self.boot = msgspec.structs.replace(self.boot, plan=changed)
         member.processes = replica_processes(member.number, plan)
         self._write()
 

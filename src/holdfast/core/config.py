@@ -83,10 +83,14 @@ class DeviceConfig:
         "Keep each of these threads on a core of its own, of those that taskset allows. Of use where cores are "
         "plenty; where the gateway has to share them, the system places threads better.",
     )
-    tensor_parallel_size: int = option(
-        1, "Ranks that share each layer: a GPU each, or processes that each have their share of this machine's cores."
+    tensor_parallel_size: int | None = option(
+        None,
+        "Ranks that share each layer: a GPU each, or processes that each have their share of this machine's cores. "
+        "Default, when no size and no plan is given: as the planner finds best for this machine's GPUs; else 1.",
     )
-    pipeline_parallel_size: int = option(1, "Stages: groups of layers on ranks of their own.")
+    pipeline_parallel_size: int | None = option(
+        None, "Stages: groups of layers on ranks of their own. Default: as --tensor-parallel-size."
+    )
     pipeline_layers: str | None = option(
         None, "Layers of each stage, as in 12,10,8. Default: as even as whole layers allow."
     )
@@ -116,10 +120,11 @@ class DeviceConfig:
         "Seconds that a rank waits for another in one exchange, and that a step may stand still at most, before the "
         "replica is given up.",
     )
-    data_parallel_size: int = option(
-        1,
+    data_parallel_size: int | None = option(
+        None,
         "Copies of the model, each on a GPU (or, on CPU, a share of the cores) of its own. A request goes to the one "
-        "that knows how it begins, or to one that is less busy; when one dies the others go on.",
+        "that knows how it begins, or to one that is less busy; when one dies the others go on. Default: as "
+        "--tensor-parallel-size.",
     )
     shard_weights: bool = option(
         False,
@@ -148,6 +153,13 @@ class DeviceConfig:
         except ValueError:
             text = f"--pipeline-layers {self.pipeline_layers}: must be numbers with commas between, as in 12,10,8"
             raise ConfigError(text) from None
+
+    @property
+    def says_no_sizes(self) -> bool:
+        """Neither a plan nor anything that one would say: how to cut the model is left open."""
+        sizes = (self.tensor_parallel_size, self.pipeline_parallel_size, self.data_parallel_size)
+        others = (self.plan, self.pipeline_layers, self.expert_parallel_size)
+        return all(value is None for value in (*sizes, *others)) and not self.shard_weights
 
     def check_plan_alone(self) -> None:
         """A plan says all that the sizes say: together they contradict each other."""
@@ -317,7 +329,7 @@ class ServeConfig:
             ("--block-size", self.cache.block_size, 4096),
             ("--max-num-batched-tokens", self.scheduler.max_num_batched_tokens, 1 << 20),
         ):
-            if value > most:
+            if value is not None and value > most:
                 raise ConfigError(f"{flag} {value}: must be at most {most}")
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ConfigError(

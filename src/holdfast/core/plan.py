@@ -67,6 +67,20 @@ class ReplicaPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sum(len(stage.ranks) for stage in self.stages)
 
 
+class PlanEstimates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What chose a plan: what the planner expects of it. Seconds; tokens."""
+
+    requests: int
+    """At once, in all replicas."""
+    ttft: float
+    tpot: float
+    tokens_per_second: float
+    kv_tokens: int
+    """Room of one replica's KV cache."""
+    memory_used: float
+    """Share of the fullest device's memory that all but the KV cache takes."""
+
+
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model is cut."""
 
@@ -76,6 +90,23 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Steps in flight in a pipeline; 0: as many as it has stages."""
     shard_weights: bool = False
     """Replicas, all cut alike, hold their weights once between them: each rank 1/n of what its place has."""
+
+    devices: tuple[tuple[int, ...], ...] = ()
+    """Of each replica, rank by rank: the number of its device on the machine. (): ranks take devices in order."""
+    links: tuple[tuple[str, ...], ...] = ()
+    """Of each replica, stage by stage: what joins its ranks, by the catalogue's name. Told, not used."""
+    estimates: PlanEstimates | None = None
+    """Told, not used."""
+
+    @property
+    def devices_in_order(self) -> tuple[tuple[int, ...], ...]:
+        """What `devices` is when it is not said."""
+        counts = [replica.num_ranks for replica in self.replicas]
+        return tuple(tuple(range(sum(counts[:index]), sum(counts[: index + 1]))) for index in range(len(counts)))
+
+    def device_of(self, replica: int, rank: int) -> int:
+        """The number of a rank's device on its machine."""
+        return (self.devices or self.devices_in_order)[replica][rank]
 
     def steps_in_flight(self, replica: int) -> int:
         return self.microbatches or len(self.replicas[replica].stages)

@@ -197,6 +197,10 @@ def check_plan(plan: Plan, spec: DecoderSpec, name: str) -> None:
         raise ConfigError(f"{name}: microbatches {plan.microbatches}: must be at least 0 and at most 64")
     if plan.shard_weights and (len(plan.replicas) == 1 or len(set(plan.replicas)) > 1):
         raise ConfigError(f"{name}: shard_weights: needs several replicas (--data-parallel-size), all cut alike")
+    if plan.devices and [len(some) for some in plan.devices] != [some.num_ranks for some in plan.replicas]:
+        raise ConfigError(f"{name}: devices: must be one number for each rank of each replica")
+    if any(number < 0 for some in plan.devices for number in some):
+        raise ConfigError(f"{name}: devices: must be at least 0")
     for number, replica in enumerate(plan.replicas):
         where = f"{name}: replica {number}"
         check_ranges([stage.layers for stage in replica.stages], spec.num_layers, f"{where}: layers")

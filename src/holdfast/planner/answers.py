@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -83,8 +82,24 @@ def _served(asked: ServingRow, known: Coefficients, concurrency: float | None = 
         max(int(asked.input_len), 1), max(int(asked.output_len), 1), max(round(requests), 1),
         float(run.get("cached", 0)), int(run.get("slots_lost", 0)), int(run.get("stream_interval", 1)),
     )  # fmt: skip
-    room = kv_tokens(replace(asked, batch=None), engine.memory)
+    room: float = kv_tokens(replace(asked, batch=None), engine.memory)
+    if room < asked.input_len + asked.output_len:
+        room = math.inf  # somebody has measured it, so it did fit: `shortage` says that it should not
     return serve(Replica(tuple(stages_of(asked, engine)), room, engine, known), workload)
+
+
+def shortage(asked: ServingRow, known: Coefficients) -> str:
+    """Where the planner finds no room for a single request: how short of it a device is."""
+    engine = ENGINES[known.engines[asked.engine].memory]
+    length = (asked.input_len or 0) + (asked.output_len or 0)
+    if kv_tokens(replace(asked, batch=None), engine.name) >= length:
+        return ""
+    shares, load = shares_and_load(asked)
+    fullest = max(rank.weights for rank in plan_memory(weighed(asked), shares, load))
+    return (
+        f"should not fit: {fullest / 1e9:.3g} GB of weights on a {asked.device.name} of "
+        f"{asked.device.memory_bytes / 1e9:.3g} GB leave no room for a request; taken as if it did"
+    )
 
 
 def run_of(asked: ServingRow, known: Coefficients) -> Mapping[str, float | str]:
@@ -142,6 +157,14 @@ def _tpot(asked: ServingRow, known: Coefficients) -> float:
 def _ttft(asked: ServingRow, known: Coefficients) -> float:
     asked.needs("batch")
     return _served(asked, known).ttft
+
+
+def _latency(asked: ServingRow, known: Coefficients) -> float:
+    """Of a whole request: TTFT + (output - 1) · TPOT."""
+    asked.needs("batch", "input_len", "output_len")
+    served = _served(asked, known)
+    assert asked.output_len is not None
+    return served.ttft + max(asked.output_len - 1, 0) * served.tpot
 
 
 def _throughput(asked: ServingRow, known: Coefficients) -> float:
@@ -249,6 +272,7 @@ KINDS: Mapping[str, Callable[[ServingRow, Coefficients], float]] = MappingProxyT
     {
         "tpot": _tpot,
         "ttft": _ttft,
+        "latency": _latency,
         "throughput": _throughput,
         "static_batch": _static_batch,
         "static_prompt": _static_prompt,
@@ -262,33 +286,7 @@ KINDS: Mapping[str, Callable[[ServingRow, Coefficients], float]] = MappingProxyT
         "out_of_memory": _out_of_memory,
     }
 )
-"""What can be asked → seconds, or tokens per second."""
+"""What can be asked → seconds, bytes, tokens, or output tokens per second of all replicas together."""
 
-_NAMES = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (r"^oom", "out_of_memory"),
-        (r"^memory_used", "memory_used"),
-        (r"^mem_weights", "weights"),
-        (r"^kv_cache_(tokens|blocks16)$", "kv_tokens"),
-        (r"prompt_time_per_layer|prefill_time_per_layer", "prompt_layer"),
-        (r"decode_time_per_layer", "decode_layer"),
-        (r"decode_throughput", "decode_throughput"),
-        (r"throughput", "throughput"),
-        (r"^ttft|time_to_first", "ttft"),
-        (r"^tpot|^itl|inter_token|time_per_output", "tpot"),
-        (r"prefill_latency", "static_prompt"),
-        (r"latency_per_token", "static_token"),
-        (r"e2e_latency", "static_batch"),
-    )
-)
-
-
-def kind_of(metric: str) -> str | None:
-    """Which of `KINDS` a metric is, by the names people give it; None: none, or a percentile."""
-    if re.search(r"p\d\d|p99|percentile|max_latency", metric):
-        return None
-    for pattern, kind in _NAMES:
-        if pattern.search(metric):
-            return kind
-    return None
+SERVED = frozenset({"tpot", "ttft", "latency", "throughput"})
+"""Kinds whose requests share the room for KV."""

@@ -23,6 +23,8 @@ from holdfast.planner.communication import Fabric
 Place = tuple[int, int]
 """Of a device: its node, its number there."""
 MOST_STAGES = 64
+HALF_A_MACHINE = 4
+"""Devices at one socket, where a machine has two and eight devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ def device_groups(cluster: Cluster, device: Device, degree: int) -> list[DeviceG
         network = min((link for link in networks if link), key=lambda link: link.bandwidth)
         places = tuple((number, index) for number, node in some for index in range(per_node))
         inside = _slowest(some[0][1], range(per_node))
-        groups.append(DeviceGroup(device, places, inside, network, _as_usual(device, inside)))
+        groups.append(DeviceGroup(device, places, inside, network, _as_usual(device, inside, degree)))
     return groups
 
 
@@ -142,7 +144,7 @@ def _groups_of_node(number: int, node: Node, mine: Sequence[int], degree: int) -
         if all(node.devices[index] == device for index in group.devices):
             link = node.link or link_of(group.ring, device)
             places = tuple((number, index) for index in group.devices)
-            yield DeviceGroup(device, places, link, None, _as_usual(device, link))
+            yield DeviceGroup(device, places, link, None, _as_usual(device, link, degree))
 
 
 def _slowest(node: Node, some: Sequence[int]) -> Link:
@@ -150,11 +152,12 @@ def _slowest(node: Node, some: Sequence[int]) -> Link:
     return min(links, key=lambda link: link.bandwidth) if links else node.devices[0].pcie
 
 
-def _as_usual(device: Device, link: Link) -> bool:
-    """Whether a group's slowest link is what such devices have in a usual machine."""
+def _as_usual(device: Device, link: Link, degree: int) -> bool:
+    """Whether a group's slowest link is what such devices have in a usual machine: their own links if they have any;
+    else PCIe, and for more than four the way between two sockets."""
     if device.scale_up is not None and device.fabric != "none":
         return link.bandwidth >= device.scale_up.bandwidth
-    return link.bandwidth >= device.pcie.bandwidth
+    return link.kind == "pcie" or degree > HALF_A_MACHINE
 
 
 def kinds_of(cluster: Cluster) -> dict[Device, int]:

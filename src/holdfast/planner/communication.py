@@ -26,6 +26,9 @@ Software = Literal["nccl", "vllm", "vllm-eager", "trtllm", "torch"]
 """Who moves the bytes: NCCL called from a CUDA graph or C++; the engines' own all-reduce over peer memory, recorded
 in a graph or launched one by one; NCCL called from Python."""
 
+SLOWEST_EXCHANGE = 0.1
+"""Seconds a token may spend on latency between ranks; a service with fewer than ten tokens a second helps nobody."""
+
 SHARPNESS = 12
 """How suddenly the protocol changes: the power of the norm that stands for min()."""
 
@@ -131,7 +134,7 @@ def path_of(software: Software, fabric: Fabric, nodes: int, ranks: int, operatio
         near = _nearest(measured, software, fabric.device, ranks, operation)
         if near is not None:
             return near
-        return _drawn(STARTS[software], fabric.link, ranks, operation)
+        return _drawn(software, fabric.link, ranks, operation)
     return _between_nodes(software, fabric, nodes, ranks, operation)
 
 
@@ -146,9 +149,15 @@ def _nearest(
     return measured[software, device, 1, nearest, operation]
 
 
-def _drawn(start: Start, link: Link, ranks: int, operation: Operation) -> Path:
+def _drawn(software: Software, link: Link, ranks: int, operation: Operation) -> Path:
+    own_links = link.kind == "nvlink"
+    # Peer-memory kernels are for NVLink, or for two: vLLM's and TensorRT-LLM's leave the rest to NCCL.
+    start = STARTS[software]
+    if not own_links and ranks > 2:
+        start = max(start, STARTS["nccl"], key=lambda some: some.launch)
     low = start.launch + (start.hop + link.latency) * hops(operation, ranks) / 2
-    rate = link.bandwidth
+    # Devices on PCIe share what leads to the others: a ring of four has half the rate of a pair, of eight a quarter.
+    rate = link.bandwidth if own_links else link.bandwidth * 2 / max(ranks, 2)
     return Path(low, rate * start.rate_low, low + start.wait_high, rate * start.rate_high, link.name)
 
 
@@ -174,3 +183,22 @@ def imbalance(num_experts: int, ranks: int, routed: float) -> float:
         return 1
     mean = routed / min(ranks, num_experts)
     return min(1 + math.sqrt(2 * math.log(ranks) / mean), ranks)
+
+
+def crossing_reason(link: Link, exchanges: int, parallelism: str = "tensor parallelism") -> str | None:
+    """Why ranks that wait for each other `exchanges` times a token (`exchanges_per_token`) must not be joined by
+    `link`; None: they may be. Latency alone decides: each exchange crosses the link at least once, whatever the
+    algorithm and however many bytes it carries."""
+    seconds = exchanges * link.latency
+    if seconds <= SLOWEST_EXCHANGE:
+        return None
+    return (
+        f"{parallelism} over {link.name}: {exchanges} exchanges a token × {link.latency * 1e3:.3g} ms = "
+        f"{seconds:.3g} s a token by latency alone, whatever the bandwidth; put a replica on each side instead"
+    )
+
+
+def exchanges_per_token(num_layers: int, *, tensor: bool = False, stages: int = 1) -> int:
+    """How often the ranks of a replica wait for each other to make one token: tensor parallelism (and the all-to-alls
+    of expert parallelism) twice a layer, a pipeline at every border and once for the way back of the token."""
+    return 2 * num_layers * tensor + (stages if stages > 1 else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
@@ -17,7 +16,6 @@ from holdfast.planner.memory.ranks import (
     RankMemory,
     ServingLoad,
     ShapeTable,
-    kv_bytes_of_sequence,
     rank_memory,
     table_of,
 )
@@ -156,24 +154,30 @@ def estimate(question: Question, candidate: Candidate) -> Estimate:
     copies = len(candidate.replicas)
     if goal.concurrency is not None:
         return _judged(question, candidate, stages, replica, _ceil(goal.concurrency, copies))
-    tried, each = [], 1
     most = max(1, int(tokens / (goal.input_len + replica.engine.reserve * goal.output_len)))
-    most = min(most, MAX_SEQUENCES)
-    while each < 2 * most:
-        tried.append(_judged(question, candidate, stages, replica, min(each, most)))
-        if tried[-1].misses and len(tried) > 1:
-            break  # more requests at once are never answered sooner
-        each *= 2
-    return min(tried, key=lambda some: rank_key(goal, some))
+    return _best_load(question, candidate, stages, replica, min(most, MAX_SEQUENCES))
 
 
-def has_room(question: Question, shares: Sequence[RankShare], rooms: Sequence[int]) -> bool:
-    """Whether a sequence of the goal's length fits into the bytes that each stage's ranks have for KV cache."""
-    return all(
-        kv_bytes_of_sequence(question.table, share, question.goal.longest, question.load(), question.memory_engine)
-        <= room
-        for share, room in zip(shares, rooms, strict=True)
-    )
+def _best_load(
+    question: Question, candidate: Candidate, stages: tuple[StageMemory, ...], replica: Replica, most: int
+) -> Estimate:
+    """With as many requests at once as serve the goal best: doubled until a limit is broken, since more at once are
+    never answered sooner, then halved in between."""
+    tried, each = [_judged(question, candidate, stages, replica, 1)], 1
+    while each < most and not tried[-1].misses:
+        each = min(2 * each, most)
+        tried.append(_judged(question, candidate, stages, replica, each))
+    low, high = each // 2, each
+    while _breaks(tried) and high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        tried.append(_judged(question, candidate, stages, replica, middle))
+        low, high = (low, middle) if tried[-1].misses else (middle, high)
+    return min(tried, key=lambda some: rank_key(question.goal, some))
+
+
+def _breaks(tried: list[Estimate]) -> bool:
+    """Some load breaks a limit and a smaller one does not."""
+    return any(some.misses for some in tried) and not tried[0].misses
 
 
 def _ceil(count: int, parts: int) -> int:
@@ -291,8 +295,8 @@ def worth(goal: Goal, some: Estimate) -> float:
 
 
 def simplicity(candidate: Candidate) -> tuple[object, ...]:
-    """Smaller is simpler: weights where they are used, stages alike, few of them, few ranks to a layer."""
-    return (candidate.shard_weights, not candidate.is_even, len(candidate.layers), max(candidate.degrees))
+    """Smaller is simpler: weights where they are used, few stages, few ranks to a layer."""
+    return (candidate.shard_weights, len(candidate.layers), max(candidate.degrees))
 
 
 def seconds(value: float) -> str:

@@ -14,6 +14,7 @@ from holdfast.planner.timing import (
     Stage,
     StepBatch,
     activation_numbers,
+    launches,
     plain_work,
     rounded_max,
     rows_at_corner,
@@ -46,12 +47,13 @@ def step_lines(section: str, stage: Stage, batch: StepBatch, replica: Replica) -
         lines += _attention(step, layer, layers, which)
         lines.append(_activations(step, layer, layers, which))
     lines += _communication(section, stage, batch, efficiency)
-    num_layers = sum(layers for _, layers in stage.kinds)
+    launched = sum(layers * launches(layer) for layer, layers in stage.kinds)
     each = engine.layer if batch.graph else max(engine.layer, engine.layer_eager)
-    overhead = num_layers * each
+    overhead = launched * each
     lines.append(
         Line(
-            section, "layer overhead", "layers × what a layer takes at least", f"{num_layers} · {seconds_of(each)}",
+            section, "layer overhead", "layers × their kernels / a dense one's × what that takes at least",
+            f"{number(launched)} · {seconds_of(each)}",
             overhead, seconds_of(overhead),
         )
     )  # fmt: skip

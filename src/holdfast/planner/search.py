@@ -27,7 +27,7 @@ from holdfast.planner.memory.shares import even_layers
 from holdfast.planner.shapes.shape import ModelShape
 from holdfast.planner.timing import Coefficients, StepBatch, coefficients, step_time
 
-ALIKE = 0.03
+ALIKE = 0.02
 """Plans that differ by less than this in what is wanted are taken for equally good."""
 MOST_PER_KIND = 4000
 """Candidates of several kinds of devices that are looked at."""

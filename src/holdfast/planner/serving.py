@@ -115,10 +115,8 @@ class Replica:
 def serve(replica: Replica, workload: Workload) -> Served:
     """The steady state of `workload` on a replica."""
     engine, load, output = replica.engine, replica.known.load, workload.output_len
-    running = min(
-        workload.concurrency - workload.slots_lost, replica.kv_tokens / (workload.input_len + engine.reserve * output)
-    )
-    running = max(running, 1)
+    room = replica.kv_tokens / (workload.input_len + engine.reserve * output)
+    running = max(min(workload.concurrency - workload.slots_lost, room, engine.most_running), 1)
     decode = replica.decode(workload, running)
     step = sum(time.total for time in decode)
     together = replica.prompts_together(workload, running)
@@ -140,3 +138,10 @@ def serve(replica: Replica, workload: Workload) -> Served:
     tpot -= held / gaps
     throughput = workload.concurrency * output / (ttft + tpot * (output - 1))
     return Served(ttft, tpot, throughput, running, decode, slowest, wait, queue, front, burst)
+
+
+def bubble(stages: int, microbatches: int) -> float:
+    """Share of the time in which a stage of a pipeline stands idle while `microbatches` pass through: (p - 1) /
+    (m + p - 1) (Huang et al., GPipe, NeurIPS 2019, section 2.3). Where decoding goes on, the next microbatches follow
+    at once, and only fewer microbatches than stages leave a gap."""
+    return (stages - 1) / (microbatches + stages - 1)

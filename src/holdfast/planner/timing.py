@@ -88,6 +88,8 @@ class Engine:
     """How it takes memory, of `engines.ENGINES`."""
     chunk: int
     """Tokens of a step at most."""
+    most_running: float
+    """Requests at once at most, whatever room there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +144,16 @@ class Stage:
     weight_bits: float
     expert_bits: float
     kv_bits: float
-    next_path: Path | None
-    """To the stage that follows; None: it is the last."""
-    gather_path: Path | None
-    """To the other replicas, where these hold the weights together: what a rank lacks comes over it in every step."""
-    gathered: float
-    """Bytes of it."""
-    graph_path: Path | None
+    graph_path: Path | None = None
     """For the all-reduces of a step from a graph; None: one rank."""
-    eager_path: Path | None
+    eager_path: Path | None = None
+    """The same of a step that is launched kernel by kernel."""
+    next_path: Path | None = None
+    """To the stage that follows; None: it is the last."""
+    gather_path: Path | None = None
+    """To the other replicas, where these hold the weights together: what a rank lacks comes over it in every step."""
+    gathered: float = 0
+    """Bytes of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +252,10 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     memory = device.memory_bandwidth
     plain_flops = flops_of(device, stage.weight_bits, efficiency) * engine.matmul
     linear = linear_memory = linear_compute = attention = activations = 0.0
-    num_layers = 0
+    num_layers, launched = 0, 0.0
     for layer, count in stage.kinds:
         num_layers += count
+        launched += count * launches(layer)
         weights, macs = plain_work(layer, tp, rows)
         side_memory = weights * stored_bits(stage.weight_bits) / 8 / (memory * efficiency.memory)
         side_compute = 2 * macs / plain_flops
@@ -286,7 +290,7 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         attention,
         activations,
         communication,
-        layer_time * num_layers,
+        layer_time * launched,
         head,
         engine.step + engine.row * batch.decodes,
         linear_memory,
@@ -371,6 +375,13 @@ def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficie
         flops = 2 * width * batch.prompt_tokens * seen / tp
         seconds += flops / (flops_of(device, 16, efficiency) / efficiency.matmul[16] * efficiency.attention)
     return seconds
+
+
+def launches(layer: Layer) -> float:
+    """Kernels of a layer against those of a dense one, which has four products: routed experts bring their products,
+    and the choice, the sorting and the adding up of rows."""
+    routed = len(layer.experts.matrices) + 3 if layer.experts else 0
+    return (len(layer.matrices) + routed) / 4
 
 
 def activation_numbers(layer: Layer, hidden: int, tp: int) -> float:

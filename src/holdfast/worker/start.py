@@ -67,6 +67,11 @@ class Post:
         return sum(replica.num_ranks for replica in before) + self.place.shard.rank
 
     @property
+    def device(self) -> int:
+        """Number of its GPU on this machine."""
+        return self.plan.device_of(self.replica, self.place.shard.rank)
+
+    @property
     def num_ranks(self) -> int:
         """Of all replicas."""
         return sum(replica.num_ranks for replica in self.plan.replicas)
@@ -84,7 +89,7 @@ def start_runner(
     Raises `ConfigError` when the device or its memory is not there, `ModelError` when the checkpoint is bad.
     """
     post = post or Post.alone(model)
-    device = pick_device(config.device, post.number, post.num_ranks)
+    device = pick_device(config.device, post.device, post.num_ranks)
     most, crowded = max(1, usable_cores() // post.num_ranks), len(os.sched_getaffinity(0)) < post.num_ranks
     if device.type == "cpu" and post.num_ranks > 1:
         os.sched_setaffinity(0, _share_of_cores(post.number, post.num_ranks))

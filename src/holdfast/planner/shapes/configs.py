@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from holdfast.core.errors import ModelError
+from holdfast.core.spec import DecoderSpec
 from holdfast.models.config import Config, hf_config
 from holdfast.models.families import FAMILIES
 from holdfast.planner.shapes import families, latent, states
@@ -86,6 +87,14 @@ def shape_of_config(config: Mapping[str, Any], name: str = "") -> ModelShape:
         shape = replace(shape, tower_params=checked.integer("tower_params"))
     _check_fit(shape, checked.path)
     return with_stored_bits(replace(shape, name=checked.path), Config(checked.path, config))
+
+
+def spec_of_config(config: Mapping[str, Any], name: str = "") -> DecoderSpec:
+    """The decoder of a config.json that the runtime serves. Raises `ModelError` for one that it does not."""
+    family = _SERVED.get(str(config.get("model_type")))
+    if family is None or family != config.get("model_type"):
+        raise ModelError(f"{name or 'config.json'}: Holdfast does not serve model_type {config.get('model_type')!r}")
+    return FAMILIES[family].spec(hf_config(name or family, dict(config)))
 
 
 def _without_positions(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from holdfast.core.errors import ConfigError, ModelError
+from holdfast.core.spec import DecoderSpec
 from holdfast.models.gguf_file import TENSOR_TYPES, read_gguf
 from holdfast.models.hub import CONFIG_FILES, resolve_model
 from holdfast.models.inspect import inspect_model
 from holdfast.models.safetensors_file import read_json
-from holdfast.planner.shapes.configs import shape_of_config
-from holdfast.planner.shapes.presets import find_model
+from holdfast.planner.shapes.configs import shape_of_config, spec_of_config
+from holdfast.planner.shapes.presets import find_model, preset_config
 from holdfast.planner.shapes.shape import ModelShape, shape_of_spec
 
 
@@ -33,6 +34,23 @@ def load_shape(model: str) -> ModelShape:
         if "/" not in model and not model.endswith((".json", ".gguf")):
             raise
     return _shape_of_folder(Path(resolve_model(model, files=CONFIG_FILES)), model)
+
+
+def load_spec(model: str) -> DecoderSpec:
+    """The decoder of what `load_shape` takes, for the runtime. Raises `ModelError` where it does not serve it."""
+    path = Path(os.path.expanduser(model))
+    if path.suffix == ".gguf" and path.exists():
+        return inspect_model(str(path)).spec
+    if path.is_dir():
+        path /= "config.json"
+    if path.exists():
+        return spec_of_config(read_json(path), str(path))
+    try:
+        known, config = preset_config(model)
+    except ConfigError:
+        folder = Path(resolve_model(model, files=CONFIG_FILES))
+        known, config = model, read_json(folder / "config.json")
+    return spec_of_config(config, known)
 
 
 def _shape_of_path(path: Path) -> ModelShape:

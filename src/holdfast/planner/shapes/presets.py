@@ -40,10 +40,18 @@ def preset_names() -> list[str]:
 
 
 def find_model(name: str) -> ModelShape:
-    """The shape of a published model by its name, as "Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct", "gpt3 175b".
+    """The shape of a published model by its name; see `preset_config`. "FP8" in the name means weights of 8 bits."""
+    known, config = preset_config(name)
+    shape = shape_of_config(config, known)
+    return replace(shape, weight_bits=8, expert_bits=8) if "fp8" in _words(name.rpartition("/")[2]) else shape
+
+
+def preset_config(name: str) -> tuple[str, Mapping[str, Any]]:
+    """A published model's first name and config, by a name as "Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct",
+    "gpt3 175b".
 
     An organisation before a slash, upper case, signs between the words and words that say nothing of the shape are
-    not looked at; "FP8" in a name means weights of 8 bits. Raises `ConfigError` with near matches.
+    not looked at. Raises `ConfigError` with near matches.
     """
     organisation, _, bare = name.rpartition("/")
     if "/" in organisation or (organisation in {"", ".", "..", "~"} and "/" in name):
@@ -53,9 +61,7 @@ def find_model(name: str) -> ModelShape:
     presets = _presets()
     for key in ("".join(words), "".join(word for word in words if word != "fp8"), plain):
         if key in presets:
-            known, config = presets[key]
-            shape = shape_of_config(config, known)
-            return replace(shape, weight_bits=8, expert_bits=8) if "fp8" in words else shape
+            return presets[key]
     near = difflib.get_close_matches(plain, presets, n=5, cutoff=0.6)
     names = list(dict.fromkeys(presets[key][0] for key in near))
     hint = (

@@ -1,0 +1,88 @@
+"""`holdfast plan`: from its flags to a report and a plan file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from holdfast.core.errors import ConfigError, UserError
+from holdfast.hardware.cluster import Cluster, cluster_of
+from holdfast.hardware.cluster_file import read_cluster
+from holdfast.hardware.detect import this_machine
+from holdfast.planner import emit, report
+from holdfast.planner.config import PlanConfig
+from holdfast.planner.facts import as_json
+from holdfast.planner.formulas import show_formulas
+from holdfast.planner.goal import Goal
+from holdfast.planner.search import Found, search
+from holdfast.planner.shapes.load import load_shape, load_spec
+from holdfast.planner.shortfall import nothing_fits
+
+
+def run(model: str, config: PlanConfig) -> int:
+    """Exit code: 0 when there is a plan that fits and keeps the limits, 1 when there is none."""
+    found = search(load_shape(model), cluster_from(config), goal_of(config))
+    good = found.best.served is not None and not found.best.misses
+    console = Console(width=100 if not sys.stdout.isatty() else None)
+    if config.out.json:
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        report.show(found, console)
+        if config.out.explain and found.best.served is not None:
+            show_formulas(found, console)
+    if config.out.html is not None:
+        from holdfast.planner import page
+
+        _write(Path(config.out.html), page.html(found), "--html")
+    if not good and not config.out.json:
+        console.print(nothing_fits(found), style="bold")
+    if config.out.output is not None:
+        _write_plan(model, found, Path(config.out.output))
+    return 0 if good else 1
+
+
+def cluster_from(config: PlanConfig) -> Cluster:
+    if config.where.cluster is not None:
+        return read_cluster(config.where.cluster)
+    if config.where.gpus is not None:
+        return cluster_of(config.where.gpus)
+    return this_machine()
+
+
+def goal_of(config: PlanConfig) -> Goal:
+    what = config.what
+    return Goal(
+        objective=what.objective,
+        input_len=what.input_len,
+        output_len=what.output_len,
+        concurrency=what.concurrency,
+        ttft=None if what.ttft is None else what.ttft / 1e3,
+        tpot=None if what.tpot is None else what.tpot / 1e3,
+        context=what.context,
+        weight_bits=what.weight_bits,
+        kv_format="bfloat16" if what.kv_cache_dtype == "auto" else what.kv_cache_dtype,
+        engine=what.engine,
+    )
+
+
+def _write_plan(model: str, found: Found, file: Path) -> None:
+    """Of the best that fits and that the runtime can cut so."""
+    if found.best.served is None:
+        raise ConfigError(f"--output {file}: no plan fits, so none is written")
+    try:
+        plan = emit.plan_of(load_spec(model), found.best)
+    except UserError as error:
+        raise ConfigError(f"--output {file}: Holdfast cannot run this plan: {error}") from error
+    _write(file, msgspec.json.format(msgspec.json.encode(plan), indent=1).decode(), "--output")
+    print(f"the plan is in {file}; holdfast serve {model} --plan {file} runs it", file=sys.stderr)
+
+
+def _write(file: Path, text: str, flag: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{flag} {file}: cannot be written: {error.strerror}") from error

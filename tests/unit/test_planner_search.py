@@ -1,0 +1,222 @@
+"""The search: what it finds on known clusters, that it keeps what it promises, and that it is quick."""
+
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.core.errors import ConfigError
+from holdfast.hardware.catalogue import find_device, find_link
+from holdfast.hardware.cluster import Cluster, Node, cluster_of
+from holdfast.hardware.topology import parse_topology
+from holdfast.planner.candidates import Candidate, balanced, device_groups
+from holdfast.planner.estimate import Question, estimate, rank_key, worth
+from holdfast.planner.goal import Goal
+from holdfast.planner.search import candidates, search
+from holdfast.planner.shapes.load import load_shape
+from holdfast.planner.timing import coefficients
+from support.data import data
+
+LLAMA_8B, LLAMA_70B, GPT_3 = (load_shape(name) for name in ("Llama-3.1-8B", "Llama-3.1-70B", "GPT-3 175B"))
+
+
+def test_every_layer_of_every_replica_is_held_once_by_devices_of_its_own() -> None:
+    for text in ("8xA100-80GB", "2xH100,4xL40S", "2x8xH100", "3xRTX-4090"):
+        question = Question.of(LLAMA_70B, cluster_of(text), Goal(), coefficients())
+        made = list(candidates(question))
+        assert made
+        for candidate in made:
+            places = [place for groups in candidate.replicas for group in groups for place in group.places]
+            assert len(places) == len(set(places))
+            assert sum(candidate.layers) == LLAMA_70B.num_layers
+            assert len({tuple(group.degree for group in groups) for groups in candidate.replicas}) == 1
+            assert all(len(groups) == len(candidate.layers) for groups in candidate.replicas)
+
+
+def test_175b_needs_all_eight_devices_of_80_gb() -> None:
+    """350 GB of weights: no replica on four devices (320 GB) unless replicas hold the weights together."""
+    found = search(GPT_3, cluster_of("8xA100-80GB"), Goal(concurrency=8))
+    assert found.best.candidate.name == "TP8"
+    for some in found.ranking:
+        whole = len(some.candidate.replicas) == 1 or some.candidate.shard_weights
+        assert some.fits == whole, some.candidate.name
+    # 349 GB of 16-bit weights over eight ranks
+    weights = found.best.stages[0].memory.weights
+    assert weights == pytest.approx(GPT_3.params * 2 / 8, rel=0.01)
+
+
+def test_what_is_chosen_is_best_by_its_own_figures() -> None:
+    goal = Goal(tpot=0.05, concurrency=64)
+    found = search(LLAMA_70B, cluster_of("8xH100"), goal)
+    keeping = [some for some in found.ranking if some.served is not None and not some.misses]
+    assert keeping
+    best = min(worth(goal, some) for some in keeping)
+    assert worth(goal, found.best) == pytest.approx(best, rel=0.021)  # or as good, and simpler
+    assert all(some.served.tpot <= 0.05 for some in keeping if some.served)
+    rest = [rank_key(goal, some) for some in found.ranking[1:]]
+    assert rest == sorted(rest)
+
+
+def test_more_room_and_more_devices_are_never_worse() -> None:
+    def best(text: str) -> float:
+        return search(LLAMA_8B, cluster_of(text), Goal(tpot=0.05)).best.throughput
+
+    assert best("1xA100-80GB") < best("2xA100-80GB") < best("4xA100-80GB") < best("8xA100-80GB")
+    assert best("8xA100-80GB") < best("8xH100") < best("8xH200")
+
+
+def test_a_slow_link_inside_a_group_costs_what_it_should() -> None:
+    """Many requests on eight PCIe devices over two sockets: all-reduces of their prompts take longer than anything
+    else, so stages are cut by layers."""
+    found = search(LLAMA_70B, cluster_of("8xL40S"), Goal(concurrency=64))
+    assert max(found.best.candidate.degrees) <= 2
+    assert len(found.best.candidate.layers) > 1
+    tp8 = next(some for some in found.ranking if some.candidate.name == "TP8")
+    assert tp8.served is not None
+    assert tp8.served.ttft > 3 * found.best.served.ttft  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "model", "goal"),
+    [
+        ("4xA100-40GB-SXM,4xA100-80GB-SXM", "Llama-3.1-70B", Goal()),
+        ("2xH100,4xL40S", "Llama-3.1-70B", Goal()),
+        ("RTX 5090,RTX 3090 Ti", "Qwen3-32B", Goal(weight_bits=4)),
+    ],
+)
+def test_mixed_devices_get_unequal_plans_that_beat_the_best_even_one(gpus: str, model: str, goal: Goal) -> None:
+    found = search(load_shape(model), cluster_of(gpus), goal)
+    assert found.best.fits
+    assert not found.best.candidate.is_even
+    assert found.best_even is None or found.best.throughput > found.best_even.throughput
+    for stage in found.best.stages:
+        assert stage.memory.without_kv < stage.device_bytes
+        assert stage.kv_room > 0
+    # no group mixes kinds of devices
+    assert {group.device.name for groups in found.best.candidate.replicas for group in groups} == {
+        device.name for device in cluster_of(gpus).devices
+    }
+
+
+def test_groups_for_tensor_parallelism_stay_in_islands() -> None:
+    """Devices 0, 2 and 1, 3 are bridged: groups of two are these, not consecutive ones."""
+    text = """
+        GPU0 GPU1 GPU2 GPU3
+GPU0    X    SYS  NV12 SYS
+GPU1    SYS  X    SYS  NV12
+GPU2    NV12 SYS  X    SYS
+GPU3    SYS  NV12 SYS  X
+"""
+    device = find_device("A100-80GB-PCIe-NVLink")
+    node = Node("bridged", (device,) * 4, parse_topology(text))
+    cluster = Cluster((node,), find_link("wan"))
+    groups = device_groups(cluster, device, 2)
+    assert sorted(tuple(index for _, index in group.places) for group in groups) == [(0, 2), (1, 3)]
+    assert all(group.link.kind == "nvlink" for group in groups)
+    assert device_groups(cluster, device, 4)[0].link.kind != "nvlink"
+
+
+def test_no_group_reaches_over_sites() -> None:
+    one, two = (replace(node, site=site) for node, site in zip(cluster_of("2x8xH100").nodes, "ab", strict=True))
+    apart = Cluster((one, two), find_link("wan"))
+    device = find_device("H100")
+    assert device_groups(apart, device, 16) == []
+    assert len(device_groups(cluster_of("2x8xH100"), device, 16)) == 1
+    found = search(LLAMA_70B, apart, Goal(concurrency=32, tpot=0.05))
+    assert all(len({node for node, _ in group.places}) == 1 for group in found.best.candidate.stages)
+    assert len(found.best.candidate.replicas) > 1
+
+
+def test_sharded_weights_take_less_memory_and_more_time() -> None:
+    question = Question.of(LLAMA_70B, cluster_of("8xA100-80GB"), Goal(concurrency=16), coefficients())
+    pairs = {}
+    for candidate in candidates(question):
+        if candidate.degrees == (4,):
+            pairs[candidate.shard_weights] = estimate(question, candidate)
+    assert pairs[True].memory_used < pairs[False].memory_used
+    assert pairs[True].throughput < pairs[False].throughput
+
+
+def test_the_unknown_and_the_impossible_are_refused_in_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"context 999999: .* knows 131072 tokens at most"):
+        search(LLAMA_8B, cluster_of("8xH100"), Goal(context=999_999))
+    with pytest.raises(ConfigError, match="engine 'none': must be one of"):
+        search(LLAMA_8B, cluster_of("8xH100"), Goal(engine="none"))
+    with pytest.raises(ConfigError, match="tpot -1: must be above 0"):
+        Goal(tpot=-1)
+    too_large = search(GPT_3, cluster_of("2xT4"), Goal())
+    assert too_large.best.served is None
+    assert not too_large.best.fits
+    too_fast = search(LLAMA_70B, cluster_of("8xH100"), Goal(tpot=0.0001, concurrency=1))
+    assert too_fast.best.misses
+    assert "TPOT" in too_fast.best.misses[0]
+
+
+def test_a_plan_for_eight_devices_takes_a_second_at_most_and_for_a_thousand_ten() -> None:
+    """CPU seconds of this process, so that what else runs does not matter."""
+    for text, limit in (("8xH100", 1.0), ("128x8xH100", 10.0)):
+        begin = time.process_time()
+        search(LLAMA_70B, cluster_of(text), Goal(tpot=0.05))
+        assert time.process_time() - begin < limit
+
+
+@given(
+    st.integers(1, 40),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=3),
+)
+def test_layers_are_balanced_exactly(num_layers: int, stages: list[tuple[int, int, int]]) -> None:
+    seconds, fixed, most = ([float(row[i]) for row in stages] for i in range(3))
+    rooms = [int(room) for room in most]
+    layers = balanced(num_layers, seconds, fixed, rooms)
+    if sum(rooms) < num_layers or len(rooms) > num_layers:
+        assert layers is None
+        return
+    assert layers is not None
+    assert sum(layers) == num_layers
+    assert all(1 <= count <= room for count, room in zip(layers, rooms, strict=True))
+
+    def slowest(some: tuple[int, ...]) -> float:
+        return max(f + s * count for f, s, count in zip(fixed, seconds, some, strict=True))
+
+    best = min(slowest(some) for some in _all(num_layers, rooms))
+    assert slowest(tuple(layers)) == pytest.approx(best)
+
+
+def _all(num_layers: int, rooms: list[int]) -> list[tuple[int, ...]]:
+    if len(rooms) == 1:
+        return [(num_layers,)] if 1 <= num_layers <= rooms[0] else []
+    return [
+        (first, *rest)
+        for first in range(1, min(rooms[0], num_layers) + 1)
+        for rest in _all(num_layers - first, rooms[1:])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("01_hgx_a100_8x_nvswitch_1nic", "A100-80GB-SXM"),
+        ("08_dgx1_v100_hybrid_cube_mesh_4nic_indented", "V100-16GB-SXM"),
+        ("07_l40s_4x_pcie_two_sockets", "L40S"),
+    ],
+)
+def test_real_topologies_keep_tensor_parallelism_on_fast_links(name: str, gpu: str) -> None:
+    topology = parse_topology(data(f"topo/{name}.txt").read_text())
+    device = find_device(gpu)
+    cluster = Cluster((Node(name, (device,) * len(topology.devices), topology),), find_link("wan"))
+    for degree in (2, 4):
+        groups = device_groups(cluster, device, degree)
+        assert groups
+        if device.scale_up is not None:
+            assert all(group.link.kind == "nvlink" for group in groups), degree
+
+
+def test_candidates_are_named_as_people_write_them() -> None:
+    groups = device_groups(cluster_of("8xH100"), find_device("H100"), 2)
+    assert Candidate(((groups[0],), (groups[1],)), (80,)).name == "TP2 × DP2"
+    assert Candidate(((groups[0], groups[1]),), (50, 30)).name == "TP2 × PP2 × layers 50+30"
+    assert Candidate(((groups[0],),), (80,), expert_parallel=True).name == "TP2 × EP2"
+    assert all(a.places < b.places for a, b in pairwise(groups))
