@@ -27,8 +27,8 @@ from holdfast.planner.summary import devices_named, runners, stage_runs
 
 SITES = """
 nodes:
-  - {name: a, gpus: 8xA100-80GB-SXM, site: "<here>", price_per_hour: 12}
-  - {name: "b & [bold]", gpus: 8xA100-80GB-SXM, site: there, price_per_hour: 12}
+  - {name: "a & [bold]", gpus: 8xA100-80GB-SXM, site: "<here>", price_per_hour: 12}
+  - {name: b, gpus: 8xA100-80GB-SXM, site: there, price_per_hour: 12}
 """
 CASES: dict[str, tuple[str, str | Cluster, Goal]] = {
     "dense": ("Llama-3.1-70B", "8xL40S", Goal()),
@@ -72,7 +72,7 @@ def test_names_of_users_are_no_markup() -> None:
     model, cluster, goal = CASES["sites"]
     assert isinstance(cluster, Cluster)
     found = search(load_shape(model), cluster, goal)
-    assert "b & [bold]" in shown(found)
+    assert "a & [bold]" in shown(found)
     page = html(found)
     assert "<here>" not in page
     assert "&lt;here&gt;" in page
@@ -152,11 +152,11 @@ def test_the_page_is_whole_and_loads_nothing(found: Found) -> None:
 
 
 def test_equal_nodes_are_drawn_once() -> None:
-    found = search(load_shape("DeepSeek-V3"), cluster_of("16x8xH100"), Goal())
+    found = search(load_shape("DeepSeek-V3"), cluster_of("6x8xH100"), Goal())
     cluster = found.question.cluster
     alike = alike_nodes(cluster, parts_by_node(cluster, found.best.candidate))
-    assert sum(map(len, alike)) == 16
-    assert len(alike) <= 4
+    assert sum(map(len, alike)) == 6
+    assert len(alike) <= 3
 
 
 def test_every_part_has_a_colour(found: Found) -> None:
