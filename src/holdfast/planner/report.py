@@ -22,8 +22,8 @@ from holdfast.planner.summary import (
     devices_named,
     error_band,
     is_pareto,
-    kinds_used,
     runners,
+    short_name,
     stage_runs,
     warnings,
 )
@@ -217,7 +217,7 @@ def _ranking(found: Found) -> Table:
         ]  # fmt: skip
         style = "bold" if number == 1 else "dim" if not some.fits or some.misses else ""
         mark = f"{number}{' ◆' if is_pareto(found, some) else ''}"
-        name = f"{some.candidate.name} {kinds_used(found.question, some.candidate)}"
+        name = short_name(found.question, some.candidate)
         table.add_row(mark, name, *figures, percent(some.spare), f"{some.kv_tokens:,}", style=style)
     return table
 

@@ -131,6 +131,11 @@ def kinds_used(question: Question, candidate: Candidate) -> str:
     return "→".join(dict.fromkeys(letters[group.device] for group in candidate.replicas[0]))
 
 
+def short_name(question: Question, candidate: Candidate) -> str:
+    """TP2 × PP2 B→A: the letters are those of `cluster_named`."""
+    return f"{candidate.name} {kinds_used(question, candidate)}".strip()
+
+
 def cluster_named(cluster: Cluster) -> str:
     """2 nodes, 16 × H100-80GB-SXM."""
     kinds = kinds_of(cluster)
