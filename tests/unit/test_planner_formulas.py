@@ -31,8 +31,8 @@ CASES = {
     "4 bits": ("Qwen3-235B-A22B", "8xH100", Goal(weight_bits=4, objective="latency")),
 }
 UNITS = {
-    "TB/s": 1e12, "GB/s": 1e9, "MB/s": 1e6, "TFLOP/s": 1e12, "GFLOP/s": 1e9, "TB": 1e12, "GB": 1e9, "MB": 1e6, "KB": 1e3,
-    "B": 1, "ms": 1e-3, "µs": 1e-6, "s": 1,
+    "TB/s": 1e12, "GB/s": 1e9, "MB/s": 1e6, "TFLOP/s": 1e12, "GFLOP/s": 1e9, "TB": 1e12, "GB": 1e9, "MB": 1e6,
+    "KB": 1e3, "B": 1, "ms": 1e-3, "µs": 1e-6, "s": 1,
 }  # fmt: skip
 
 
