@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
@@ -16,6 +17,7 @@ from holdfast.planner.memory.ranks import (
     RankMemory,
     ServingLoad,
     ShapeTable,
+    kv_bytes_of_sequence,
     rank_memory,
     table_of,
 )
@@ -156,6 +158,15 @@ def estimate(question: Question, candidate: Candidate) -> Estimate:
         return _judged(question, candidate, stages, replica, _ceil(goal.concurrency, copies))
     most = max(1, int(tokens / (goal.input_len + replica.engine.reserve * goal.output_len)))
     return _best_load(question, candidate, stages, replica, min(most, MAX_SEQUENCES))
+
+
+def has_room(question: Question, shares: Sequence[RankShare], rooms: Sequence[int]) -> bool:
+    """Whether a sequence of the goal's length fits into the bytes that each stage's ranks have for KV cache."""
+    return all(
+        kv_bytes_of_sequence(question.table, share, question.goal.longest, question.load(), question.memory_engine)
+        <= room
+        for share, room in zip(shares, rooms, strict=True)
+    )
 
 
 def _best_load(

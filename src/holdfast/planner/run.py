@@ -13,7 +13,7 @@ from holdfast.core.errors import ConfigError, UserError
 from holdfast.hardware.cluster import Cluster, cluster_of
 from holdfast.hardware.cluster_file import read_cluster
 from holdfast.hardware.detect import this_machine
-from holdfast.planner import emit, report
+from holdfast.planner import emit, page, report
 from holdfast.planner.config import PlanConfig
 from holdfast.planner.facts import as_json
 from holdfast.planner.formulas import show_formulas
@@ -35,8 +35,6 @@ def run(model: str, config: PlanConfig) -> int:
         if config.out.explain and found.best.served is not None:
             show_formulas(found, console)
     if config.out.html is not None:
-        from holdfast.planner import page
-
         _write(Path(config.out.html), page.html(found), "--html")
     if not good and not config.out.json:
         console.print(nothing_fits(found), style="bold")
