@@ -34,6 +34,7 @@ PULL_SHARE, PULL = 0.4, 0.05
 """Standard deviations of the logarithm: 1 / pull · the scale of an error."""
 WEIGHTS = {"prompt_layer": 0.4, "decode_layer": 0.4}
 """Single layers of an old engine: many rows, and the least of what is asked."""
+MOST_SHARE = 0.95
 FREE = 2.5
 """How far a logarithm may go from where it began."""
 SCALE = 0.1
@@ -78,7 +79,14 @@ def fit(tables: dict[str, Any], rows: list[dict[str, str]], rounds: int = 25) ->
         predicted = np.array([predict(row, known).value for row in rows])
         return np.concatenate([weights * np.log(predicted / values), np.array(pulls) * (numbers - begin)])
 
-    bounds = (begin - FREE, begin + FREE)
+    least, most = begin - FREE, begin + FREE
+    for index, path in enumerate(paths):
+        if path[-1] in SHARES and path[-1] != "passes":
+            most[index] = np.log(MOST_SHARE)  # nothing is faster than its limit
+        if path[-1] == "sharpness":
+            least[index] = 0
+    begin = np.clip(begin, least + 1e-6, most - 1e-6)
+    bounds = (least, most)
     best = least_squares(errors, begin, bounds=bounds, loss="soft_l1", f_scale=SCALE, max_nfev=rounds)
     errors(best.x)
     for where, name in places:
