@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from holdfast.core.config import option
+from holdfast.core.config import MOST, option
 from holdfast.core.errors import ConfigError
 
 
@@ -63,6 +63,10 @@ class PlanConfig:
         """Raise `ConfigError` for flags that contradict each other or are out of range."""
         if self.where.cluster is not None and self.where.gpus is not None:
             raise ConfigError(f"--gpus {self.where.gpus}: contradicts --cluster {self.where.cluster}; give one")
+        for name in ("ttft", "tpot", "input_len", "output_len", "context", "concurrency"):
+            value = getattr(self.what, name)
+            if value is not None and not 0 < value <= MOST:
+                raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0 and at most {MOST:.0e}")
         if self.what.weight_bits not in {None, 4, 8, 16, 32}:
             raise ConfigError(f"--weight-bits {self.what.weight_bits:g}: must be 4, 8, 16 or 32")
         if self.what.objective == "cost" and self.where.cluster is None:

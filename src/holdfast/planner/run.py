@@ -20,7 +20,6 @@ from holdfast.planner.formulas import show_formulas
 from holdfast.planner.goal import Goal
 from holdfast.planner.search import Found, search
 from holdfast.planner.shapes.load import load_shape, load_spec
-from holdfast.planner.shortfall import nothing_fits
 
 
 def run(model: str, config: PlanConfig) -> int:
@@ -36,8 +35,6 @@ def run(model: str, config: PlanConfig) -> int:
             show_formulas(found, console)
     if config.out.html is not None:
         _write(Path(config.out.html), page.html(found), "--html")
-    if not good and not config.out.json:
-        console.print(nothing_fits(found), style="bold")
     if config.out.output is not None:
         _write_plan(model, found, Path(config.out.output))
     return 0 if good else 1
