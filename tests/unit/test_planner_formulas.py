@@ -23,8 +23,8 @@ from holdfast.planner.shapes.load import load_shape
 
 CASES = {
     "dense": ("Llama-3.1-70B", "8xA100-80GB", Goal(concurrency=32)),
-    "latent and experts": ("DeepSeek-V3", "2x8xH100", Goal(input_len=2048, output_len=128)),
-    "mixed": ("Llama-3.1-70B", "4xA100-40GB-SXM,4xA100-80GB-SXM", Goal()),
+    "latent and experts": ("DeepSeek-V3", "2x8xH100", Goal(input_len=2048, output_len=128, concurrency=1024)),
+    "mixed": ("Llama-3.1-70B", "2xA100-40GB-SXM,4xA100-80GB-SXM", Goal(concurrency=64)),
     "one device": ("Llama-3.1-8B", "1xL4", Goal(weight_bits=8, kv_format="int8")),
     "windows and tied": ("Gemma-3-27B", "2xH100", Goal(tpot=0.03)),
     "waiting for room": ("Llama-3.1-70B", "4xH100", Goal(concurrency=4000, input_len=2000)),
