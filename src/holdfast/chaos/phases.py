@@ -1,0 +1,136 @@
+"""The moments at which faults strike. But for `any` each is known by what the service tells, however long that takes:
+
+any        a random one
+prefill    a request with a long prompt that nobody asked before is accepted, and has not got a token
+decode     a stream has told so many events, and goes on
+loading    a worker was killed, and one that is started for it says that it loads weights
+recovery   a worker was killed, and the gateway has just sent its requests to other replicas, or to the new one
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import httpx
+
+from holdfast.chaos.faults import PATIENCE, Fault, strike
+from holdfast.chaos.load import SENTENCE, Body, Choices, Load, Refused, Visit
+from holdfast.chaos.service import Service
+from holdfast.core.errors import StartupError
+
+_POLL_SECONDS = 0.005
+_LONGEST_PROMPT = 6000
+"""Tokens: of a long prompt, if the service takes so many."""
+_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """It is now. `before`: the fault that it takes, if it does. `still`: whether it has not passed yet."""
+
+    before: list[Fault] = field(default_factory=list)
+    still: Callable[[], bool] = lambda: True
+
+
+@dataclass(slots=True)
+class Moments:
+    """Waits for them, while `load` is under way."""
+
+    service: Service
+    client: httpx.AsyncClient
+    load: Load
+    dice: random.Random
+    probes: list[tuple[Body, asyncio.Task[Choices]]] = field(default_factory=list)
+    """Long prompts that were asked; their replies are still to be held against undisturbed ones."""
+    _prompt_repeats: int | None = None
+    """Of the sentence, in a long prompt."""
+
+    async def wait(self, phase: str) -> Moment:
+        """Raises `StartupError` when it does not come."""
+        await asyncio.sleep(self.dice.uniform(0.0, 1.5))  # anywhere in the load
+        try:
+            async with asyncio.timeout(PATIENCE):
+                match phase:
+                    case "prefill":
+                        return await self._prefill()
+                    case "decode":
+                        await self.load.told(self.dice.randrange(1, 20))
+                    case "loading":
+                        return await self._loading()
+                    case "recovery":
+                        return await self._recovery()
+                return Moment()
+        except TimeoutError as error:
+            raise StartupError(
+                f"--phase {phase} did not come in {PATIENCE:g} s:\n{self.service.said()[-3000:]}"
+            ) from error
+
+    async def _prefill(self) -> Moment:
+        if self._prompt_repeats is None:
+            self._prompt_repeats = await _repeats(self.client, self.load.asked[0]["model"])
+        body = {
+            "model": self.load.asked[0]["model"],
+            "prompt": f"Log {len(self.probes)}. " + SENTENCE * self._prompt_repeats,
+            "max_tokens": _PROBE_TOKENS,
+            "temperature": 0,
+            "stream": True,
+        }
+        accepted = asyncio.Event()
+        while True:
+            visit = Visit(self.client, body, lambda _: accepted.set())
+            reply, told = asyncio.create_task(visit.reply()), asyncio.create_task(accepted.wait())
+            await asyncio.wait({reply, told}, return_when=asyncio.FIRST_COMPLETED)
+            told.cancel()
+            if not reply.done() or not isinstance(reply.exception(), Refused):
+                self.probes.append((body, reply))
+                return Moment(still=partial(_has_no_token, visit))
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _loading(self) -> Moment:
+        begin, (first, replica) = self.service.said_bytes, await self._kill_worker()
+        await self._told(first)
+        worker = rf"worker {replica}\.\S+: loading weights"
+        while True:
+            if re.search(worker, self.service.said(begin)):
+                break
+            await asyncio.sleep(_POLL_SECONDS)
+        serves = f"replica {replica} serves again"
+        return Moment([first], lambda: serves not in self.service.said(begin))
+
+    async def _recovery(self) -> Moment:
+        first, _ = await self._kill_worker()
+        while True:
+            await self._told(first)
+            incident = first.incidents[0]
+            if incident["rung"] != "restart" or incident["back"] is not None:
+                return Moment([first], partial(bool, incident["resumed"] < incident["requests"]))
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _kill_worker(self) -> tuple[Fault, str]:
+        """The fault, and the number of the replica."""
+        fault = await strike(self.service, "kill-worker", self.dice, pair_percent=0)
+        return fault, fault.victims[0].split(" ")[1].partition(".")[0]
+
+    async def _told(self, fault: Fault) -> None:
+        """Until the service tells of it."""
+        while True:
+            fault.learn((await self.client.get("/cluster")).json()["incidents"])
+            if fault.incidents:
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+def _has_no_token(visit: Visit) -> bool:
+    return visit.num_events == 0
+
+
+async def _repeats(client: httpx.AsyncClient, model: str) -> int:
+    """How often the sentence fits into a long prompt: one that takes three quarters of what a request may hold."""
+    reply = (await client.post("/tokenize", json={"model": model, "prompt": SENTENCE * 8})).json()
+    most = min(reply["max_model_len"] * 3 // 4, _LONGEST_PROMPT)
+    return max(1, int(most / (reply["count"] / 8)))
