@@ -1,6 +1,6 @@
-"""The moments at which faults strike. But for `any` each is known by what the service tells, however long that takes:
+"""The moments at which faults strike. Each but `any` is known by what the service tells, however long that takes:
 
-any        a random one
+any        at once
 prefill    a request with a long prompt that nobody asked before is accepted, and has not got a token
 decode     a stream has told so many events, and goes on
 loading    a worker was killed, and one that is started for it says that it loads weights
@@ -52,7 +52,6 @@ class Moments:
 
     async def wait(self, phase: str) -> Moment:
         """Raises `StartupError` when it does not come."""
-        await asyncio.sleep(self.dice.uniform(0.0, 1.5))  # anywhere in the load
         try:
             async with asyncio.timeout(PATIENCE):
                 match phase:

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -30,9 +31,10 @@ class Report:
 
 def show(report: Report, console: Console) -> None:
     """Tables, and the verdict."""
-    table = Table(title="seconds after the fault: median, 99th percentile", padding=(0, 0, 0, 1))
+    title = "seconds after the fault: median, 99th percentile"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("fault", no_wrap=True)
-    for column in ("times", "detected", "first token", "all go on", "whole again"):
+    for column in ("n", "detected", "first token", "all go on", "whole again"):
         table.add_column(column)
     for kind in sorted({fault.kind for fault in report.faults}):
         faults = [fault for fault in report.faults if fault.kind == kind]

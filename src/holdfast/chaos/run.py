@@ -73,6 +73,8 @@ async def _disturb(
     try:
         for number in range(config.fault.kills):
             phase = dice.choice(phases)
+            await asyncio.sleep(dice.uniform(0.0, 1.5))  # anywhere in the load
+            await _learn_more(client, faults)  # a gateway that goes takes with it what it knows
             moment = await moments.wait(phase)
             fault = await strike(service, dice.choice(kinds), dice, config.fault.pair_percent, moment.still)
             fault.phase = phase
@@ -84,6 +86,7 @@ async def _disturb(
                 print(f"{len(faults)} faults, {load.num_done} requests, all as they should be", flush=True)
         load.over.set()
         await _all_end([running, *(reply for _, reply in moments.probes)], service)
+        running.result()
     finally:
         for task in (running, *(reply for _, reply in moments.probes)):
             task.cancel()
@@ -91,10 +94,19 @@ async def _disturb(
     for number, (body, reply) in enumerate(moments.probes, start=len(asked)):
         [calm] = await _calm(client, [body], 1)
         await load.compare(number, reply, calm)
-    now = {key_of(incident): incident for incident in (await client.get("/cluster")).json()["incidents"]}
-    for fault in faults:  # by now all is known of them, but what only an earlier gateway knew
-        fault.incidents = [now.get(key_of(incident), incident) for incident in fault.incidents]
+    await _learn_more(client, faults)
     return load, faults, seconds
+
+
+async def _learn_more(client: httpx.AsyncClient, faults: list[Fault]) -> None:
+    """What has become of their incidents since they were got over."""
+    try:
+        told = (await client.get("/cluster")).json()["incidents"]
+    except httpx.HTTPError:  # it is gone or hangs: whoever waits for it will say so
+        return
+    now = {key_of(incident): incident for incident in told}
+    for fault in faults:
+        fault.incidents = [now.get(key_of(incident), incident) for incident in fault.incidents]
 
 
 async def _all_end(tasks: Sequence[asyncio.Task[Any]], service: Service) -> None:

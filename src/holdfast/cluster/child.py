@@ -34,6 +34,7 @@ Control = zmq.Socket[bytes]
 
 Body = Callable[[Boot, Control], None]
 
+
 def run_child(body: Body) -> None:
     """The main function of a child process: run `body` until it returns, then exit.
 
