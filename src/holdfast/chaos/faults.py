@@ -88,11 +88,16 @@ def key_of(incident: dict[str, Any]) -> tuple[str, float]:
     return incident["member"], incident["loss"]["detected"]
 
 
-async def strike(
-    service: Service, kind: str, dice: random.Random, pair_percent: int, still: Callable[[], bool] = lambda: True
-) -> Fault:
-    """Let it happen now, to processes that are drawn. `still`: whether it is the moment that was waited for. Raises
-    `StartupError` when there is no process of its kind for long."""
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What is to be done to whom."""
+
+    kind: str
+    victims: dict[str, psutil.Process]
+
+
+async def aim(service: Service, kind: str, dice: random.Random, pair_percent: int) -> Aim:
+    """At processes that are drawn. Raises `StartupError` when there is none of its kind for long."""
     action, _, roles = kind.partition("-")
     deadline = time.monotonic() + PATIENCE
     while True:  # one that is just being started has no name yet
@@ -103,18 +108,24 @@ async def strike(
         if time.monotonic() > deadline:
             raise StartupError(f"there is no {roles} to {action}:\n{service.said()[-3000:]}")
         await asyncio.sleep(_POLL_SECONDS)
-    victims = []
+    victims: list[str] = []
     for names in found:
         victims += dice.sample(names, 2 if len(names) > 1 and dice.randrange(100) < pair_percent else 1)
+    return Aim(kind, {name: living[name] for name in victims})
+
+
+def strike(service: Service, aimed: Aim, dice: random.Random, still: Callable[[], bool] = lambda: True) -> Fault:
+    """Let it happen now. `still`: whether it is the moment that was waited for."""
+    action = aimed.kind.partition("-")[0]
     if action == "spoil":
         service.spoil(dice)
-    fault = Fault(kind, victims, time.time(), in_phase=still())
-    for victim in victims:
+    fault = Fault(aimed.kind, list(aimed.victims), time.time(), in_phase=still())
+    for name, process in aimed.victims.items():
         if action not in _SIGNALS:
-            service.afflict(victim, action)
+            service.afflict(name, action)
             continue
         with contextlib.suppress(psutil.NoSuchProcess):  # it died by itself, which is noticed as well
-            living[victim].send_signal(_SIGNALS[action])
+            process.send_signal(_SIGNALS[action])
     return fault
 
 

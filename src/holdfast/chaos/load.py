@@ -63,24 +63,30 @@ class Visit:
         """`heard`: told how many events of a streamed reply have come, with each of them; 0 when it is accepted."""
         self.num_returns = 0
         """Connections that broke, for which it came back."""
-        self.num_events = 0
+        self.is_accepted = False
+        """Known of a streamed request only."""
+        self._num_events = 0
         self._heard = heard
-        self._is_accepted = False
         self._client = client
         self._id = uuid.uuid4().hex
         self._streams = body["stream"]
-        self._body = body | {"request_id": self._id}
+        self.body = body | {"request_id": self._id}
+        """As it is sent."""
         if self._streams:
-            self._body["stream_options"] = {"resumable": True}
+            self.body["stream_options"] = {"resumable": True}
         self._choices: Choices = {}
         self._last_id: str | None = None
 
     async def reply(self) -> Choices:
         """Raises `Refused` or `Unheard`, or `httpx.HTTPError` or `ValueError` when the request was lost."""
         try:
-            return await self._over("POST", "/v1/completions", json=self._body)
+            return await self._over("POST", "/v1/completions", json=self.body)
         except httpx.TransportError:
             self.num_returns += 1
+        return await self.rest()
+
+    async def rest(self) -> Choices:
+        """The same, of a request that was sent before."""
         while True:
             try:
                 return await self._come_back()
@@ -97,7 +103,7 @@ class Visit:
             headers = {} if self._last_id is None else {"Last-Event-ID": self._last_id}
             return await self._over("GET", f"{path}/stream", headers=headers)
         except Unknown as error:
-            if self._is_accepted:
+            if self.is_accepted:
                 raise ValueError(f"a request that was accepted is not known any more: {error}") from error
             raise Unheard from error
 
@@ -110,8 +116,8 @@ class Visit:
         async with self._client.stream(method, path, **more) as reply:
             if reply.status_code != 200:
                 _check(reply.status_code, (await reply.aread()).decode())
-            if not self._is_accepted:
-                self._is_accepted = True
+            if not self.is_accepted:
+                self.is_accepted = True
                 self._heard(0)
             coming = None
             async for line in reply.aiter_lines():
@@ -126,8 +132,8 @@ class Visit:
                     for choice in event["choices"]:
                         _extend(self._choices, choice)
                     self._last_id = coming or self._last_id
-                    self.num_events += 1
-                    self._heard(self.num_events)
+                    self._num_events += 1
+                    self._heard(self._num_events)
         raise ValueError("the stream ended without [DONE]")
 
 

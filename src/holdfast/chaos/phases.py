@@ -15,15 +15,20 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 
-from holdfast.chaos.faults import PATIENCE, Fault, strike
-from holdfast.chaos.load import SENTENCE, Body, Choices, Load, Refused, Visit
+from holdfast.chaos.faults import PATIENCE, Fault, aim, strike
+from holdfast.chaos.load import SENTENCE, Body, Choices, Load, Visit
 from holdfast.chaos.service import Service
 from holdfast.core.errors import StartupError
 
 _POLL_SECONDS = 0.005
+AFTER_A_KILL = ("loading", "recovery")
+"""Moments that a fault of their own comes before: who lives by then is not known yet."""
 _LONGEST_PROMPT = 6000
 """Tokens: of a long prompt, if the service takes so many."""
 _PROBE_TOKENS = 16
@@ -79,15 +84,12 @@ class Moments:
             "temperature": 0,
             "stream": True,
         }
-        accepted = asyncio.Event()
         while True:
-            visit = Visit(self.client, body, lambda _: accepted.set())
-            reply, told = asyncio.create_task(visit.reply()), asyncio.create_task(accepted.wait())
-            await asyncio.wait({reply, told}, return_when=asyncio.FIRST_COMPLETED)
-            told.cancel()
-            if not reply.done() or not isinstance(reply.exception(), Refused):
-                self.probes.append((body, reply))
-                return Moment(still=partial(_has_no_token, visit))
+            visit = Visit(self.client, body)
+            if (probe := ask(self.service.url, visit.body)) is not None:
+                visit.is_accepted = True
+                self.probes.append((body, asyncio.create_task(visit.rest())))
+                return Moment(still=probe.leave)
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _loading(self) -> Moment:
@@ -112,7 +114,8 @@ class Moments:
 
     async def _kill_worker(self) -> tuple[Fault, str]:
         """The fault, and the number of the replica."""
-        fault = await strike(self.service, "kill-worker", self.dice, pair_percent=0)
+        aimed = await aim(self.service, "kill-worker", self.dice, pair_percent=0)
+        fault = strike(self.service, aimed, self.dice)
         return fault, fault.victims[0].split(" ")[1].partition(".")[0]
 
     async def _told(self, fault: Fault) -> None:
@@ -124,8 +127,40 @@ class Moments:
             await asyncio.sleep(_POLL_SECONDS)
 
 
-def _has_no_token(visit: Visit) -> bool:
-    return visit.num_events == 0
+class Probe:
+    """A streamed request that was just accepted; the client has not looked for tokens yet."""
+
+    def __init__(self, connection: HTTPConnection, reply: HTTPResponse) -> None:
+        self._connection = connection
+        self._reply = reply
+
+    def leave(self) -> bool:
+        """Whether no token has come so far. The connection is closed: somebody else comes back for them."""
+        assert self._connection.sock is not None, "it is to be read on"
+        self._connection.sock.setblocking(False)
+        nothing = not self._reply.fp.peek(1)
+        self._connection.close()
+        return nothing
+
+
+def ask(url: str, body: Body) -> Probe | None:
+    """None: it is refused now. The loop stands still until that is known, on purpose: with all the streams there are,
+    one of its turns may be longer than a prompt is read."""
+    address = urlsplit(url)
+    connection = HTTPConnection(address.hostname or "", address.port, timeout=PATIENCE)
+    try:
+        connection.request("POST", "/v1/completions", msgspec.json.encode(body), {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        if reply.status == 200:
+            return Probe(connection, reply)
+        text = reply.read().decode(errors="replace")
+    except (OSError, HTTPException):  # nobody is there
+        connection.close()
+        return None
+    connection.close()
+    if reply.status in {429, 503}:
+        return None
+    raise StartupError(f"a request was not taken: HTTP {reply.status}: {text}")
 
 
 async def _repeats(client: httpx.AsyncClient, model: str) -> int:

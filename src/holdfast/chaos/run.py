@@ -7,6 +7,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import msgspec
 from rich.console import Console
 
 from holdfast.chaos.config import ChaosConfig
-from holdfast.chaos.faults import PATIENCE, Fault, get_over, key_of, strike
+from holdfast.chaos.faults import PATIENCE, Fault, aim, get_over, key_of, strike
 from holdfast.chaos.load import Body, Choices, Load, Refused, Visit, bodies
-from holdfast.chaos.phases import Moments
+from holdfast.chaos.phases import AFTER_A_KILL, Moments
 from holdfast.chaos.report import Report, as_json, show
 from holdfast.chaos.service import Service, value_of
 from holdfast.core.errors import ConfigError, StartupError
@@ -75,8 +76,10 @@ async def _disturb(
             phase = dice.choice(phases)
             await asyncio.sleep(dice.uniform(0.0, 1.5))  # anywhere in the load
             await _learn_more(client, faults)  # a gateway that goes takes with it what it knows
+            choose = partial(aim, service, dice.choice(kinds), dice, config.fault.pair_percent)
+            aimed = None if phase in AFTER_A_KILL else await choose()  # the moment may be short
             moment = await moments.wait(phase)
-            fault = await strike(service, dice.choice(kinds), dice, config.fault.pair_percent, moment.still)
+            fault = strike(service, aimed or await choose(), dice, moment.still)
             fault.phase = phase
             faults += [*moment.before, fault]
             await get_over(service, client, [*moment.before, fault])

@@ -36,7 +36,10 @@ class Service:
         self._faults.mkdir()
         self._log = folder / "log"
         self._token_log = Path(value_of("--token-log-dir", flags) or folder / "tokens")
-        more = ["--token-log-dir", str(self._token_log)]
+        level = (
+            "debug" if value_of("--log-level", flags) == "debug" else "info"
+        )  # less would not tell what we wait for
+        more = ["--token-log-dir", str(self._token_log), "--log-level", level]
         self._command = [sys.executable, "-m", "holdfast.cli.main", "serve", model, "--port", "0", *flags, *more]
         self.url = ""
         self.orphans: list[int] = []
@@ -135,8 +138,9 @@ class Service:
         for orphan in left:
             self.orphans.append(orphan.pid)
             orphan.kill()
-        if not (self._token_log / "tokens.log").stat().st_size:
-            raise StartupError(f"{self._token_log}: nothing is left of the token log")
+        file = self._token_log / "tokens.log"
+        if not file.is_file() or not file.stat().st_size:
+            raise StartupError(f"{file}: nothing is left of the token log")
         return ended
 
     async def stop(self) -> tuple[int, list[int]]:
