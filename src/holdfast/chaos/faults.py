@@ -96,13 +96,14 @@ class Aim:
     victims: dict[str, psutil.Process]
 
 
-async def aim(service: Service, kind: str, dice: random.Random, pair_percent: int) -> Aim:
-    """At processes that are drawn. Raises `StartupError` when there is none of its kind for long."""
+async def aim(service: Service, kind: str, dice: random.Random, pair_percent: int, where: str = "") -> Aim:
+    """At processes that are drawn; `where`: those whose numbers begin so. Raises `StartupError` when there is none
+    for long."""
     action, _, roles = kind.partition("-")
     deadline = time.monotonic() + PATIENCE
     while True:  # one that is just being started has no name yet
         living = service.processes()
-        found = [sorted(name for name in living if name.startswith(role)) for role in roles.split("+")]
+        found = [sorted(name for name in living if name.startswith(role + where)) for role in roles.split("+")]
         if all(found):
             break
         if time.monotonic() > deadline:

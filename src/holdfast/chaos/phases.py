@@ -5,6 +5,8 @@ prefill    a request with a long prompt that nobody asked before is accepted, an
 decode     a stream has told so many events, and goes on
 loading    a worker was killed, and one that is started for it says that it loads weights
 recovery   a worker was killed, and the gateway has just sent its requests to other replicas, or to the new one
+
+The worker that is killed first belongs to the replica that has most to do.
 """
 
 from __future__ import annotations
@@ -112,11 +114,17 @@ class Moments:
                 return Moment([first], partial(bool, incident["resumed"] < incident["requests"]))
             await asyncio.sleep(_POLL_SECONDS)
 
-    async def _kill_worker(self) -> tuple[Fault, str]:
-        """The fault, and the number of the replica."""
-        aimed = await aim(self.service, "kill-worker", self.dice, pair_percent=0)
-        fault = strike(self.service, aimed, self.dice)
-        return fault, fault.victims[0].split(" ")[1].partition(".")[0]
+    async def _kill_worker(self) -> tuple[Fault, int]:
+        """Of the replica that has most to do. The fault, and the number of the replica."""
+        while True:
+            replicas = (await self.client.get("/cluster")).json()["replicas"]
+            busiest = max(replicas, key=lambda replica: replica["requests"])
+            if busiest["requests"]:
+                break
+            await asyncio.sleep(_POLL_SECONDS)
+        number: int = busiest["replica"]
+        aimed = await aim(self.service, "kill-worker", self.dice, pair_percent=0, where=f" {number}.")
+        return strike(self.service, aimed, self.dice), number
 
     async def _told(self, fault: Fault) -> None:
         """Until the service tells of it."""
