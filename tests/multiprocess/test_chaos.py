@@ -66,7 +66,7 @@ def test_faults_at_a_chosen_moment_without_a_store(tmp_path: Path, phase: str):
     model, report = tiny_model(tmp_path / "model"), tmp_path / "report.json"
     options = ("--kills", "3", "--streams", "3", "--phase", phase, "--faults", "kill-worker,kill-engine,stop-worker")
     flags = (*SMALL, "--data-parallel-size", "2", "--max-num-batched-tokens", "16", "--max-num-seqs", "8")
-    flags += ("--checkpoint-memory-bytes", "0")
+    flags += ("--tensor-parallel-size", "2", "--checkpoint-memory-bytes", "0")
     ran = chaos(model, *options, "--json", str(report), "--", *flags)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     struck = [fault for fault in json.loads(report.read_bytes())["faults"] if fault["phase"] == phase]

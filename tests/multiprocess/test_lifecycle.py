@@ -135,8 +135,8 @@ def test_a_worker_that_stands_still_is_replaced(service: Service):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_stopped_while_it_starts_is_replaced(service: Service):
-    """It has given no sign of life yet, nor need it soon; but that it is held, the system says."""
+def test_a_worker_that_is_stopped_while_it_starts_or_is_idle_is_replaced(service: Service):
+    """It gives no sign of life, nor need it; but that it is held, the system says."""
     calm = Stream(service, max_tokens=200).result()
     stream, title = Stream(service, max_tokens=200), "holdfast worker 0.0.0"
     service.child(title).kill()
@@ -148,10 +148,14 @@ def test_a_worker_that_is_stopped_while_it_starts_is_replaced(service: Service):
 
     wait_for("another", started, 10).suspend()
     stopped = time.monotonic()
-    wait_for("found out", lambda: "worker 0.0.0 was stopped while it started" in service.text(), 10)
+    wait_for("found out", lambda: "worker 0.0.0 was stopped (SIGSTOP)" in service.text(), 10)
     assert time.monotonic() - stopped < 3.0
     assert text(stream.result()) == text(calm)
-    assert [incident["loss"]["kind"] for incident in service.incidents()] == ["death", "hang"]
+    service.wait_ready()
+    service.child(title).suspend()  # with nothing to do
+    wait_for("found out again", lambda: len(service.incidents()) == 3, 10)
+    assert text(Stream(service, max_tokens=200).result()) == text(calm)
+    assert [incident["loss"]["kind"] for incident in service.incidents()] == ["death", "hang", "hang"]
 
 
 @pytest.mark.parametrize("busy", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -49,7 +49,7 @@ class FaultConfig:
     phase: str = option(
         "any",
         "Moments to draw from, with commas between. any: a random one; prefill: a long prompt is being read; decode: "
-        "a stream is between two tokens; loading: a worker was killed, and the one started for it loads weights; "
+        "a stream is between two tokens; loading: a worker was killed, and the one started for it begins to load; "
         "recovery: a worker was killed, and its requests are about to go on.",
     )
     seed: int = option(0, "Of the draw: which fault, of which process, when; and of the requests.")

@@ -3,7 +3,7 @@
 any        at once
 prefill    a request with a long prompt that nobody asked before is accepted, and has not got a token
 decode     a stream has told so many events, and goes on
-loading    a worker was killed, and one that is started for it says that it loads weights
+loading    a worker was killed, and one that was started for it begins to load: it has got its name
 recovery   a worker was killed, and the gateway has just sent its requests to other replicas, or to the new one
 
 The worker that is killed first belongs to the replica that has most to do.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -96,10 +95,9 @@ class Moments:
 
     async def _loading(self) -> Moment:
         begin, (first, replica) = self.service.said_bytes, await self._kill_worker()
-        await self._told(first)
-        worker = rf"worker {replica}\.\S+: loading weights"
+        await self._told(first)  # then the one that was killed is gone
         while True:
-            if re.search(worker, self.service.said(begin)):
+            if first.victims[0] in self.service.processes():
                 break
             await asyncio.sleep(_POLL_SECONDS)
         serves = f"replica {replica} serves again"

@@ -26,8 +26,8 @@ from holdfast.parallel.cuts import replan
 
 log = logging.getLogger(__name__)
 
-STOPPED_SECONDS = 1.0
-"""That a process which starts may be held by the system."""
+STOPPED_SECONDS = {"starting": 1.0, "serving": 5.0}
+"""That a process may be held by the system. One that serves is found out sooner, if it has something to do."""
 LONGEST_REGROWTH = 3600.0
 """Seconds between two attempts to serve with all ranks again, at most."""
 
@@ -51,7 +51,7 @@ class Recovery:
         self._leaks: dict[str, LeakWatch] = {}
         """Of each worker, as it is now."""
         self._stopped: dict[str, float] = {}
-        """Processes that start and are held by the system: since when."""
+        """Processes that are held by the system: since when."""
 
     # --- what happens ---
 
@@ -84,7 +84,7 @@ class Recovery:
         for member in self.members:
             if member.state != "lost" and now >= member.due(self.config.server.startup_timeout):
                 self._lose_late(member)
-            elif member.state == "starting":
+            elif member.state != "lost":
                 self._lose_stopped(member, now)
         for member in self.replicas:
             due, waited = self._regrows.get(member.name, (0.0, 0.0))
@@ -174,13 +174,17 @@ class Recovery:
             self._lose(member, member.speaker, reason, hangs=True)
 
     def _lose_stopped(self, member: Member, now: float) -> None:
-        """Who starts gives no sign of life yet, and may take its time; but not one that was stopped."""
+        """Who starts gives no sign of life yet, and may take its time; a rank with nothing to do gives none at all.
+        But that one was stopped, the system says."""
+        most = STOPPED_SECONDS[member.state]
+        if member.state == "serving":
+            most = max(most, member.most_silent)
         for name in member.processes:
             if not self.children.by_name[name].is_stopped():
                 self._stopped.pop(name, None)
-            elif now - self._stopped.setdefault(name, now) > STOPPED_SECONDS:
+            elif now - self._stopped.setdefault(name, now) > most:
                 del self._stopped[name]
-                self._lose(member, name, f"{name} was stopped while it started", hangs=True)
+                self._lose(member, name, f"{name} was stopped (SIGSTOP)", hangs=True)
                 return
 
     def _lose(self, member: Member, process: str, reason: str, *, hangs: bool = False) -> None:
