@@ -154,6 +154,7 @@ def test_a_worker_that_is_stopped_while_it_starts_or_is_idle_is_replaced(service
     service.wait_ready()
     service.child(title).suspend()  # with nothing to do
     wait_for("found out again", lambda: len(service.incidents()) == 3, 10)
+    service.wait_ready()
     assert text(Stream(service, max_tokens=200).result()) == text(calm)
     assert [incident["loss"]["kind"] for incident in service.incidents()] == ["death", "hang", "hang"]
 
