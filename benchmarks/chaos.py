@@ -1,6 +1,6 @@
 """`make chaos`: `holdfast chaos` on three plans of tiny models; ends with 1 unless all replies were as undisturbed.
 
-python -m benchmarks.chaos [--kills N] [--seed S] [--out FOLDER]
+python -m benchmarks.chaos [--kills N] [--seed S] [--phase PHASES] [--out FOLDER]
 
 TP2 x PP2            one replica of 4 ranks: requests wait for it to come back
 DP2 of TP2           two replicas of 2 ranks: requests go on in the other
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from holdfast.chaos.config import PHASES
 from support.checkpoints import random_model, save
 from support.skewed import EXPERTS, SHAPE, skewed_mixtral
 from support.tiny import byte_tokenizer
@@ -45,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="of each plan")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phase", default=",".join(PHASES), help="as for holdfast chaos")
     parser.add_argument("--out", default="benchmarks/out/chaos", help="folder for reports and timelines")
     chosen = parser.parse_args()
     out = Path(chosen.out)
@@ -57,6 +59,7 @@ def main() -> None:
             file = out / name.replace(" ", "-")
             command = [sys.executable, "-m", "holdfast.cli.main", "chaos", models[model]]
             command += ["--kills", str(chosen.kills), "--seed", str(chosen.seed), "--max-tokens", "60"]
+            command += ["--phase", chosen.phase]
             command += ["--json", f"{file}.json", "--plot", f"{file}.png", "--", *flags, "--max-model-len", "2048"]
             if subprocess.run(command, check=False).returncode:
                 bad.append(name)

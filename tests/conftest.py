@@ -7,7 +7,14 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--overload-seconds", type=float, default=100.0, help="Length of the overload in which nothing may be lost."
+    )

@@ -14,6 +14,8 @@ import pytest
 from holdfast.chaos.load import Load, bodies
 from support.tiny import tiny_model
 
+SMALL = ("--cpu-threads", "1", "--kv-cache-memory-bytes", "8M")
+
 
 def chaos(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "holdfast.cli.main", "chaos", *arguments]
@@ -38,11 +40,46 @@ def test_faults_are_got_over_and_reported(tmp_path: Path):
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
+def test_the_supervisor_dies_and_another_service_goes_on(tmp_path: Path):
+    """With requests of all kinds under way, and while a worker is being started again."""
+    (tmp_path / "model").mkdir()
+    model, report = tiny_model(tmp_path / "model"), tmp_path / "report.json"
+    options = ("--kills", "4", "--faults", "kill-supervisor", "--phase", "decode,loading", "--max-tokens", "60")
+    flags = ("--tensor-parallel-size", "2", "--cpu-threads", "1", "--kv-cache-memory-bytes", "8M")
+    ran = chaos(model, *options, "--json", str(report), "--", *flags, "--token-log-dir", str(tmp_path / "tokens"))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads(report.read_bytes())
+    assert (found["wrong"], found["processes_left"]) == ([], [])
+    assert found["came_back"] > 0, "connections broke, and their clients got the rest"
+    died = [fault for fault in found["faults"] if fault["kind"] == "kill-supervisor"]
+    assert {fault["phase"] for fault in died} == {"decode", "loading"}
+    assert all(fault["at"] < fault["ended"] < fault["whole_again"] for fault in died)
+    assert (tmp_path / "tokens" / "tokens.log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["prefill", "decode", "loading", "recovery"])
+def test_faults_at_a_chosen_moment_without_a_store(tmp_path: Path, phase: str):
+    """They hit in it: nearly all, since how long it is, is the machine's affair. Prompts are read in many steps."""
+    (tmp_path / "model").mkdir()
+    model, report = tiny_model(tmp_path / "model"), tmp_path / "report.json"
+    options = ("--kills", "3", "--streams", "3", "--phase", phase, "--faults", "kill-worker,kill-engine,stop-worker")
+    flags = (*SMALL, "--data-parallel-size", "2", "--max-num-batched-tokens", "16", "--max-num-seqs", "8")
+    flags += ("--tensor-parallel-size", "2", "--checkpoint-memory-bytes", "0")
+    ran = chaos(model, *options, "--json", str(report), "--", *flags)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    struck = [fault for fault in json.loads(report.read_bytes())["faults"] if fault["phase"] == phase]
+    assert len(struck) == 3
+    assert any(fault["in_phase"] for fault in struck), ran.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (("--faults", "kill-cat"), "'kill-cat' is not one of kill-worker, kill-engine, kill-gateway, kill-store"),
         (("--kills", "-1"), "--kills -1: must be at least 0"),
+        (("--faults", "stop-store", "--", *SMALL, "--checkpoint-memory-bytes", "0"), "has none (--checkpoint-memory"),
         (("--", "--tensor-parallel-size", "0"), "--tensor-parallel-size 0: must be at least 1"),
     ],
 )

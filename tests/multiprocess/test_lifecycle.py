@@ -134,6 +134,31 @@ def test_a_worker_that_stands_still_is_replaced(service: Service):
     assert "no rank of replica 0 has come further" in service.text()
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_while_it_starts_or_is_idle_is_replaced(service: Service):
+    """It gives no sign of life, nor need it; but that it is held, the system says."""
+    calm = Stream(service, max_tokens=200).result()
+    stream, title = Stream(service, max_tokens=200), "holdfast worker 0.0.0"
+    service.child(title).kill()
+    wait_for("recovering", lambda: service.health()[0] == 503, 5)
+
+    def started() -> psutil.Process | None:
+        living = {" ".join(child.cmdline()): child for child in psutil.Process(service.process.pid).children()}
+        return next((child for command, child in living.items() if "worker 0.0.0" in command), None)
+
+    wait_for("another", started, 10).suspend()
+    stopped = time.monotonic()
+    wait_for("found out", lambda: "worker 0.0.0 was stopped (SIGSTOP)" in service.text(), 10)
+    assert time.monotonic() - stopped < 3.0
+    assert text(stream.result()) == text(calm)
+    service.wait_ready()
+    service.child(title).suspend()  # with nothing to do
+    wait_for("found out again", lambda: len(service.incidents()) == 3, 10)
+    service.wait_ready()
+    assert text(Stream(service, max_tokens=200).result()) == text(calm)
+    assert [incident["loss"]["kind"] for incident in service.incidents()] == ["death", "hang", "hang"]
+
+
 @pytest.mark.parametrize("busy", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_engine_that_stands_still_is_replaced(service: Service, busy: bool):
     """It gives no sign of life: killed, and its request goes on."""
@@ -192,6 +217,9 @@ def text(events: list[str]) -> str:
 
 
 def test_no_orphan_when_the_supervisor_is_killed(service: Service):
+    """Not even of those that stand still."""
+    for title in ("holdfast worker 0.0.0", "holdfast gateway"):
+        service.child(title).suspend()
     service.process.kill()
     assert service.wait_end() == -signal.SIGKILL
     assert not service.living_children()

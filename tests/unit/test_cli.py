@@ -81,6 +81,11 @@ SERVE_FLAGS = [
     "--log-level",
 ]
 
+CHAOS_FLAGS = [
+    *("--kills", "--faults", "--phase", "--seed", "--pair-percent"),
+    *("--streams", "--requests", "--max-tokens", "--json", "--plot"),
+]
+
 
 TOPO_FLAGS = ["--file", "--gpu", "--json", "--no-json"]
 PREDICT_FLAGS = ["--rows", "--output", "--json", "--no-json"]
@@ -107,9 +112,10 @@ def holdfast(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[
     )
 
 
-def test_the_flags_of_serve_are_frozen() -> None:
+def test_flags_are_frozen() -> None:
     """Guards against a flag that vanishes or changes its name unnoticed: scripts in the world depend on it."""
     assert flags_of("serve") == SERVE_FLAGS
+    assert flags_of("chaos") == CHAOS_FLAGS
 
 
 PLAN_FLAGS = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.cluster.hang import ENOUGH_STEPS, FLOOR_SECONDS, LOOK_SECONDS, SLACK, HangWatch
+from holdfast.cluster.hang import ENOUGH_STEPS, FLOOR_SECONDS, LOOK_SECONDS, REMEMBERED, SLACK, HangWatch
 
 
 def watched(gaps: list[float], most: float = 60.0, *, by_step: bool = False) -> tuple[HangWatch, float]:
@@ -38,6 +38,15 @@ def test_slow_steps_get_more_time():
     gaps = [1.0] * (ENOUGH_STEPS + 5)
     watch, now = watched(gaps)
     assert SLACK * 1.0 < hangs_after(watch, now, len(gaps)) < SLACK * 1.3
+
+
+def test_what_was_slow_once_does_not_hide_a_hang_for_ever():
+    """Steps of half a second allow 4 s; some seconds after the last of them a hang is found out as soon as ever."""
+    slow, fast = [0.5] * 5, [0.1] * REMEMBERED
+    watch, now = watched([*slow, *fast[1:]])
+    assert SLACK * 0.5 < hangs_after(watch, now, REMEMBERED + 4) < SLACK * 0.7
+    watch, now = watched([*slow, *fast])
+    assert FLOOR_SECONDS < hangs_after(watch, now, REMEMBERED + 5) < 2.0
 
 
 def test_no_step_gets_more_than_the_limit():

@@ -13,6 +13,7 @@ FAULTS = (
     "kill-engine",
     "kill-gateway",
     "kill-store",
+    "kill-supervisor",
     "kill-worker+store",
     "stop-worker",
     "stop-engine",
@@ -24,8 +25,17 @@ FAULTS = (
     "leak-worker",
     "corrupt-worker",
 )
-"""SIGKILL or SIGSTOP of a worker, an engine, the gateway, the checkpoint store. `spoil`: bytes of the store's memory
-are changed, then the worker is killed. `error`, `slow`, `leak`, `corrupt`: as `worker.faults` has it."""
+"""SIGKILL or SIGSTOP of a worker, an engine, the gateway, the checkpoint store; SIGKILL of the supervisor, and the
+service started again. `spoil`: bytes of the store's memory are changed, then the worker is killed. `error`, `slow`,
+`leak`, `corrupt`: as `worker.faults` has it."""
+
+OF_THE_STORE = ("kill-store", "kill-worker+store", "stop-store", "spoil-worker")
+"""Those that a service without a checkpoint store cannot have."""
+
+PHASES = ("any", "prefill", "decode", "loading", "recovery")
+"""See `chaos.phases`."""
+
+ALL = "all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +43,43 @@ class FaultConfig:
     """Faults"""
 
     kills: int = option(20, "How many faults; each waits until the one before has been got over.")
-    faults: str = option(",".join(FAULTS), "Kinds to draw from, with commas between.")
+    faults: str = option(
+        ALL, f"Kinds to draw from, with commas between: {', '.join(FAULTS)}. all: those this service can have."
+    )
+    phase: str = option(
+        "any",
+        "Moments to draw from, with commas between. any: a random one; prefill: a long prompt is being read; decode: "
+        "a stream is between two tokens; loading: a worker was killed, and the one started for it begins to load; "
+        "recovery: a worker was killed, and its requests are about to go on.",
+    )
     seed: int = option(0, "Of the draw: which fault, of which process, when; and of the requests.")
     pair_percent: int = option(10, "Of the faults, so many in 100 come with a second one at the same moment.")
 
-    def kinds(self) -> list[str]:
-        """`--faults`, parsed. Raises `ConfigError`."""
-        found = self.faults.split(",")
+    def kinds(self, *, has_store: bool = True) -> list[str]:
+        """`--faults`, parsed, for a service with a checkpoint store or without. Raises `ConfigError`."""
+        if self.faults == ALL:
+            return [kind for kind in FAULTS if has_store or kind not in OF_THE_STORE]
+        found = _among(FAULTS, "--faults", self.faults)
         for kind in found:
-            if kind not in FAULTS:
-                raise ConfigError(f"--faults {self.faults}: {kind!r} is not one of {', '.join(FAULTS)}")
+            if kind in OF_THE_STORE and not has_store:
+                raise ConfigError(
+                    f"--faults {self.faults}: {kind} needs a checkpoint store, and this service has none "
+                    "(--checkpoint-memory-bytes)"
+                )
         return found
+
+    def phases(self) -> list[str]:
+        """`--phase`, parsed. Raises `ConfigError`."""
+        return _among(PHASES, "--phase", self.phase)
+
+
+def _among(known: tuple[str, ...], flag: str, given: str) -> list[str]:
+    """The words of `given`. Raises `ConfigError` for one that is not known."""
+    found = given.split(",")
+    for word in found:
+        if word not in known:
+            raise ConfigError(f"{flag} {given}: {word!r} is not one of {', '.join(known)}")
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +120,7 @@ class ChaosConfig:
             if not least <= value <= most:
                 raise ConfigError(f"{flag} {value}: must be at least {least} and at most {most}")
         self.fault.kinds()
+        self.fault.phases()
         for module, what in (("httpx", "holdfast chaos"), ("matplotlib", "--plot")):
             if find_spec(module) is None and (what != "--plot" or self.report.plot is not None):
                 raise ConfigError(f"{what} needs {module}: pip install 'holdfast[bench]'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ _KINDS: tuple[Body, ...] = (
 )
 _AT_THE_DOOR = {"recovering", "starting", "queue_full"}
 """Codes of refusals; any other 503 is the end of a request that was accepted."""
-_SENTENCE = "The harbour lay quiet that morning, and the boats came in one by one. "
+SENTENCE = "The harbour lay quiet that morning, and the boats came in one by one. "
 
 
 def bodies(model: str, count: int, max_tokens: int, seed: int) -> list[Body]:
@@ -33,7 +34,7 @@ def bodies(model: str, count: int, max_tokens: int, seed: int) -> list[Body]:
     return [
         {
             "model": model,
-            "prompt": _SENTENCE * (1 + 5 * (index % 3)) + f"Number {index} of them",
+            "prompt": SENTENCE * (1 + 5 * (index % 3)) + f"Number {index} of them",
             "max_tokens": max_tokens,
             "seed": seed * 10_000 + index,
             "stream": index % 2 == 1,
@@ -58,31 +59,43 @@ class Unheard(Exception):
 class Visit:
     """One request to its end, however many connections that takes."""
 
-    def __init__(self, client: httpx.AsyncClient, body: Body) -> None:
+    def __init__(self, client: httpx.AsyncClient, body: Body, heard: Callable[[int], None] = lambda _: None) -> None:
+        """`heard`: told how many events of a streamed reply have come, with each of them; 0 when it is accepted."""
         self.num_returns = 0
+        """Connections that broke, for which it came back."""
+        self.is_accepted = False
+        """Known of a streamed request only."""
+        self._num_events = 0
+        self._heard = heard
         self._client = client
         self._id = uuid.uuid4().hex
         self._streams = body["stream"]
-        self._body = body | {"request_id": self._id}
+        self.body = body | {"request_id": self._id}
+        """As it is sent."""
         if self._streams:
-            self._body["stream_options"] = {"resumable": True}
+            self.body["stream_options"] = {"resumable": True}
         self._choices: Choices = {}
         self._last_id: str | None = None
 
     async def reply(self) -> Choices:
         """Raises `Refused` or `Unheard`, or `httpx.HTTPError` or `ValueError` when the request was lost."""
         try:
-            return await self._over("POST", "/v1/completions", json=self._body)
+            return await self._over("POST", "/v1/completions", json=self.body)
         except httpx.TransportError:
-            pass
+            self.num_returns += 1
+        return await self.rest()
+
+    async def rest(self) -> Choices:
+        """The same, of a request that was sent before."""
         while True:
             try:
                 return await self._come_back()
-            except (Refused, httpx.TransportError):
+            except (Refused, httpx.ConnectError):  # nobody is there yet
                 await asyncio.sleep(0.05)
+            except httpx.TransportError:
+                self.num_returns += 1
 
     async def _come_back(self) -> Choices:
-        self.num_returns += 1
         path = f"/v1/requests/cmpl-{self._id}"
         try:
             if not self._streams:
@@ -90,8 +103,8 @@ class Visit:
             headers = {} if self._last_id is None else {"Last-Event-ID": self._last_id}
             return await self._over("GET", f"{path}/stream", headers=headers)
         except Unknown as error:
-            if self._choices:
-                raise ValueError(f"a request of which tokens came is not known any more: {error}") from error
+            if self.is_accepted:
+                raise ValueError(f"a request that was accepted is not known any more: {error}") from error
             raise Unheard from error
 
     async def _over(self, method: str, path: str, **more: Any) -> Choices:
@@ -103,6 +116,9 @@ class Visit:
         async with self._client.stream(method, path, **more) as reply:
             if reply.status_code != 200:
                 _check(reply.status_code, (await reply.aread()).decode())
+            if not self.is_accepted:
+                self.is_accepted = True
+                self._heard(0)
             coming = None
             async for line in reply.aiter_lines():
                 if line == "data: [DONE]":
@@ -116,6 +132,8 @@ class Visit:
                     for choice in event["choices"]:
                         _extend(self._choices, choice)
                     self._last_id = coming or self._last_id
+                    self._num_events += 1
+                    self._heard(self._num_events)
         raise ValueError("the stream ended without [DONE]")
 
 
@@ -161,6 +179,7 @@ class Wrong:
     """A request that did not end as it would have undisturbed."""
 
     index: int
+    """Of `Load.asked`; the long prompts that `phases` asks come after those."""
     began: float
     """Seconds since 1970."""
     what: str
@@ -181,6 +200,20 @@ class Load:
     wrong: list[Wrong] = field(default_factory=list)
     tokens_at: list[tuple[float, int]] = field(default_factory=list)
     """When each request ended, and how many characters it had: for the timeline."""
+    waiting: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
+    """For a stream to have told so many events."""
+
+    async def told(self, num_events: int) -> None:
+        """Until one of the streams has told so many events."""
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append((num_events, future))
+        await future
+
+    def _heard(self, num_events: int) -> None:
+        for each in [each for each in self.waiting if each[0] == num_events]:
+            self.waiting.remove(each)
+            if not each[1].done():  # whoever waited has given up
+                each[1].set_result(None)
 
     async def run(self, streams: int) -> None:
         await asyncio.gather(*[self._stream(first, streams) for first in range(streams)])
@@ -191,20 +224,25 @@ class Load:
             index += step
 
     async def _once(self, index: int) -> None:
-        began, visit = time.time(), Visit(self.client, self.asked[index])
+        visit = Visit(self.client, self.asked[index], self._heard)
         try:
-            found = await visit.reply()
+            await self.compare(index, visit.reply(), self.expected[index])
         except (Refused, Unheard) as error:
             self.num_refused += isinstance(error, Refused)
             self.num_unheard += isinstance(error, Unheard)
             await asyncio.sleep(0.05)
-            return
+        finally:
+            self.num_returns += visit.num_returns
+
+    async def compare(self, index: int, reply: Awaitable[Choices], expected: Choices) -> None:
+        """Wait for the reply to a request, and hold it against an undisturbed one. Raises `Refused` or `Unheard`."""
+        began = time.time()
+        try:
+            found = await reply
         except (httpx.HTTPError, ValueError) as error:
             self.wrong.append(Wrong(index, began, f"lost: {type(error).__name__}: {error}"))
             return
-        finally:
-            self.num_returns += visit.num_returns
         self.num_done += 1
         self.tokens_at.append((time.time(), sum(len(choice["text"]) for choice in found.values())))
-        if found != self.expected[index]:
-            self.wrong.append(Wrong(index, began, f"changed: {self.expected[index]} became {found}"))
+        if found != expected:
+            self.wrong.append(Wrong(index, began, f"changed: {expected} became {found}"))

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from holdfast.chaos.config import FAULTS
-from holdfast.chaos.run import Report
+from holdfast.chaos.report import Report
 
 
 def timeline(report: Report, path: Path) -> None:
@@ -34,7 +34,7 @@ def timeline(report: Report, path: Path) -> None:
         served.axvspan(fault.at - begin, until - begin, color=colours[fault.kind], alpha=0.25, label=label)
     good = "every reply as undisturbed" if not report.load.wrong else f"{len(report.load.wrong)} replies wrong"
     served.set(title=f"{len(report.faults)} faults, {report.load.num_done} requests: {good}", ylabel="characters/s")
-    seen = [fault for fault in report.faults if fault.incidents]
+    seen = [fault for fault in report.faults if fault.was_noticed]
     gone_on = [(fault.at, min(times)) for fault in seen if (times := fault.after("first_token"))]
     moments = (
         ("noticed", "v", [(fault.at, fault.detected) for fault in seen]),
@@ -47,8 +47,8 @@ def timeline(report: Report, path: Path) -> None:
     delays.set(xlabel="s", ylabel="s after the fault")
     if report.faults:
         delays.set_yscale("log")
-        served.legend(loc="lower right")
-        delays.legend(loc="lower right")
+        for panel in (served, delays):
+            panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for panel in (served, delays):
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")

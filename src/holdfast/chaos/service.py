@@ -8,7 +8,9 @@ import random
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -17,51 +19,87 @@ from holdfast.core.errors import StartupError
 
 _START_SECONDS = 600.0
 _STOP_SECONDS = 60.0
+_ORPHAN_SECONDS = 10.0
+"""Once the supervisor is gone, its children end at once; a loaded machine may need a while for it."""
 _SPOILT_EVERY = 100_000
 """Bytes."""
 _TITLE = re.compile(r"holdfast (worker [\d.]+|engine \d+|gateway|store)")
+SUPERVISOR = "supervisor"
 
 
 class Service:
-    """Started with `flags`, on a port of its own; what it says goes to the file `log`."""
+    """Started with `flags` in `folder`, which holds what it says, its faults, and the token log unless the flags have
+    it elsewhere. Started again, it has the port it had."""
 
-    def __init__(self, model: str, flags: Sequence[str], log: Path) -> None:
-        self._faults = log.parent / "faults"
+    def __init__(self, model: str, flags: Sequence[str], folder: Path) -> None:
+        self._faults = folder / "faults"
         self._faults.mkdir()
-        self._command = [sys.executable, "-m", "holdfast.cli.main", "serve", model, "--port", "0", *flags]
-        self._log = log
-        self._seen: dict[int, psutil.Process] = {}
+        self._log = folder / "log"
+        self._token_log = Path(value_of("--token-log-dir", flags) or folder / "tokens")
+        level = (
+            "debug" if value_of("--log-level", flags) == "debug" else "info"
+        )  # less would not tell what we wait for
+        more = ["--token-log-dir", str(self._token_log), "--log-level", level]
+        self._command = [sys.executable, "-m", "holdfast.cli.main", "serve", model, "--port", "0", *flags, *more]
         self.url = ""
+        self.orphans: list[int] = []
+        """Pids of children that outlived their supervisor; they were killed then."""
 
     async def start(self) -> None:
         """Until it serves. Raises `StartupError` with its last words."""
-        with self._log.open("wb") as sink:
+        port = ["--port", self.url.rpartition(":")[2]] if self.url else []
+        with self._log.open("ab") as sink:
+            begin = sink.tell()
             self.process = await asyncio.create_subprocess_exec(
-                *self._command, stdout=sink, stderr=sink, env={**os.environ, "HOLDFAST_FAULTS": str(self._faults)}
+                *self._command,
+                *port,
+                stdout=sink,
+                stderr=sink,
+                env={**os.environ, "HOLDFAST_FAULTS": str(self._faults)},
+                start_new_session=True,
             )
         for _ in range(int(_START_SECONDS / 0.1)):
             if self.process.returncode is not None:
                 raise StartupError(f"holdfast serve ended with {self.process.returncode}:\n{self.said()[-3000:]}")
-            if found := re.search(r"serving \S+ at (http://\S+);", self.said()):
+            if found := re.search(r"serving \S+ at (http://\S+);", self.said(begin)):
                 self.url = found[1]
                 return
             await asyncio.sleep(0.1)
         raise StartupError(f"holdfast serve did not become ready:\n{self.said()[-3000:]}")
 
-    def said(self) -> str:
-        return self._log.read_text(errors="replace")
+    def said(self, begin: int = 0) -> str:
+        """From its byte `begin` on."""
+        with self._log.open("rb") as log:
+            log.seek(begin)
+            return log.read().decode(errors="replace")
+
+    @property
+    def said_bytes(self) -> int:
+        """How much it has said so far."""
+        return self._log.stat().st_size
 
     def processes(self) -> dict[str, psutil.Process]:
-        """Its children that live, by their names: "worker 0.0.0", "engine 0", "gateway", "store"."""
-        found = {}
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            self._seen[child.pid] = child
+        """Those that live, by their names: "supervisor", "worker 0.0.0", "engine 0", "gateway", "store"."""
+        supervisor = psutil.Process(self.process.pid)
+        found = {SUPERVISOR: supervisor}
+        for child in supervisor.children(recursive=True):
             try:
                 title = _TITLE.search(" ".join(child.cmdline()))
             except psutil.NoSuchProcess:
                 continue
             if title is not None:
                 found[title[1]] = child
+        return found
+
+    def left(self) -> list[psutil.Process]:
+        """Those that live, whoever is their parent by now: a session is theirs for life."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
         return found
 
     def afflict(self, worker: str, fault: str) -> None:
@@ -87,9 +125,27 @@ class Service:
                     [byte] = os.pread(memory.fileno(), 1, place)
                     os.pwrite(memory.fileno(), bytes([byte ^ 0xFF]), place)
 
+    async def ended(self) -> float:
+        """Its supervisor was killed: when none of its processes was left, in seconds since 1970. Those that do not
+        end are killed, and are `orphans`. Raises `StartupError` when the token log is gone with them."""
+        await self.process.wait()
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        while True:
+            if not (left := self.left()) or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.005)
+        ended = time.time()
+        for orphan in left:
+            self.orphans.append(orphan.pid)
+            orphan.kill()
+        file = self._token_log / "tokens.log"
+        if not file.is_file() or not file.stat().st_size:
+            raise StartupError(f"{file}: nothing is left of the token log")
+        return ended
+
     async def stop(self) -> tuple[int, list[int]]:
-        """SIGTERM; its exit status, and the pids of children that outlived it (they are killed then)."""
-        self.processes()
+        """SIGTERM; its exit status, and the pids of children that outlived it (they are killed then), now or when its
+        supervisor was killed."""
         if self.process.returncode is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -97,11 +153,20 @@ class Service:
         except TimeoutError:
             self.process.kill()
             status = await self.process.wait()
-        left = [child for child in self._seen.values() if child.is_running()]  # by pid and time of birth
-        left = [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
-        for child in left:
-            child.kill()
-        return status, [child.pid for child in left]
+        left = self.left()
+        for process in left:
+            process.kill()
+        return status, self.orphans + [process.pid for process in left]
+
+
+def value_of(flag: str, flags: Sequence[str]) -> str | None:
+    """What `flags` say of one of them, the last time they do; None if they do not."""
+    found = None
+    for given, following in pairwise([*flags, ""]):
+        name, equals, value = given.partition("=")
+        if name == flag:
+            found = value if equals else following
+    return found
 
 
 def extents(descriptor: int) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,8 @@
     python -m MODULE NAME BOOT_FILE DEATH_FD epoch=N [WHAT=FD …]
 
 The child holds the read end of a pipe whose write end only the supervisor has. When the supervisor is gone,
-however it went, the read ends and so does the child: no orphan survives.
+however it went, the read ends and so does the child: no orphan survives. One that was stopped (SIGSTOP) is made to go
+on by the system then, since its process group is an orphan's, so that it can end.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 LOOK_SECONDS = 0.1
@@ -11,14 +12,17 @@ FLOOR_SECONDS = 1.5
 STEP_FLOOR_SECONDS = 10.0
 """The same where only steps are: one may have a kernel compiled."""
 SLACK = 8.0
-"""Times the longest stretch without a move so far: it may have been a lucky one."""
+"""Times the longest stretch without a move of late: it may have been a lucky one."""
+REMEMBERED = 64
+"""Stretches, the latest: 6 s of work where looks find a move each time, longer where steps are slow. What was once
+slow (a neighbour took the cores for a second) must not hide a hang for ever."""
 ENOUGH_STEPS = 10
 """Before their times say anything about the next, where only steps are moves."""
 
 
 class HangWatch:
     """Of one replica. Its ranks count what they do (`parallel.segment.RankTally.moves`); when none of them has
-    counted on for much longer than ever before, with a step in flight, one of them hangs, and the others wait for it.
+    counted on for much longer than of late, with a step in flight, one of them hangs, and the others wait for it.
     `most`: seconds that are too long in any case. `by_step`: nothing is counted within a step."""
 
     def __init__(self, most: float, *, by_step: bool = False) -> None:
@@ -27,8 +31,8 @@ class HangWatch:
         self._moves: Sequence[int] = ()
         self._moved_at = 0.0
         self._looked_at = 0.0
-        self._longest = 0.0
-        self._num_moves = 0
+        self._stretches: deque[float] = deque(maxlen=REMEMBERED)
+        """Seconds from one look that found a move to the next, while busy."""
 
     def look(self, moves: Sequence[int], now: float, *, busy: bool) -> bool:
         """Whether it hangs. `moves`: the ranks' counts, now; `busy`: whether a step is in flight."""
@@ -36,8 +40,7 @@ class HangWatch:
         self._looked_at = now
         if not busy or late or moves != self._moves:
             if busy and not late:
-                self._longest = max(self._longest, now - self._moved_at)
-                self._num_moves += 1
+                self._stretches.append(now - self._moved_at)
             self._moves, self._moved_at = moves, now
             return False
         return now - self._moved_at > self.deadline
@@ -45,6 +48,6 @@ class HangWatch:
     @property
     def deadline(self) -> float:
         """Seconds without a move that are too many."""
-        if self._num_moves < self._enough:
+        if len(self._stretches) < self._enough:
             return self._most
-        return min(self._most, max(self._floor, SLACK * self._longest))
+        return min(self._most, max(self._floor, SLACK * max(self._stretches, default=0.0)))

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """Unless the user's own environment says otherwise. OpenMP threads that wait for each other must soon sleep: they
@@ -62,6 +63,14 @@ class Child:
         except subprocess.TimeoutExpired:
             return False
         return True
+
+    def is_stopped(self) -> bool:
+        """Whether the system holds it, as after SIGSTOP (Linux: state T)."""
+        try:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return False
+        return state.rpartition(")")[2].split()[0] == "T"
 
     def close(self) -> None:
         """Give back the descriptors of an ended child."""

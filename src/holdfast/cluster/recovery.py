@@ -26,6 +26,8 @@ from holdfast.planner.replan import replan
 
 log = logging.getLogger(__name__)
 
+STOPPED_SECONDS = {"starting": 1.0, "serving": 5.0}
+"""That a process may be held by the system. One that serves is found out sooner, if it has something to do."""
 LONGEST_REGROWTH = 3600.0
 """Seconds between two attempts to serve with all ranks again, at most."""
 
@@ -48,6 +50,8 @@ class Recovery:
         self.drain_until: float | None = None
         self._leaks: dict[str, LeakWatch] = {}
         """Of each worker, as it is now."""
+        self._stopped: dict[str, float] = {}
+        """Processes that are held by the system: since when."""
 
     # --- what happens ---
 
@@ -80,6 +84,8 @@ class Recovery:
         for member in self.members:
             if member.state != "lost" and now >= member.due(self.config.server.startup_timeout):
                 self._lose_late(member)
+            elif member.state != "lost":
+                self._lose_stopped(member, now)
         for member in self.replicas:
             due, waited = self._regrows.get(member.name, (0.0, 0.0))
             if due and member.state == "serving" and now >= due:
@@ -108,6 +114,7 @@ class Recovery:
 
     def stood_still(self, now: float) -> None:
         """We did ourselves: perhaps everything did, and nobody is late."""
+        self._stopped.clear()
         for member in self.members:
             member.heard = now
 
@@ -165,6 +172,20 @@ class Recovery:
         else:
             reason = f"{member.speaker} has not been heard for {member.most_silent:g} s"
             self._lose(member, member.speaker, reason, hangs=True)
+
+    def _lose_stopped(self, member: Member, now: float) -> None:
+        """Who starts gives no sign of life yet, and may take its time; a rank with nothing to do gives none at all.
+        But that one was stopped, the system says."""
+        most = STOPPED_SECONDS[member.state]
+        if member.state == "serving":
+            most = max(most, member.most_silent)
+        for name in member.processes:
+            if not self.children.by_name[name].is_stopped():
+                self._stopped.pop(name, None)
+            elif now - self._stopped.setdefault(name, now) > most:
+                del self._stopped[name]
+                self._lose(member, name, f"{name} was stopped (SIGSTOP)", hangs=True)
+                return
 
     def _lose(self, member: Member, process: str, reason: str, *, hangs: bool = False) -> None:
         """A process of it has ended that should not. The rest is killed: nobody waits for the dead. Then, down the
