@@ -18,7 +18,7 @@ from scipy.optimize import least_squares
 
 from holdfast.hardware.catalogue import find_device
 from holdfast.planner.communication import Path, wire_bytes
-from holdfast.planner.rows import collective_of
+from holdfast.planner.rows.questions import collective_of
 
 NAMES = ("software", "device", "nodes", "ranks", "operation")
 SOFTWARES = ("nccl", "vllm", "vllm-eager", "trtllm")

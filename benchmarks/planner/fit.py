@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from holdfast.planner.metrics import kind_of
-from holdfast.planner.predict import predict
+from holdfast.planner.rows.metrics import kind_of
+from holdfast.planner.rows.predict import predict
 from holdfast.planner.timing import parse_coefficients
 
 SHARES = ("memory", "kv", "matmul_16bit", "matmul_8bit", "matmul_4bit", "attention", "passes", "all_reduce")

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from holdfast.planner.predict import predict
+from holdfast.planner.rows.predict import predict
 from holdfast.planner.timing import Coefficients
 
 LIMITS_MS = (10, 15, 20, 30, 50)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from holdfast.hardware.catalogue import find_device, find_link
-from holdfast.planner.answers import even_stages
 from holdfast.planner.communication import (
     STARTS,
     Fabric,
@@ -25,6 +24,7 @@ from holdfast.planner.memory.ranks import (
     table_of,
 )
 from holdfast.planner.memory.shares import even_shares
+from holdfast.planner.rows.answers import even_stages
 from holdfast.planner.serving import bubble
 from holdfast.planner.shapes.configs import shape_of_config
 from holdfast.planner.shapes.presets import find_model

@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 
 from holdfast.hardware.cluster import Cluster, cluster_of
-from holdfast.planner.alternatives import fits, larger_clusters, most_requests
-from holdfast.planner.breakdown import at_concurrency
 from holdfast.planner.estimate import Estimate, Question, estimate
-from holdfast.planner.explain import why
 from holdfast.planner.goal import Goal
-from holdfast.planner.levers import faster_by, needed, request_time
-from holdfast.planner.quantities import of_seconds
 from holdfast.planner.search import Found, search
 from holdfast.planner.shapes.load import load_shape
-from holdfast.planner.shortfall import nothing_fits, shortfall
+from holdfast.planner.show.alternatives import fits, larger_clusters, most_requests
+from holdfast.planner.show.breakdown import at_concurrency
+from holdfast.planner.show.explain import why
+from holdfast.planner.show.levers import faster_by, needed, request_time
+from holdfast.planner.show.quantities import of_seconds
+from holdfast.planner.show.shortfall import nothing_fits, shortfall
 from holdfast.planner.timing import coefficients
 
 LLAMA = "Llama-3.1-70B"
@@ -38,7 +38,7 @@ def test_tensor_parallelism_over_pcie_is_beaten_by_its_all_reduces() -> None:
     assert "all-reduces over pcie4 and the link between sockets (16 GB/s per direction)" in reason
     link = re.search(r"needs a link of (\d+) GB/s per direction instead of 16 GB/s", reason)
     assert link is not None
-    assert 16 < int(link[1]) < 900
+    assert 16 < int(link[1]) < 2000
 
 
 def test_the_link_that_is_said_to_be_needed_levels_the_plan() -> None:

@@ -8,7 +8,10 @@ import re
 import pytest
 
 from holdfast.hardware.cluster import cluster_of
-from holdfast.planner.breakdown import (
+from holdfast.planner.goal import Goal
+from holdfast.planner.search import Found, search
+from holdfast.planner.shapes.load import load_shape
+from holdfast.planner.show.breakdown import (
     decode_parts,
     exchanges,
     first_token_parts,
@@ -16,10 +19,7 @@ from holdfast.planner.breakdown import (
     prompt_parts,
     token_parts,
 )
-from holdfast.planner.formulas import formulas
-from holdfast.planner.goal import Goal
-from holdfast.planner.search import Found, search
-from holdfast.planner.shapes.load import load_shape
+from holdfast.planner.show.formulas import formulas
 
 CASES = {
     "dense": ("Llama-3.1-70B", "8xA100-80GB", Goal(concurrency=32)),

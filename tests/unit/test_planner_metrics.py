@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from holdfast.core.errors import ConfigError
-from holdfast.planner.answers import KINDS
-from holdfast.planner.metrics import factor, kind_of, metric_of
+from holdfast.planner.rows.answers import KINDS
+from holdfast.planner.rows.metrics import factor, kind_of, metric_of
 
 
 @pytest.mark.parametrize(

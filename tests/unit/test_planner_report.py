@@ -14,16 +14,16 @@ from rich.console import Console
 from holdfast.hardware.cluster import cluster_of
 from holdfast.hardware.cluster_file import parse_cluster
 from holdfast.hardware.detect import this_machine
-from holdfast.planner.facts import as_json
-from holdfast.planner.formulas import show_formulas
 from holdfast.planner.goal import Goal
-from holdfast.planner.page import COLOURS, html
-from holdfast.planner.pictures import MEMORY, TIME
-from holdfast.planner.placement_picture import MOST_NODES, alike_nodes, parts_by_node
-from holdfast.planner.report import memory_parts, show
 from holdfast.planner.search import Found, search
 from holdfast.planner.shapes.load import load_shape
-from holdfast.planner.summary import devices_named, runners, stage_runs
+from holdfast.planner.show.facts import as_json
+from holdfast.planner.show.formulas import show_formulas
+from holdfast.planner.show.page import COLOURS, html
+from holdfast.planner.show.pictures import MEMORY, TIME
+from holdfast.planner.show.placement_picture import MOST_NODES, alike_nodes, parts_by_node
+from holdfast.planner.show.report import memory_parts, show
+from holdfast.planner.show.summary import devices_named, runners, stage_runs
 
 SITES = """
 nodes:

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from holdfast.core.errors import ConfigError
-from holdfast.planner.metrics import kind_of
-from holdfast.planner.predict import Prediction, predict
-from holdfast.planner.rows import Row, collective_of, operation_of, plain_row, serving_of
+from holdfast.planner.rows.metrics import kind_of
+from holdfast.planner.rows.predict import Prediction, predict
+from holdfast.planner.rows.questions import Row, collective_of, operation_of, plain_row, serving_of
 from support.data import data
 
 SERVING = {

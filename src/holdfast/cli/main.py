@@ -129,7 +129,7 @@ def plan(
     No GPU and no weights are needed. Exit code 1 when no plan fits or keeps the limits.
     """
     config.check()
-    from holdfast.planner.run import run  # noqa: PLC0415 — keeps --help fast
+    from holdfast.operate.plan import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(model, config))
 
@@ -169,7 +169,7 @@ def predict(config: PredictConfig) -> None:
     to stderr.
     """
     config.check()
-    from holdfast.planner.predictions import run  # noqa: PLC0415 — keeps --help fast
+    from holdfast.planner.rows.predictions import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(config))
 

@@ -23,6 +23,7 @@ from holdfast.planner.communication import Fabric
 Place = tuple[int, int]
 """Of a device: its node, its number there."""
 MOST_STAGES = 64
+MOST_STAGES_MIXED = 16
 HALF_A_MACHINE = 4
 """Devices at one socket, where a machine has two and eight devices."""
 
@@ -200,7 +201,7 @@ def pipelines_of_several_kinds(
         for replicas in range(1, min(map(len, groups)) + 1):
             if any(len(some) % replicas for some in groups):
                 continue
-            if sum(len(some) // replicas for some in groups) > min(num_layers, MOST_STAGES):
+            if sum(len(some) // replicas for some in groups) > min(num_layers, MOST_STAGES_MIXED):
                 continue
             for order in (groups, groups[::-1]):
                 yield tuple(

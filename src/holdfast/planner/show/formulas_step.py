@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from holdfast.planner.communication import Path, imbalance, wire_bytes
-from holdfast.planner.lines import Line, bytes_of, flops_of, number, rate_of, seconds_of
 from holdfast.planner.serving import Replica
 from holdfast.planner.shapes.shape import Layer
+from holdfast.planner.show.lines import Line, bytes_of, flops_of, number, rate_of, seconds_of
 from holdfast.planner.timing import (
     LOGIT_PASSES,
     Efficiency,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 
 from holdfast.hardware.cluster import Cluster
-from holdfast.planner.breakdown import exchanges
 from holdfast.planner.candidates import Candidate, DeviceGroup, kinds_of
 from holdfast.planner.estimate import Estimate, Question
-from holdfast.planner.quantities import bytes_per_second, of_seconds
 from holdfast.planner.search import Found
+from holdfast.planner.show.breakdown import exchanges
+from holdfast.planner.show.quantities import bytes_per_second, of_seconds
 
 MOST_RUNNERS = 8
 MOST_STAGES = 8

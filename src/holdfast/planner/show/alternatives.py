@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from holdfast.core.errors import ConfigError
 from holdfast.hardware.catalogue import catalogue, find_link
 from holdfast.hardware.cluster import USUAL_NETWORK, Cluster, cluster_of
-from holdfast.planner.breakdown import at_concurrency
 from holdfast.planner.candidates import Candidate, kinds_of
 from holdfast.planner.estimate import Estimate, Question, estimate, has_room, memory_of, shares_of
 from holdfast.planner.goal import Goal
@@ -18,6 +17,7 @@ from holdfast.planner.memory.capacity import max_context
 from holdfast.planner.memory.ranks import KV_FORMATS
 from holdfast.planner.search import Found, candidates, search
 from holdfast.planner.serving import Served
+from holdfast.planner.show.breakdown import at_concurrency
 
 LESS_WEIGHT = (8.0, 4.0)
 """Bits of weights that are proposed where there are more."""

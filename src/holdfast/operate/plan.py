@@ -13,13 +13,14 @@ from holdfast.core.errors import ConfigError, UserError
 from holdfast.hardware.cluster import Cluster, cluster_of
 from holdfast.hardware.cluster_file import read_cluster
 from holdfast.hardware.detect import this_machine
-from holdfast.planner import emit, page, report
+from holdfast.planner import emit
 from holdfast.planner.config import PlanConfig
-from holdfast.planner.facts import as_json
-from holdfast.planner.formulas import show_formulas
 from holdfast.planner.goal import Goal
 from holdfast.planner.search import Found, search
 from holdfast.planner.shapes.load import load_shape, load_spec
+from holdfast.planner.show import page, report
+from holdfast.planner.show.facts import as_json
+from holdfast.planner.show.formulas import show_formulas
 
 
 def run(model: str, config: PlanConfig) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from holdfast.planner.estimate import Estimate, Question, shares_of
-from holdfast.planner.lines import Line, bytes_of, number
 from holdfast.planner.memory.ranks import (
     LayerSizes,
     kv_bytes_per_block,
@@ -11,6 +10,7 @@ from holdfast.planner.memory.ranks import (
     live_numbers_per_token,
 )
 from holdfast.planner.memory.shares import RankShare
+from holdfast.planner.show.lines import Line, bytes_of, number
 
 NEXT_LAYERS = 2
 """Of weights that are spread over replicas: layers that a rank has whole, the one in use and the next."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from holdfast.planner.alternatives import most_requests
-from holdfast.planner.breakdown import (
+from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate, worth
+from holdfast.planner.search import ALIKE, Found
+from holdfast.planner.show.alternatives import most_requests
+from holdfast.planner.show.breakdown import (
     Part,
     at_concurrency,
     decode_parts,
@@ -15,11 +17,9 @@ from holdfast.planner.breakdown import (
     token_parts,
     workload_of,
 )
-from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate, worth
-from holdfast.planner.levers import request_time, what_it_takes
-from holdfast.planner.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
-from holdfast.planner.search import ALIKE, Found
-from holdfast.planner.shortfall import does_not_fit
+from holdfast.planner.show.levers import request_time, what_it_takes
+from holdfast.planner.show.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
+from holdfast.planner.show.shortfall import does_not_fit
 
 
 def why(found: Found, other: Estimate) -> str:

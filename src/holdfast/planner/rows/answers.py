@@ -16,7 +16,7 @@ from holdfast.planner.memory.engines import ENGINES
 from holdfast.planner.memory.fastertransformer import fastertransformer_memory
 from holdfast.planner.memory.ranks import KV_FORMATS, ServingLoad, ShapeTable, plan_memory, table_of
 from holdfast.planner.memory.shares import RankShare, even_shares
-from holdfast.planner.rows import DEVICES_PER_NODE, CollectiveRow, ServingRow
+from holdfast.planner.rows.questions import DEVICES_PER_NODE, CollectiveRow, ServingRow
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
 from holdfast.planner.timing import Coefficients, Engine, Stage, StepBatch, stage_of, step_time, stored_bits

@@ -6,15 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 from holdfast.hardware.catalogue import Link
-from holdfast.planner.alternatives import longest_context
-from holdfast.planner.breakdown import Exchange, exchanges, first_token_parts, parts
 from holdfast.planner.candidates import Candidate
 from holdfast.planner.estimate import Estimate, Question, StageMemory
-from holdfast.planner.explain import why
-from holdfast.planner.formulas import formulas
 from holdfast.planner.search import Found
-from holdfast.planner.shortfall import nothing_fits
-from holdfast.planner.summary import error_band, is_pareto, runners, warnings
+from holdfast.planner.show.alternatives import longest_context
+from holdfast.planner.show.breakdown import Exchange, exchanges, first_token_parts, parts
+from holdfast.planner.show.explain import why
+from holdfast.planner.show.formulas import formulas
+from holdfast.planner.show.shortfall import nothing_fits
+from holdfast.planner.show.summary import error_band, is_pareto, runners, warnings
 
 
 def as_json(found: Found) -> dict[str, Any]:

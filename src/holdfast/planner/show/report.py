@@ -8,15 +8,23 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.planner.alternatives import longest_context
-from holdfast.planner.breakdown import exchanges, first_token_parts, parts
 from holdfast.planner.estimate import Estimate, Question
-from holdfast.planner.explain import why
 from holdfast.planner.memory.ranks import RankMemory
-from holdfast.planner.quantities import billions, bytes_per_second, count, of_bytes, of_seconds, percent, requests
 from holdfast.planner.search import Found
-from holdfast.planner.shortfall import label, nothing_fits
-from holdfast.planner.summary import (
+from holdfast.planner.show.alternatives import longest_context
+from holdfast.planner.show.breakdown import exchanges, first_token_parts, parts
+from holdfast.planner.show.explain import why
+from holdfast.planner.show.quantities import (
+    billions,
+    bytes_per_second,
+    count,
+    of_bytes,
+    of_seconds,
+    percent,
+    requests,
+)
+from holdfast.planner.show.shortfall import label, nothing_fits
+from holdfast.planner.show.summary import (
     MOST_STAGES,
     alike_replicas,
     cluster_named,

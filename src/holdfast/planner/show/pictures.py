@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from holdfast.planner.breakdown import parts
 from holdfast.planner.estimate import Estimate, Question
-from holdfast.planner.quantities import of_bytes, of_seconds
-from holdfast.planner.report import memory_parts
 from holdfast.planner.search import Found
-from holdfast.planner.summary import runners, short_name, stage_runs
+from holdfast.planner.show.breakdown import parts
+from holdfast.planner.show.quantities import of_bytes, of_seconds
+from holdfast.planner.show.report import memory_parts
+from holdfast.planner.show.summary import runners, short_name, stage_runs
 
 WIDTH = 1000
 LABELS = 235

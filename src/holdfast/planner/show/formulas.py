@@ -12,13 +12,13 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
-from holdfast.planner.breakdown import prompt_parts, replica_of, workload_of
 from holdfast.planner.estimate import Estimate, Question, price_per_hour
-from holdfast.planner.formulas_memory import memory_lines
-from holdfast.planner.formulas_step import step_lines
-from holdfast.planner.lines import Line, number, seconds_of
 from holdfast.planner.search import Found
 from holdfast.planner.serving import Replica, Workload
+from holdfast.planner.show.breakdown import prompt_parts, replica_of, workload_of
+from holdfast.planner.show.formulas_memory import memory_lines
+from holdfast.planner.show.formulas_step import step_lines
+from holdfast.planner.show.lines import Line, number, seconds_of
 
 USERS = "What users see"
 

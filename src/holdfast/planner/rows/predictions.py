@@ -18,8 +18,8 @@ from rich.table import Table
 
 from holdfast.core.errors import ConfigError
 from holdfast.planner.config import PredictConfig
-from holdfast.planner.predict import Prediction, predict
-from holdfast.planner.rows import Row, plain_row
+from holdfast.planner.rows.predict import Prediction, predict
+from holdfast.planner.rows.questions import Row, plain_row
 from holdfast.planner.timing import Coefficients
 
 ADDED = ("prediction", "prediction_low", "prediction_high", "prediction_error", "prediction_note")

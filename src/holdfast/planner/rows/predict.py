@@ -10,9 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from holdfast.core.errors import UserError
-from holdfast.planner.answers import KINDS, SERVED, shortage, time_of_collective
-from holdfast.planner.metrics import Metric, factor, metric_of
-from holdfast.planner.rows import Row, ServingRow, collective_in_metric, collective_of, plain_row, serving_of
+from holdfast.planner.rows.answers import KINDS, SERVED, shortage, time_of_collective
+from holdfast.planner.rows.metrics import Metric, factor, metric_of
+from holdfast.planner.rows.questions import (
+    Row,
+    ServingRow,
+    collective_in_metric,
+    collective_of,
+    plain_row,
+    serving_of,
+)
 from holdfast.planner.timing import Coefficients, coefficients
 
 
