@@ -109,7 +109,7 @@ def test_what_does_not_fit_names_the_bytes_and_ways_that_work() -> None:
 
 def test_the_objective_decides_what_is_compared() -> None:
     spare = found_for("Llama-3.1-8B", "8xH100", Goal(objective="spare"))
-    assert "of its throughput left when a rank is lost" in why(spare, named(spare, "TP8"))
+    assert "tokens/s left when a rank is lost against" in why(spare, named(spare, "TP8"))
     memory = found_for("Llama-3.1-8B", "8xH100", Goal(objective="memory"))
     assert "on the fullest rank before any KV cache" in why(memory, named(memory, "TP1 × DP8"))
 

@@ -140,6 +140,20 @@ def test_sharded_weights_take_less_memory_and_more_time() -> None:
     assert pairs[True].throughput < pairs[False].throughput
 
 
+def test_spare_is_what_the_replica_does_without_a_rank() -> None:
+    """Seven of eight hold 70B, seven of eight do not hold 175B with requests; of two replicas one is left, and part
+    of the other."""
+    found = search(LLAMA_70B, cluster_of("8xH100"), Goal(concurrency=32))
+    by_name = {some.candidate.name: some for some in found.ranking}
+    assert 0.6 < by_name["TP8"].spare < 1
+    assert 0.5 < by_name["TP4 × DP2"].spare < 1
+    assert by_name["TP4 × DP2 × sharded weights"].spare == 0.5  # a place that all replicas need
+    assert by_name["TP2 × PP4"].spare < by_name["TP8"].spare  # a stage of one rank holds up the others
+    full = search(GPT_3, cluster_of("5xA100-80GB"), Goal(concurrency=1)).best
+    assert full.candidate.num_devices == 5
+    assert full.spare == 0
+
+
 def test_the_unknown_and_the_impossible_are_refused_in_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"context 999999: .* knows 131072 tokens at most"):
         search(LLAMA_8B, cluster_of("8xH100"), Goal(context=999_999))

@@ -24,7 +24,8 @@ class WhatConfig:
     objective: Literal["throughput", "latency", "cost", "memory", "spare"] = option(
         "throughput",
         "What plans are compared by. throughput: tokens per second; latency: of a whole request; cost: per token, by "
-        "the cluster file's prices; memory: the fullest device; spare: what is left when a rank is lost.",
+        "the cluster file's prices; memory: the fullest device; spare: tokens per second that are left when a rank "
+        "is lost.",
     )
     ttft: float | None = option(None, "Limit of the time to first token, in milliseconds.")
     tpot: float | None = option(None, "Limit of the time per output token, in milliseconds.")

@@ -96,8 +96,8 @@ class Estimate:
     throughput: float = 0
     cost: float | None = None
     """Per million tokens of output, in what prices are given in."""
-    spare: float = 0
-    """Share of the throughput that is left when one rank is lost, at worst."""
+    reshaped: float = 0
+    """Of one replica's throughput, what it has when it goes on without one of its ranks, at worst; 0: it cannot."""
     misses: tuple[str, ...] = ()
     """Limits that it does not keep, each as a short sentence."""
 
@@ -105,6 +105,17 @@ class Estimate:
     def memory_used(self) -> float:
         """Share of the fullest device's memory that weights and working memory take."""
         return max(stage.memory.without_kv / stage.device_bytes for stage in self.stages)
+
+    @property
+    def spare(self) -> float:
+        """Share of the throughput that is left when one rank is lost, at worst."""
+        copies = len(self.candidate.replicas)
+        return (copies - 1 + self.reshaped) / copies if self.served is not None else 0
+
+    @property
+    def throughput_left(self) -> float:
+        """Tokens per second after that loss."""
+        return self.spare * self.throughput
 
     @property
     def throughput_per_device(self) -> float:
@@ -212,7 +223,7 @@ def _judged(
     cost = None if price is None else price / (throughput * 3600) * 1e6
     return Estimate(
         candidate, stages, int(replica.kv_tokens), True, each * copies, served, throughput, cost,
-        (copies - 1) / copies, tuple(misses),
+        misses=tuple(misses),
     )  # fmt: skip
 
 
@@ -302,7 +313,7 @@ def worth(goal: Goal, some: Estimate) -> float:
         return some.cost if some.cost is not None else -some.throughput_per_device
     if goal.objective == "memory":
         return some.memory_used
-    return -some.spare
+    return -some.throughput_left
 
 
 def simplicity(candidate: Candidate) -> tuple[object, ...]:

@@ -25,6 +25,7 @@ from holdfast.planner.estimate import Estimate, Question, estimate, memory_of, r
 from holdfast.planner.goal import Goal
 from holdfast.planner.memory.shares import even_layers
 from holdfast.planner.shapes.shape import ModelShape
+from holdfast.planner.spare import with_spare
 from holdfast.planner.timing import Coefficients, StepBatch, coefficients, step_time
 
 ALIKE = 0.02
@@ -59,7 +60,7 @@ def search(shape: ModelShape, cluster: Cluster, goal: Goal, known: Coefficients 
         raise ConfigError(f"engine {goal.engine!r}: must be one of {', '.join(question.known.engines)}")
     if goal.longest > shape.max_context:
         raise ConfigError(f"context {goal.longest}: {shape.name} knows {shape.max_context} tokens at most")
-    judged = [estimate(question, candidate) for candidate in candidates(question)]
+    judged = [with_spare(question, estimate(question, candidate)) for candidate in candidates(question)]
     if not judged:
         raise ConfigError(f"{shape.name} cannot be laid over this cluster: no group of its devices divides it evenly")
     ranking = sorted(judged, key=lambda some: rank_key(goal, some))
@@ -158,7 +159,7 @@ def _unequal(question: Question, even: Candidate) -> Iterator[tuple[int, ...]]:
 def _pareto(ranking: Sequence[Estimate]) -> tuple[Estimate, ...]:
     def goods(some: Estimate) -> tuple[float, ...]:
         assert some.served is not None
-        return (some.throughput, -some.served.tpot, -some.served.ttft, some.spare)
+        return (some.throughput, -some.served.tpot, -some.served.ttft, some.throughput_left)
 
     fitting = [(goods(some), some) for some in ranking if some.served is not None and not some.misses]
     return tuple(

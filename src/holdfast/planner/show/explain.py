@@ -39,7 +39,7 @@ def why(found: Found, other: Estimate) -> str:
     if question.goal.objective == "memory":
         return _more_memory(question, best, other)
     if question.goal.objective == "spare":
-        return f"{_against(question, best, other)}; more replicas would be needed"
+        return _against(question, best, other)
     return _slower(question, best, other)
 
 
@@ -102,7 +102,8 @@ def _against(question: Question, best: Estimate, other: Estimate) -> str:
         mine, chosen = (of_bytes(_tightest(some).memory.without_kv) for some in (other, best))
         return f"{mine} on the fullest rank before any KV cache against {chosen}"
     if goal.objective == "spare":
-        return f"{percent(other.spare)} of its throughput left when a rank is lost against {percent(best.spare)}"
+        mine, chosen = (f"{count(some.throughput_left)} ({percent(some.spare)})" for some in (other, best))
+        return f"{mine} tokens/s left when a rank is lost against {chosen}"
     if goal.objective == "cost" and other.cost is not None and best.cost is not None:
         return f"{other.cost:.3g} for a million tokens against {best.cost:.3g}"
     if goal.objective == "cost":

@@ -174,11 +174,10 @@ def _rate_lines(question: Question, some: Estimate, ttft: float, tpot: float) ->
                 f"{number(price)} / ({rate:.1f} · 3600) · 1e6", cost, f"{cost:.4g}",
             )
         )  # fmt: skip
-    spare = (copies - 1) / copies
     lines.append(
         Line(
-            USERS, "left when a rank is lost", "(replicas − 1) / replicas", f"({copies} − 1) / {copies}", spare,
-            f"{spare:.3g}",
+            USERS, "left when a rank is lost", "(replicas − 1 + what one does without a rank) / replicas",
+            f"({copies} − 1 + {some.reshaped:.6g}) / {copies}", some.spare, f"{some.spare:.3g}",
         )
     )  # fmt: skip
     return lines
