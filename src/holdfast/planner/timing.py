@@ -367,10 +367,10 @@ def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficie
     cut = 1 if attention.kind == "latent" else min(tp, attention.num_kv_heads)
     seconds = 0.0
     if batch.decodes:
-        numbers = attention.kv_numbers(round(batch.context)) / cut
+        numbers = attention.numbers_read(round(batch.context)) / cut
         seconds += batch.decodes * numbers * stage.kv_bits / 8 / (device.memory_bandwidth * efficiency.kv)
     if batch.prompt_tokens and attention.kind != "linear":
-        seen = batch.prompt_context if attention.window is None else min(batch.prompt_context, attention.window)
+        seen = attention.tokens_read(batch.prompt_context)
         width = attention.num_heads * (attention.head_dim + attention.value_dim)
         flops = 2 * width * batch.prompt_tokens * seen / tp
         seconds += flops / (flops_of(device, 16, efficiency) / efficiency.matmul[16] * efficiency.attention)

@@ -160,20 +160,20 @@ def _attention(step: _Step, layer: Layer, layers: int, which: str) -> list[Line]
         return []
     cut = 1 if attention.kind == "latent" else min(stage.tensor_parallel, attention.num_kv_heads)
     if batch.decodes:
-        numbers, each = attention.kv_numbers(round(batch.context)), stage.kv_bits / 8
+        numbers, each = attention.numbers_read(round(batch.context)), stage.kv_bits / 8
         rate = stage.device.memory_bandwidth
         seconds = layers * batch.decodes * numbers / cut * each / (rate * efficiency.kv)
         found.append(
             Line(
                 section, f"reading KV{which}",
-                "layers × requests × numbers of a sequence / ranks × bytes / (bandwidth × share)",
+                "layers × requests × numbers read of a sequence / ranks × bytes / (bandwidth × share)",
                 f"{layers} · {number(batch.decodes)} · {number(numbers)} / {cut} · {number(each)} B "
                 f"/ ({rate_of(rate)} · {number(efficiency.kv)})",
                 seconds, seconds_of(seconds),
             )
         )  # fmt: skip
     if batch.prompt_tokens and attention.kind != "linear":
-        seen = batch.prompt_context if attention.window is None else min(batch.prompt_context, attention.window)
+        seen = attention.tokens_read(batch.prompt_context)
         width = attention.num_heads * (attention.head_dim + attention.value_dim)
         rate = flops_reached(stage.device, 16, efficiency) / efficiency.matmul[16]
         tensor = stage.tensor_parallel
