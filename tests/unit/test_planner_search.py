@@ -60,6 +60,17 @@ def test_what_is_chosen_is_best_by_its_own_figures() -> None:
     assert rest == sorted(rest)
 
 
+@pytest.mark.parametrize("requests", [1, 3, 9, 10])
+def test_requests_that_replicas_cannot_share_evenly_are_counted_once(requests: int) -> None:
+    """Two replicas have five and four of nine requests: their tokens are not those of ten."""
+    found = search(LLAMA_8B, cluster_of("8xH100"), Goal(concurrency=requests))
+    for some in found.ranking:
+        served = some.served
+        assert served is not None
+        cycle = served.ttft + (found.question.goal.output_len - 1) * served.tpot
+        assert some.throughput * cycle / found.question.goal.output_len == pytest.approx(requests)
+
+
 def test_more_room_and_more_devices_are_never_worse() -> None:
     def best(text: str) -> float:
         return search(LLAMA_8B, cluster_of(text), Goal(tpot=0.05)).best.throughput

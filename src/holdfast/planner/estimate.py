@@ -206,8 +206,8 @@ def _judged(
         if limit is not None and value > limit:
             misses.append(f"{name} {seconds(value)} is above {seconds(limit)}")
     throughput = served.throughput * copies
-    if goal.concurrency is not None and goal.concurrency < copies:
-        throughput *= goal.concurrency / copies  # fewer requests than replicas: some idle
+    if goal.concurrency is not None:
+        throughput *= goal.concurrency / (each * copies)  # not as many in every replica: it was timed with the most
     price = price_per_hour(question.cluster, candidate)
     cost = None if price is None else price / (throughput * 3600) * 1e6
     return Estimate(
@@ -257,7 +257,7 @@ def _gathering(question: Question, candidate: Candidate, stage: int) -> tuple[Pa
     copies = len(candidate.replicas)
     if not candidate.shard_weights or copies == 1:
         return None, 0
-    share = shares_of(replace(candidate, shard_weights=False))[stage]
+    share = shares_of(candidate)[stage]
     weights = rank_memory(question.table, share, question.load(), question.memory_engine).weights
     first, last = candidate.replicas[0][stage], candidate.replicas[-1][stage]
     link = question.cluster.link_between(first.places[0], last.places[0])
