@@ -115,6 +115,17 @@ def test_all_ranks_read_a_latent_whole() -> None:
         assert time(stage(layer, tp=tp), StepBatch(10, 1000)).attention == pytest.approx(10 * 1000 * 576 * 2 / 1e12)
 
 
+def test_sparse_attention_reads_the_index_of_all_tokens_and_the_latents_of_some() -> None:
+    """128 index numbers of 10,000 tokens, 576 numbers of 2,000; of 1,000 tokens all."""
+    sparse = Attention("latent", 128, 128, 192, 128, latent_dim=576, index_dim=128, num_read=2000)
+    layer = Layer(sparse, MATRICES)
+    read = 10_000 * 128 + 2000 * 576
+    assert time(stage(layer), StepBatch(10, 10_000)).attention == pytest.approx(10 * read * 2 / 1e12)
+    assert time(stage(layer), StepBatch(10, 1000)).attention == pytest.approx(10 * 1000 * 704 * 2 / 1e12)
+    prompt = [time(stage(layer), StepBatch(0, 0, 1000, context)).attention for context in (2000, 50_000)]
+    assert prompt[0] == prompt[1]
+
+
 def test_a_state_costs_the_same_at_every_context() -> None:
     layer = Layer(replace(MHA, kind="linear", state_numbers=10_000), MATRICES)
     short, long = (time(stage(layer), StepBatch(1, context)).attention for context in (10, 100_000))
@@ -188,6 +199,12 @@ def test_where_a_device_has_no_small_numbers_it_multiplies_larger_ones() -> None
     without = replace(DEVICE, flops=MappingProxyType({"fp16": 50e12}))
     assert flops_of(without, 8, EFFICIENCY) == 50e12
     assert flops_of(replace(without, flops=MappingProxyType({"fp32": 7e12})), 16, EFFICIENCY) == 7e12
+
+
+def test_weights_of_32_bits_are_multiplied_at_the_rate_of_float32() -> None:
+    """Guards against the highest rate of all, that of 8 bits."""
+    h100 = find_device("H100")
+    assert flops_of(h100, 32, EFFICIENCY) == h100.flops["fp32"]
 
 
 def test_small_cards_do_not_reach_their_peak_for_want_of_power() -> None:

@@ -304,14 +304,15 @@ def rows_at_corner(device: Device, efficiency: Efficiency) -> float:
 
 
 def flops_of(device: Device, weight_bits: float, efficiency: Efficiency) -> float:
-    """FLOP/s reached on weights of so many bits; where the device has no such instructions, of 16-bit ones."""
+    """FLOP/s reached on weights of so many bits; where the device has no such instructions, on the next larger ones:
+    32-bit weights, and all weights of a device that has nothing else, at the rate of float32."""
     names = {4: ("fp4",), 8: ("fp8",), 16: ("bf16", "fp16")}
     for bits in (4, 8, 16):
         if weight_bits <= bits * 1.2:
             rates = [device.flops[name] for name in names[bits] if name in device.flops]
             if rates:
                 return max(rates) * power_limit(device) * efficiency.matmul[bits]
-    return max(device.flops.values()) * efficiency.matmul[16]
+    return device.flops["fp32"] * efficiency.matmul[16]
 
 
 def power_limit(device: Device) -> float:
