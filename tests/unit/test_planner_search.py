@@ -13,6 +13,7 @@ from holdfast.hardware.catalogue import find_device, find_link
 from holdfast.hardware.cluster import Cluster, Node, cluster_of
 from holdfast.hardware.topology import parse_topology
 from holdfast.planner.candidates import Candidate, balanced, device_groups
+from holdfast.planner.communication import path_of, wire_bytes
 from holdfast.planner.estimate import Question, estimate, rank_key, worth
 from holdfast.planner.goal import Goal
 from holdfast.planner.search import candidates, search
@@ -139,6 +140,22 @@ def test_no_group_reaches_over_sites() -> None:
     found = search(LLAMA_70B, apart, Goal(concurrency=32, tpot=0.05))
     assert all(len({node for node, _ in group.places}) == 1 for group in found.best.candidate.stages)
     assert len(found.best.candidate.replicas) > 1
+
+
+def test_devices_of_a_node_share_its_network_cards() -> None:
+    """Two nodes of eight: with a card each 50 GB/s a device, with one card between them an eighth of it; half of the
+    bytes, reduced within the node first, must cross it twice."""
+    usual = cluster_of("2x8xH100")
+    one_card = replace(usual, nodes=tuple(replace(node, nics=1) for node in usual.nodes))
+    device, sent = find_device("H100"), wire_bytes("all_reduce", 16, 1e9)
+    rates, times = [], []
+    for cluster in (usual, one_card):
+        (group,) = device_groups(cluster, device, 16)
+        assert group.network is not None
+        rates.append(group.network.bandwidth)
+        times.append(path_of("nccl", group.fabric, group.nodes, 16, "all_reduce").time(sent))
+    assert rates == [50e9, 50e9 / 8]
+    assert times[1] > 1e9 * 2 * (1 / 2) / 50e9 > times[0]
 
 
 def test_sharded_weights_take_less_memory_and_more_time() -> None:
