@@ -3,11 +3,11 @@
 `concurrency` clients ask, wait for the whole answer, and ask again (a closed loop). Continuous batching then has a
 cycle: each request decodes for `output` steps, while every other one passes through its prompt once. So
 
-    TPOT = step + (n - 1) · prompt · mixing / output            n requests run at once
-    TTFT = first_token + prompt + 1.5 · step + the wait of a burst + the wait for room
+    TPOT = step + (n - 1) · prompt · mixing / (output - 1)      n requests run at once
+    TTFT = first_token + prompt + (steps of the prompt + 0.5) · step + the wait of a burst + the wait for room
 
-- `prompt` is what a prompt adds to a step in which the others decode: its weights are read once for all.
-
+- `prompt` is what a prompt adds to a step in which the others decode: its weights are read once for all. It takes
+  more than one step where it is longer than the engine's chunk.
 - Only so many run at once as the KV cache has room for (n); the others wait in line, by Little's law a full request's
   time for each place they are behind.
 - A measurement begins with a burst: all clients ask at once, and the first of their `waves` requests waits for half
@@ -136,7 +136,9 @@ def serve(replica: Replica, workload: Workload) -> Served:
     held = (min(workload.stream_interval, output) - 1) * tpot
     ttft += queue + front + held
     tpot -= held / gaps
-    throughput = workload.concurrency * output / (ttft + tpot * (output - 1))
+    cycle = ttft + tpot * (output - 1)
+    # Little's law, of all clients and of those that run: what is fitted of the wait must not make these faster.
+    throughput = output * min(workload.concurrency / cycle, running / (cycle - queue - front))
     return Served(ttft, tpot, throughput, running, decode, slowest, wait, queue, front, burst)
 
 

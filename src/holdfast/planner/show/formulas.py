@@ -156,12 +156,20 @@ def _plain(name: str, formula: str, value: float) -> Line:
 
 def _rate_lines(question: Question, some: Estimate, ttft: float, tpot: float) -> list[Line]:
     goal, copies = question.goal, len(some.candidate.replicas)
-    busy = min(some.concurrency, goal.concurrency or some.concurrency)
-    rate = busy * goal.output_len / (ttft + tpot * (goal.output_len - 1))
+    busy: float = min(some.concurrency, goal.concurrency or some.concurrency)
+    words, waited, served = "requests × output / (TTFT + (output − 1) × TPOT)", 0.0, some.served
+    assert served is not None
+    at_once = served.running * copies * busy / some.concurrency
+    cycle, waits = ttft + tpot * (goal.output_len - 1), served.queue + served.front
+    if at_once / (cycle - waits) < busy / cycle:
+        words, busy, waited = "requests at once × output / (TTFT + (output − 1) × TPOT − waits)", at_once, waits
+    rate = busy * goal.output_len / (cycle - waited)
+    less = f" − {seconds_of(waited)}" if waited else ""
     lines = [
         Line(
-            USERS, "tokens/s", "requests × output / (TTFT + (output − 1) × TPOT)",
-            f"{busy} · {goal.output_len} / ({seconds_of(ttft)} + ({goal.output_len} − 1) · {seconds_of(tpot)})",
+            USERS, "tokens/s", words,
+            f"{number(busy)} · {goal.output_len} / ({seconds_of(ttft)} + ({goal.output_len} − 1) · "
+            f"{seconds_of(tpot)}{less})",
             rate, f"{rate:,.1f}",
         )
     ]  # fmt: skip
