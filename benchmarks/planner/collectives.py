@@ -8,7 +8,6 @@ towards the first so that one with a handful of rows stays near it.
 from __future__ import annotations
 
 import csv
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -146,7 +145,3 @@ def write(paths: dict[tuple, Path], file: File) -> None:
         for key, path in sorted(paths.items()):
             numbers = (path.latency_low, path.rate_low, path.latency_high, path.rate_high)
             writer.writerow([*key, *(f"{number:.4g}" for number in numbers)])
-
-
-def source_name(source: str) -> str:
-    return re.sub(r"\s.*", "", source)
