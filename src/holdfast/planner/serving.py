@@ -62,8 +62,8 @@ class Served:
     """for the prompts of those that came at the same time."""
 
     @property
-    def latency(self) -> float:
-        """Of a whole request is ttft + (output - 1) · tpot; this is what one step of all stages takes."""
+    def step(self) -> float:
+        """What a decoding step takes through all stages."""
         return sum(stage.total for stage in self.decode)
 
 

@@ -3,7 +3,8 @@ engines reach.
 
 A roofline (Williams et al., CACM 2009) per kind of work, summed over the layers:
 
-    linear       max(weight bytes / memory, 2 · weights · rows / FLOP/s)        the corner rounded (`sharpness`)
+    linear       max(weight bytes / memory, 2 · weights · rows / FLOP/s)        the corner rounded (`sharpness`: with
+                 1, which is what fits the measurements best, the two add up)
     attention    KV bytes / memory when decoding; 4 · heads · head dim · tokens · context / FLOP/s of a prompt
     activations  what norms, rotations and activations read and write again
     communication  two all-reduces a layer (`communication`)
@@ -27,7 +28,8 @@ from holdfast.planner.communication import Fabric, Path, Software, imbalance, pa
 from holdfast.planner.shapes.shape import Layer, Matrix, ModelShape
 
 SCALES = 1.06
-"""Of 4-bit weights in blocks of 16 (NVFP4): with an 8-bit scale each they take 4.5 bits, padded."""
+"""Of 4-bit weights with an 8-bit scale for every 32 (MXFP4): 4.25 bits. NVFP4 and most integer formats take some more
+(`shapes.quantization` has each, for checkpoints that say theirs)."""
 
 
 LOGIT_PASSES = 4
@@ -186,7 +188,7 @@ class StepTime:
     linear_memory: float
     """Of `linear`, the side of the roofline that is memory,"""
     linear_compute: float
-    """and the one that is arithmetic; the longer binds."""
+    """and the one that is arithmetic."""
 
     @property
     def total(self) -> float:

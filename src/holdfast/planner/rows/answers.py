@@ -172,7 +172,7 @@ def _throughput(asked: ServingRow, known: Coefficients) -> float:
     served = _served(asked, known, None if asked.batch else MAX_REQUESTS * asked.replicas)
     if asked.batch:
         return served.throughput * asked.replicas
-    return served.running / (served.latency + served.prompt_wait) * asked.replicas
+    return served.running / (served.step + served.prompt_wait) * asked.replicas
 
 
 def _static_batch(asked: ServingRow, known: Coefficients) -> float:

@@ -200,7 +200,7 @@ def first_token_parts(question: Question, some: Estimate) -> list[tuple[str, flo
     found = [
         ("engine", replica.engine.first_token),
         ("its prompt", through),
-        ("steps meanwhile", (chunks + 0.5) * served.latency),
+        ("steps meanwhile", (chunks + 0.5) * served.step),
         ("prompts before it", served.burst),
         ("waiting for room", served.queue),
         ("process in front", served.front),

@@ -74,7 +74,7 @@ def _user_lines(question: Question, some: Estimate) -> list[Line]:
     served, goal, workload = some.served, question.goal, workload_of(question, some)
     assert served is not None
     replica, output = replica_of(question, some), goal.output_len
-    step, gaps = served.latency, max(output - 1, 1)
+    step, gaps = served.step, max(output - 1, 1)
     lines = [_all_stages(some)]
     prompt = sum(prompt_parts(question, some).values())
     mixing = replica.engine.mixing
