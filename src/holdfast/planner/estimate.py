@@ -22,6 +22,7 @@ from holdfast.planner.memory.ranks import (
     table_of,
 )
 from holdfast.planner.memory.shares import RankShare
+from holdfast.planner.quantities import of_seconds
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
 from holdfast.planner.timing import Coefficients, Stage, stage_of, stored_bits
@@ -63,10 +64,7 @@ class Question:
 
     def kinds_of(self, first: int, last: int) -> Kinds:
         if (first, last) not in self.kinds:
-            counts: dict[Layer, int] = {}
-            for layer in self.shape.layers[first:last]:
-                counts[layer] = counts.get(layer, 0) + 1
-            self.kinds[first, last] = tuple(counts.items())
+            self.kinds[first, last] = self.shape.kinds_among(first, last)
         return self.kinds[first, last]
 
 
@@ -204,7 +202,7 @@ def _judged(
     misses = []
     for name, limit, value in (("TTFT", goal.ttft, served.ttft), ("TPOT", goal.tpot, served.tpot)):
         if limit is not None and value > limit:
-            misses.append(f"{name} {seconds(value)} is above {seconds(limit)}")
+            misses.append(f"{name} {of_seconds(value)} is above {of_seconds(limit)}")
     throughput = served.throughput * copies
     if goal.concurrency is not None:
         throughput *= goal.concurrency / (each * copies)  # not as many in every replica: it was timed with the most
@@ -308,10 +306,3 @@ def worth(goal: Goal, some: Estimate) -> float:
 def simplicity(candidate: Candidate) -> tuple[object, ...]:
     """Smaller is simpler: weights where they are used, few stages, few ranks to a layer."""
     return (candidate.shard_weights, len(candidate.layers), max(candidate.degrees))
-
-
-def seconds(value: float) -> str:
-    """For people: 4.1 ms, 2.3 s."""
-    if value < 1e-3:
-        return f"{value * 1e6:.3g} µs"
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"

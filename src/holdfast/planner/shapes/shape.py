@@ -169,7 +169,11 @@ class ModelShape:
     @cached_property  # a search asks for it at every plan it looks at
     def kinds(self) -> tuple[tuple[Layer, int], ...]:
         """Different layers with how many there are of each, in the order in which they first appear."""
-        return tuple(Counter(self.layers).items())
+        return self.kinds_among(0, self.num_layers)
+
+    def kinds_among(self, first: int, last: int) -> tuple[tuple[Layer, int], ...]:
+        """The same of layers first … last - 1."""
+        return tuple(Counter(self.layers[first:last]).items())
 
     @property
     def params(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate, worth
+from holdfast.planner.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
 from holdfast.planner.search import ALIKE, Found
 from holdfast.planner.show.alternatives import most_requests
 from holdfast.planner.show.breakdown import (
@@ -18,7 +19,6 @@ from holdfast.planner.show.breakdown import (
     workload_of,
 )
 from holdfast.planner.show.levers import request_time, what_it_takes
-from holdfast.planner.show.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
 from holdfast.planner.show.shortfall import does_not_fit
 
 
