@@ -18,6 +18,7 @@ from holdfast.planner.estimate import Question, estimate, rank_key, worth
 from holdfast.planner.goal import Goal
 from holdfast.planner.search import candidates, search
 from holdfast.planner.shapes.load import load_shape
+from holdfast.planner.show.explain import why
 from holdfast.planner.timing import coefficients
 from support.data import data
 
@@ -166,6 +167,14 @@ def test_sharded_weights_take_less_memory_and_more_time() -> None:
             pairs[candidate.shard_weights] = estimate(question, candidate)
     assert pairs[True].memory_used < pairs[False].memory_used
     assert pairs[True].throughput < pairs[False].throughput
+
+
+@pytest.mark.parametrize("gpus", ["1xH100", "2xH100"])
+def test_where_no_plan_has_anything_to_spare_one_is_chosen_all_the_same(gpus: str) -> None:
+    """70 B in 8 bits on one device; on two a replica on each is what has."""
+    found = search(LLAMA_70B, cluster_of(gpus), Goal(objective="spare", weight_bits=8, concurrency=2))
+    assert found.best.spare == (0.5 if gpus == "2xH100" else 0)
+    assert all(why(found, some) for some in found.ranking[1:])
 
 
 def test_the_unknown_and_the_impossible_are_refused_in_one_sentence() -> None:
