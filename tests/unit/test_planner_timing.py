@@ -149,6 +149,17 @@ def test_experts_that_are_touched_are_read(rows: int, touched: float) -> None:
     assert step.linear_compute == pytest.approx(2 * rows * 2 * 1e6 / 100e12)
 
 
+def test_experts_spread_over_replicas_are_read_by_few_and_multiplied_for_all() -> None:
+    """8 experts over 8 replicas of one rank: each reads the one it holds, and has an eighth of the pairs of 8 · 4
+    tokens, as many as its own tokens make; the busiest more."""
+    expert = (Matrix("up", 1000, 500, "column"), Matrix("down", 500, 1000, "row"))
+    layer = Layer(None, (), Experts(8, 8, expert))
+    alone, spread = (time(stage(layer, expert_parallel=groups), StepBatch(4, 0)) for groups in (1, 8))
+    assert spread.linear_memory == pytest.approx(1e6 * 2 / 1e12)
+    assert alone.linear_memory == pytest.approx(8e6 * 2 / 1e12)
+    assert alone.linear_compute < spread.linear_compute < 1.5 * alone.linear_compute
+
+
 def test_two_all_reduces_a_layer() -> None:
     """10 layers, rows · 1000 · 2 bytes, of which a rank of four sends 1.5 times: 20 · (10 µs + 16 · 3000 / 1e9)."""
     path = Path(10e-6, 1e9, 1, 1e9)

@@ -142,7 +142,8 @@ class Stage:
     device: Device
     tensor_parallel: int
     expert_parallel: int
-    """Of the ranks, groups that hold experts whole; 1: each expert is cut over all ranks."""
+    """Groups that share out the experts; 1: each expert is cut over all ranks; more than ranks: over other replicas'
+    as well."""
     weight_bits: float
     expert_bits: float
     kv_bits: float
@@ -347,13 +348,17 @@ def plain_work(layer: Layer, tp: int, rows: float) -> tuple[float, float]:
 def expert_work(stage: Stage, layer: Layer, rows: float, efficiency: Efficiency) -> tuple[float, float]:
     """Seconds by memory and by arithmetic of the routed experts.
 
-    Of E experts, `rows` tokens that choose k each by chance touch E·(1 - (1 - k/E)^rows) (coupon collector).
+    Of E experts, `rows` tokens that choose k each by chance touch E·(1 - (1 - k/E)^rows) (coupon collector). Groups
+    of experts that are more than the stage's ranks lie in other replicas, whose tokens come to them too (DeepSeek-V3,
+    arXiv:2412.19437, section 3.4); that way itself is not in it.
     """
     experts = layer.experts
     assert experts is not None
+    replicas = max(stage.expert_parallel / stage.tensor_parallel, 1)
+    rows *= replicas
     chosen = experts.num_chosen / experts.num_experts
     touched = experts.num_experts * (1 - (1 - chosen) ** rows)
-    each = experts.params_each / stage.tensor_parallel
+    each = experts.params_each / (stage.tensor_parallel * replicas)
     routed = rows * experts.num_chosen
     busiest = imbalance(experts.num_experts, stage.expert_parallel, routed)
     read = min(touched * busiest, experts.num_experts) * each * stored_bits(stage.expert_bits) / 8
