@@ -8,7 +8,6 @@ towards the first so that one with a handful of rows stays near it.
 from __future__ import annotations
 
 import csv
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -95,12 +94,40 @@ class Shared:
         return cls(device, least_squares(errors, start, loss="soft_l1", f_scale=0.1, max_nfev=60).x)
 
 
-def _fit_lines(points: list[Point], start: np.ndarray, pull: float, scale: float) -> np.ndarray:
-    def errors(lines: np.ndarray) -> np.ndarray:
-        off = [np.log(_time(lines, point.wire) / point.time) for point in points]
-        return np.concatenate([off, pull * (lines - start)])
+MOST_RATE = 1.1
+"""Of the link: NVSwitches that add up on the way make an all-reduce a little faster than its bytes need."""
+NETWORK_GB = 50.0
+"""Per rank and direction: InfiniBand NDR."""
 
-    return least_squares(errors, start, loss="soft_l1", f_scale=scale, max_nfev=100).x
+
+def _fit_lines(points: list[Point], start: np.ndarray, pull: float, scale: float, link: float) -> np.ndarray:
+    """Logarithms of latency and rate of the low protocol and of the high one. No rate is above what the wire carries,
+    and the high protocol starts no sooner than the low one."""
+    most = np.log(link * MOST_RATE)
+
+    def lines_of(numbers: np.ndarray) -> np.ndarray:
+        latency, rate, wait, high = numbers
+        return np.array([latency, rate, np.logaddexp(latency, wait), high])
+
+    def errors(numbers: np.ndarray) -> np.ndarray:
+        lines = lines_of(numbers)
+        off = [np.log(_time(lines, point.wire) / point.time) for point in points]
+        return np.concatenate([off, pull * (numbers - begin)])
+
+    wait = np.log(max(np.exp(start[2]) - np.exp(start[0]), 0.05 * np.exp(start[0])))
+    begin = np.array([start[0], min(start[1], most - 0.01), wait, min(start[3], most - 0.01)])
+    bounds = ([-np.inf] * 4, [np.inf, most, np.inf, most])
+    found = least_squares(errors, begin, bounds=bounds, loss="soft_l1", f_scale=scale, max_nfev=100).x
+    return lines_of(found)
+
+
+def _wire(device: str, nodes: int, software: str, ranks: int) -> float:
+    """GB/s of what the ranks have between them at most."""
+    found = find_device(device)
+    if nodes > 1:
+        # All cards of a node may work for one rank that is alone on it.
+        return NETWORK_GB * max(1, 8 * nodes // ranks) if software == "torch" else NETWORK_GB * 8
+    return (found.scale_up or found.pcie).bandwidth / 1e9
 
 
 def fit(points: list[Point]) -> dict[tuple, Path]:
@@ -119,7 +146,7 @@ def fit(points: list[Point]) -> dict[tuple, Path]:
         rate = (link.scale_up or link.pcie).bandwidth / 1e9 if nodes == 1 else 20
         launch = LAUNCH_US.get(software, 25)
         start = np.log([launch, rate * 0.3, launch + 8, rate * 0.75])
-        grouped[software, device, nodes] = _fit_lines(part, start, 0.02, 0.05)
+        grouped[software, device, nodes] = _fit_lines(part, start, 0.02, 0.05, _wire(device, nodes, software, 2))
     paths = {}
     keys = set(by_key) | {
         (software, device, 1, ranks, operation)
@@ -134,7 +161,8 @@ def fit(points: list[Point]) -> dict[tuple, Path]:
         software, device, nodes, _, _ = key
         whole = grouped.get((software, device, nodes))
         start, pull, scale = (shared[device].lines(key), 0.05, 0.1) if whole is None else (whole, 0.03, 0.05)
-        lines = _fit_lines(by_key[key], start, pull, scale) if by_key.get(key) else start
+        link = _wire(device, nodes, software, key[3])
+        lines = _fit_lines(by_key.get(key, []), start, pull, scale, link)
         paths[key] = Path(*(float(value) for value in np.exp(lines)))
     return paths
 
@@ -146,7 +174,3 @@ def write(paths: dict[tuple, Path], file: File) -> None:
         for key, path in sorted(paths.items()):
             numbers = (path.latency_low, path.rate_low, path.latency_high, path.rate_high)
             writer.writerow([*key, *(f"{number:.4g}" for number in numbers)])
-
-
-def source_name(source: str) -> str:
-    return re.sub(r"\s.*", "", source)

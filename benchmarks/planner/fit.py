@@ -41,6 +41,22 @@ SCALE = 0.1
 """Errors up to this, as a logarithm, are noise."""
 
 
+START: dict[str, dict[str, float]] = {
+    "efficiency": {
+        "memory": 0.85, "kv": 0.8, "matmul_16bit": 0.7, "matmul_8bit": 0.7, "matmul_4bit": 0.6, "attention": 0.4,
+        "passes": 3, "sharpness": 2, "all_reduce": 0.9,
+    },
+    "load": {"first_wave": 0.1, "queue": 0.9, "layer_context": 100},
+    "engine": {
+        "matmul": 0.8, "layer": 50, "layer_eager": 60, "step": 500, "row": 5, "mixing": 1, "first_token": 50_000,
+        "front_request": 15_000, "front_token": 50, "most_running": 450,
+    },
+    "run": {"cached": 0.5},
+}  # fmt: skip
+"""Where every fit begins and is drawn to, whatever was fitted before: what is written in textbooks of GPUs, or, of
+engines, the order of magnitude."""
+
+
 def names(tables: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
     """Of all that is fitted: where it is in the file, and how strongly it is drawn to where it began."""
     for share in SHARES:
@@ -68,7 +84,7 @@ def fit(tables: dict[str, Any], rows: list[dict[str, str]], rounds: int = 25) ->
     fitted = copy.deepcopy(tables)
     paths, pulls = zip(*names(fitted), strict=True)
     places = [_place(fitted, path) for path in paths]
-    begin = np.log([where[name] for where, name in places])
+    begin = np.log([START[path[0]][path[-1]] for path in paths])
     values = np.array([float(row["value"]) for row in rows])
     weights = np.array([WEIGHTS.get(kind_of(row["metric"]) or "", 1) for row in rows])
 

@@ -100,7 +100,7 @@ def test_latency_makes_milliseconds_of_192_all_reduces(software, least: float, m
     path = path_of(software, NVLINK, 1, 4, "all_reduce")
     total = 192 * path.time(wire_bytes("all_reduce", 4, 393_216))
     assert least < total < most
-    assert 192 * path.latency_low > 0.5 * total
+    assert 192 * path.latency_low > 0.4 * total
 
 
 def test_over_pcie_the_same_takes_longer_than_over_nvlink() -> None:

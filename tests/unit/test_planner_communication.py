@@ -111,6 +111,20 @@ def test_drawn_paths_cost_the_wire_when_messages_are_large() -> None:
     assert 0.5 * UNKNOWN.link.bandwidth < rate < UNKNOWN.link.bandwidth
 
 
+def test_what_passes_between_two_stages_crosses_the_link_once() -> None:
+    wan = find_link("wan")
+    assert path_of("nccl", replace(UNKNOWN, link=wan), 1, 2, "send_recv").latency_low > wan.latency
+
+
+def test_what_all_to_all_sends_to_other_nodes_no_rank_of_a_node_has_in_common() -> None:
+    """Half of what each rank sends goes to the other node, over its own 50 GB/s; of an all-gather an eighth of it."""
+    times = [
+        path_of("nccl", UNKNOWN, 2, 16, name).time(wire_bytes(name, 16, 1e9)) for name in ("all_to_all", "all_gather")
+    ]
+    assert times[0] > 0.5e9 / 50e9
+    assert times[0] > 3 * times[1]
+
+
 def test_two_nodes_take_longer_than_one_and_a_slow_network_longer_still() -> None:
     for size in (1_000, 1_000_000, 1_000_000_000):
         wire = wire_bytes("all_reduce", 16, size)

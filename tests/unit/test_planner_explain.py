@@ -10,13 +10,13 @@ import pytest
 from holdfast.hardware.cluster import Cluster, cluster_of
 from holdfast.planner.estimate import Estimate, Question, estimate
 from holdfast.planner.goal import Goal
+from holdfast.planner.quantities import of_seconds
 from holdfast.planner.search import Found, search
 from holdfast.planner.shapes.load import load_shape
 from holdfast.planner.show.alternatives import fits, larger_clusters, most_requests
 from holdfast.planner.show.breakdown import at_concurrency
 from holdfast.planner.show.explain import why
 from holdfast.planner.show.levers import faster_by, needed, request_time
-from holdfast.planner.show.quantities import of_seconds
 from holdfast.planner.show.shortfall import nothing_fits, shortfall
 from holdfast.planner.timing import coefficients
 

@@ -15,7 +15,7 @@ from holdfast.core.plan import ExpertPlacement, ReplicaPlan
 from holdfast.models.config import hf_config
 from holdfast.models.families import FAMILIES
 from holdfast.parallel.cuts import make_plan
-from holdfast.planner.memory.capacity import capacity_of, describe_shortfall, kv_room, remedies
+from holdfast.planner.memory.capacity import capacity_of, kv_room
 from holdfast.planner.memory.engines import ENGINES, GIB, PLAIN, EngineMemory
 from holdfast.planner.memory.ranks import (
     KV_FORMATS,
@@ -277,36 +277,6 @@ def test_a_sequence_more_than_the_most_does_not_fit():
     needed = [kv_bytes_per_block(table, share, load) for share in shares]
     assert all(blocks * each <= room for each, room in zip(needed, rooms, strict=True))
     assert any((blocks + 1) * each > room for each, room in zip(needed, rooms, strict=True))
-
-
-def test_each_remedy_makes_fit_what_does_not():
-    table, device = table_of(GPT3), 80 * GB
-    load = ServingLoad(context=2048, sequences=32)
-    shares = even_shares(96, tensor=8)
-    missing = capacity_of(table, shares, device, load)
-    assert not missing.fits
-    found = remedies(table, device, load, tensor=8)
-    fits = [
-        capacity_of(table, shares, found.device_bytes, load),
-        capacity_of(table, even_shares(96, tensor=found.tensor or 1), device, load),
-        capacity_of(table, even_shares(96, tensor=8, pipeline=found.pipeline or 1), device, load),
-        capacity_of(table, shares, device, replace(load, sequences=found.sequences or 1)),
-        capacity_of(table, shares, device, replace(load, context=found.context or 1)),
-        capacity_of(table, shares, device, replace(load, kv_format=KV_FORMATS[found.kv_format or "bfloat16"])),
-    ]
-    assert [some.fits for some in fits] == [True] * 6
-    sentence = describe_shortfall(missing.memory[0], device, found, load)
-    assert sentence.startswith("a rank needs 8")
-    assert "tensor degree 16" in sentence
-    assert "of which vllm takes 72.0 GB" in describe_shortfall(
-        missing.memory[0], device, found, load, ENGINES["vllm"]
-    )
-
-
-def test_a_model_that_no_cache_format_makes_fit_has_no_such_remedy():
-    found = remedies(table_of(GPT3), 80 * GB, ServingLoad())
-    assert (found.sequences, found.context, found.kv_format) == (None, None, None)
-    assert found.tensor == 8
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from holdfast.hardware.catalogue import find_device, find_link
 from holdfast.hardware.cluster import Cluster, Node, cluster_of
 from holdfast.hardware.topology import parse_topology
 from holdfast.planner.candidates import Candidate, balanced, device_groups
+from holdfast.planner.communication import path_of, wire_bytes
 from holdfast.planner.estimate import Question, estimate, rank_key, worth
 from holdfast.planner.goal import Goal
 from holdfast.planner.search import candidates, search
 from holdfast.planner.shapes.load import load_shape
+from holdfast.planner.show.explain import why
 from holdfast.planner.timing import coefficients
 from support.data import data
 
@@ -60,6 +62,17 @@ def test_what_is_chosen_is_best_by_its_own_figures() -> None:
     assert rest == sorted(rest)
 
 
+@pytest.mark.parametrize("requests", [1, 3, 9, 10])
+def test_requests_that_replicas_cannot_share_evenly_are_counted_once(requests: int) -> None:
+    """Two replicas have five and four of nine requests: their tokens are not those of ten."""
+    found = search(LLAMA_8B, cluster_of("8xH100"), Goal(concurrency=requests))
+    for some in found.ranking:
+        served = some.served
+        assert served is not None
+        cycle = served.ttft + (found.question.goal.output_len - 1) * served.tpot
+        assert some.throughput * cycle / found.question.goal.output_len == pytest.approx(requests)
+
+
 def test_more_room_and_more_devices_are_never_worse() -> None:
     def best(text: str) -> float:
         return search(LLAMA_8B, cluster_of(text), Goal(tpot=0.05)).best.throughput
@@ -84,7 +97,7 @@ def test_a_slow_link_inside_a_group_costs_what_it_should() -> None:
     [
         ("4xA100-40GB-SXM,4xA100-80GB-SXM", "Llama-3.1-70B", Goal()),
         ("2xH100,4xL40S", "Llama-3.1-70B", Goal()),
-        ("RTX 5090,RTX 3090 Ti", "Qwen3-32B", Goal(weight_bits=4)),
+        ("RTX 5090,RTX 3090 Ti", "Qwen3-32B", Goal(weight_bits=8)),
     ],
 )
 def test_mixed_devices_get_unequal_plans_that_beat_the_best_even_one(gpus: str, model: str, goal: Goal) -> None:
@@ -130,6 +143,22 @@ def test_no_group_reaches_over_sites() -> None:
     assert len(found.best.candidate.replicas) > 1
 
 
+def test_devices_of_a_node_share_its_network_cards() -> None:
+    """Two nodes of eight: with a card each 50 GB/s a device, with one card between them an eighth of it; half of the
+    bytes, reduced within the node first, must cross it twice."""
+    usual = cluster_of("2x8xH100")
+    one_card = replace(usual, nodes=tuple(replace(node, nics=1) for node in usual.nodes))
+    device, sent = find_device("H100"), wire_bytes("all_reduce", 16, 1e9)
+    rates, times = [], []
+    for cluster in (usual, one_card):
+        (group,) = device_groups(cluster, device, 16)
+        assert group.network is not None
+        rates.append(group.network.bandwidth)
+        times.append(path_of("nccl", group.fabric, group.nodes, 16, "all_reduce").time(sent))
+    assert rates == [50e9, 50e9 / 8]
+    assert times[1] > 1e9 * 2 * (1 / 2) / 50e9 > times[0]
+
+
 def test_sharded_weights_take_less_memory_and_more_time() -> None:
     question = Question.of(LLAMA_70B, cluster_of("8xA100-80GB"), Goal(concurrency=16), coefficients())
     pairs = {}
@@ -152,6 +181,14 @@ def test_spare_is_what_the_replica_does_without_a_rank() -> None:
     full = search(GPT_3, cluster_of("5xA100-80GB"), Goal(concurrency=1)).best
     assert full.candidate.num_devices == 5
     assert full.spare == 0
+
+
+@pytest.mark.parametrize("gpus", ["1xH100", "2xH100"])
+def test_where_no_plan_has_anything_to_spare_one_is_chosen_all_the_same(gpus: str) -> None:
+    """70 B in 8 bits on one device; on two a replica on each is what has."""
+    found = search(LLAMA_70B, cluster_of(gpus), Goal(objective="spare", weight_bits=8, concurrency=2))
+    assert (found.best.spare > 0) == (gpus == "2xH100")
+    assert all(why(found, some) for some in found.ranking[1:])
 
 
 def test_the_unknown_and_the_impossible_are_refused_in_one_sentence() -> None:

@@ -115,6 +115,17 @@ def test_all_ranks_read_a_latent_whole() -> None:
         assert time(stage(layer, tp=tp), StepBatch(10, 1000)).attention == pytest.approx(10 * 1000 * 576 * 2 / 1e12)
 
 
+def test_sparse_attention_reads_the_index_of_all_tokens_and_the_latents_of_some() -> None:
+    """128 index numbers of 10,000 tokens, 576 numbers of 2,000; of 1,000 tokens all."""
+    sparse = Attention("latent", 128, 128, 192, 128, latent_dim=576, index_dim=128, num_read=2000)
+    layer = Layer(sparse, MATRICES)
+    read = 10_000 * 128 + 2000 * 576
+    assert time(stage(layer), StepBatch(10, 10_000)).attention == pytest.approx(10 * read * 2 / 1e12)
+    assert time(stage(layer), StepBatch(10, 1000)).attention == pytest.approx(10 * 1000 * 704 * 2 / 1e12)
+    prompt = [time(stage(layer), StepBatch(0, 0, 1000, context)).attention for context in (2000, 50_000)]
+    assert prompt[0] == prompt[1]
+
+
 def test_a_state_costs_the_same_at_every_context() -> None:
     layer = Layer(replace(MHA, kind="linear", state_numbers=10_000), MATRICES)
     short, long = (time(stage(layer), StepBatch(1, context)).attention for context in (10, 100_000))
@@ -138,11 +149,25 @@ def test_experts_that_are_touched_are_read(rows: int, touched: float) -> None:
     assert step.linear_compute == pytest.approx(2 * rows * 2 * 1e6 / 100e12)
 
 
-def test_two_all_reduces_a_layer() -> None:
+def test_experts_spread_over_replicas_are_read_by_few_and_multiplied_for_all() -> None:
+    """8 experts over 8 replicas of one rank: each reads the one it holds, and has an eighth of the pairs of 8 · 4
+    tokens, as many as its own tokens make; the busiest more."""
+    expert = (Matrix("up", 1000, 500, "column"), Matrix("down", 500, 1000, "row"))
+    layer = Layer(None, (), Experts(8, 8, expert))
+    alone, spread = (time(stage(layer, expert_parallel=groups), StepBatch(4, 0)) for groups in (1, 8))
+    assert spread.linear_memory == pytest.approx(1e6 * 2 / 1e12)
+    assert alone.linear_memory == pytest.approx(8e6 * 2 / 1e12)
+    assert alone.linear_compute < spread.linear_compute < 1.5 * alone.linear_compute
+
+
+def test_an_all_reduce_for_attention_and_one_for_the_mlp() -> None:
     """10 layers, rows · 1000 · 2 bytes, of which a rank of four sends 1.5 times: 20 · (10 µs + 16 · 3000 / 1e9)."""
     path = Path(10e-6, 1e9, 1, 1e9)
-    step = time(stage(Layer(None, MATRICES), 10, tp=4, graph_path=path), StepBatch(16, 0))
+    out = Matrix("attention output", 800, 1000, "row")
+    step = time(stage(Layer(MHA, (out, *MATRICES)), 10, tp=4, graph_path=path), StepBatch(16, 0))
     assert step.communication == pytest.approx(20 * (10e-6 + 16 * 3000 / 1e9))
+    alone = time(stage(Layer(None, MATRICES), 10, tp=4, graph_path=path), StepBatch(16, 0))
+    assert alone.communication == pytest.approx(step.communication / 2)
     assert time(stage(Layer(None, MATRICES), 10), StepBatch(16, 0)).communication == 0
 
 
@@ -151,7 +176,7 @@ def test_steps_with_prompts_take_the_eager_path_and_the_eager_launches() -> None
     some = stage(Layer(None, MATRICES), 10, tp=2, graph_path=Path(10e-6, 1e9, 1, 1e9), eager_path=eager)
     engine = replace(ENGINE, layer=20e-6, layer_eager=100e-6)
     graph, prompt = (time(some, StepBatch(1, 0, graph=graph), engine) for graph in (True, False))
-    assert prompt.communication - graph.communication == pytest.approx(20 * 40e-6)
+    assert prompt.communication - graph.communication == pytest.approx(10 * 40e-6)
     # Two products: half a dense layer's kernels.
     assert (graph.launches, prompt.launches) == pytest.approx((100e-6, 500e-6))
 
@@ -188,6 +213,12 @@ def test_where_a_device_has_no_small_numbers_it_multiplies_larger_ones() -> None
     without = replace(DEVICE, flops=MappingProxyType({"fp16": 50e12}))
     assert flops_of(without, 8, EFFICIENCY) == 50e12
     assert flops_of(replace(without, flops=MappingProxyType({"fp32": 7e12})), 16, EFFICIENCY) == 7e12
+
+
+def test_weights_of_32_bits_are_multiplied_at_the_rate_of_float32() -> None:
+    """Guards against the highest rate of all, that of 8 bits."""
+    h100 = find_device("H100")
+    assert flops_of(h100, 32, EFFICIENCY) == h100.flops["fp32"]
 
 
 def test_small_cards_do_not_reach_their_peak_for_want_of_power() -> None:

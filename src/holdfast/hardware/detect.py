@@ -188,7 +188,7 @@ def rdma_cards(folder: Path) -> list[Link]:
 def cpu_device(cores: int, memory: int, flags: frozenset[str]) -> Device:
     """These cores as one device. What the kernel does not tell (bandwidth, and what a clock does) is assumed, and
     `source` says so. `flags`: of /proc/cpuinfo."""
-    # Multiply-adds of one core in a clock: two vector units of 16 or 8 floats; without either, one of 4.
+    # FLOP of one core in a clock: multiply-adds in two vector units of 16 or 8 floats; without either, in one of 4.
     per_clock = 64 if "avx512f" in flags else 32 if "fma" in flags else 8
     clocks = psutil.cpu_freq()
     hertz = max(clocks.max, clocks.current) * 1e6 if clocks else 0.0

@@ -1,5 +1,4 @@
-"""What was measured on a machine: seconds of matrix products, attention and exchanges. `holdfast probe` writes it,
-whoever predicts reads it."""
+"""What was measured on a machine: seconds of matrix products, attention and exchanges. `holdfast probe` writes it."""
 
 from __future__ import annotations
 

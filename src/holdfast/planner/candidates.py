@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from holdfast.hardware.catalogue import Device, Link
@@ -36,7 +36,7 @@ class DeviceGroup:
     places: tuple[Place, ...]
     link: Link
     network: Link | None
-    """Between its nodes; None: there is one."""
+    """Between its nodes, each device's share of it; None: there is one node."""
     as_usual: bool
     """Its devices are joined as those that measured paths were measured on."""
 
@@ -124,7 +124,7 @@ def device_groups(cluster: Cluster, device: Device, degree: int) -> list[DeviceG
     count = degree // per_node
     for first in range(0, len(whole) - count + 1, count):
         some = whole[first : first + count]
-        networks = [node.network for _, node in some]
+        networks = [_network_of_each(node) for _, node in some]
         if len({node.site for _, node in some}) > 1 or None in networks or len({len(n.devices) for _, n in some}) > 1:
             continue
         network = min((link for link in networks if link), key=lambda link: link.bandwidth)
@@ -132,6 +132,14 @@ def device_groups(cluster: Cluster, device: Device, degree: int) -> list[DeviceG
         inside = _slowest(some[0][1], range(per_node))
         groups.append(DeviceGroup(device, places, inside, network, _as_usual(device, inside, degree)))
     return groups
+
+
+def _network_of_each(node: Node) -> Link | None:
+    """What each device of a node has of its network when all use it, as they do in a group over nodes: eight with one
+    card an eighth of it."""
+    if node.network is None:
+        return None
+    return replace(node.network, bandwidth=min(node.network.bandwidth, node.network_share))
 
 
 def _groups_of_node(number: int, node: Node, mine: Sequence[int], degree: int) -> Iterator[DeviceGroup]:

@@ -155,7 +155,8 @@ def _drawn(software: Software, link: Link, ranks: int, operation: Operation) -> 
     start = STARTS[software]
     if not own_links and ranks > 2:
         start = max(start, STARTS["nccl"], key=lambda some: some.launch)
-    low = start.launch + (start.hop + link.latency) * hops(operation, ranks) / 2
+    # Whatever the algorithm, the link is crossed once at least.
+    low = start.launch + (start.hop + link.latency) * max(hops(operation, ranks) / 2, 1)
     # Devices on PCIe share what leads to the others: a ring of four has half the rate of a pair, of eight a quarter.
     rate = link.bandwidth if own_links else link.bandwidth * 2 / max(ranks, 2)
     return Path(low, rate * start.rate_low, low + start.wait_high, rate * start.rate_high, link.name)
@@ -169,8 +170,8 @@ def _between_nodes(software: Software, fabric: Fabric, nodes: int, ranks: int, o
     if here > 1:
         inside = path_of(software, fabric, 1, here, operation)
         latency += inside.latency_low
-        # Of each byte a rank sends, 1/g crosses the network; wire_bytes counts it once.
-        outer = wire_bytes(operation, nodes, 1) / here
+        # Each of the g ranks of a node takes 1/g of a result over the network; what all-to-all sends is all its own.
+        outer = wire_bytes(operation, nodes, 1) / (1 if operation == "all_to_all" else here)
         inner = wire_bytes(operation, here, 1)
         rate = wire_bytes(operation, ranks, 1) / (outer / rate + inner / inside.rate_high)
     return Path(latency, rate * 0.5, latency + start.wait_high, rate, network.name)

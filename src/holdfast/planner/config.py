@@ -66,8 +66,8 @@ class PlanConfig:
             value = getattr(self.what, name)
             if value is not None and not 0 < value <= MOST:
                 raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0 and at most {MOST:.0e}")
-        if self.what.weight_bits not in {None, 4, 8, 16, 32}:
-            raise ConfigError(f"--weight-bits {self.what.weight_bits:g}: must be 4, 8, 16 or 32")
+        if self.what.weight_bits not in {None, 4, 8, 16}:  # embeddings and activations are reckoned in 16
+            raise ConfigError(f"--weight-bits {self.what.weight_bits:g}: must be 4, 8 or 16")
         if self.what.objective == "cost" and self.where.cluster is None:
             raise ConfigError("--objective cost: prices are told in a cluster file (--cluster)")
 

@@ -22,6 +22,7 @@ from holdfast.planner.memory.ranks import (
     table_of,
 )
 from holdfast.planner.memory.shares import RankShare
+from holdfast.planner.quantities import of_seconds
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
 from holdfast.planner.timing import Coefficients, Stage, stage_of, stored_bits
@@ -63,10 +64,7 @@ class Question:
 
     def kinds_of(self, first: int, last: int) -> Kinds:
         if (first, last) not in self.kinds:
-            counts: dict[Layer, int] = {}
-            for layer in self.shape.layers[first:last]:
-                counts[layer] = counts.get(layer, 0) + 1
-            self.kinds[first, last] = tuple(counts.items())
+            self.kinds[first, last] = self.shape.kinds_among(first, last)
         return self.kinds[first, last]
 
 
@@ -215,10 +213,10 @@ def _judged(
     misses = []
     for name, limit, value in (("TTFT", goal.ttft, served.ttft), ("TPOT", goal.tpot, served.tpot)):
         if limit is not None and value > limit:
-            misses.append(f"{name} {seconds(value)} is above {seconds(limit)}")
+            misses.append(f"{name} {of_seconds(value)} is above {of_seconds(limit)}")
     throughput = served.throughput * copies
-    if goal.concurrency is not None and goal.concurrency < copies:
-        throughput *= goal.concurrency / copies  # fewer requests than replicas: some idle
+    if goal.concurrency is not None:
+        throughput *= goal.concurrency / (each * copies)  # not as many in every replica: it was timed with the most
     price = price_per_hour(question.cluster, candidate)
     cost = None if price is None else price / (throughput * 3600) * 1e6
     return Estimate(
@@ -268,7 +266,7 @@ def _gathering(question: Question, candidate: Candidate, stage: int) -> tuple[Pa
     copies = len(candidate.replicas)
     if not candidate.shard_weights or copies == 1:
         return None, 0
-    share = shares_of(replace(candidate, shard_weights=False))[stage]
+    share = shares_of(candidate)[stage]
     weights = rank_memory(question.table, share, question.load(), question.memory_engine).weights
     first, last = candidate.replicas[0][stage], candidate.replicas[-1][stage]
     link = question.cluster.link_between(first.places[0], last.places[0])
@@ -319,10 +317,3 @@ def worth(goal: Goal, some: Estimate) -> float:
 def simplicity(candidate: Candidate) -> tuple[object, ...]:
     """Smaller is simpler: weights where they are used, few stages, few ranks to a layer."""
     return (candidate.shard_weights, len(candidate.layers), max(candidate.degrees))
-
-
-def seconds(value: float) -> str:
-    """For people: 4.1 ms, 2.3 s."""
-    if value < 1e-3:
-        return f"{value * 1e6:.3g} µs"
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"

@@ -75,13 +75,14 @@ def _simplest(goal: Goal, ranking: Sequence[Estimate]) -> Estimate:
     best = ranking[0]
     if best.served is None or best.misses:
         return best
+    good = [some for some in ranking if some.served is not None and not some.misses and alike(goal, some, best)]
+    return min(good, key=lambda some: (simplicity(some.candidate), rank_key(goal, some)))
+
+
+def alike(goal: Goal, some: Estimate, best: Estimate) -> bool:
+    """Whether the objective tells no more than `ALIKE` between two that are timed. It may be 0: nothing to spare."""
     target = worth(goal, best)
-    alike = [
-        some
-        for some in ranking
-        if some.served is not None and not some.misses and abs(worth(goal, some) / target - 1) <= ALIKE
-    ]
-    return min(alike, key=lambda some: (simplicity(some.candidate), rank_key(goal, some)))
+    return abs(worth(goal, some) - target) <= ALIKE * abs(target)
 
 
 def candidates(question: Question) -> Iterator[Candidate]:

@@ -3,11 +3,11 @@
 `concurrency` clients ask, wait for the whole answer, and ask again (a closed loop). Continuous batching then has a
 cycle: each request decodes for `output` steps, while every other one passes through its prompt once. So
 
-    TPOT = step + (n - 1) · prompt · mixing / output            n requests run at once
-    TTFT = first_token + prompt + 1.5 · step + the wait of a burst + the wait for room
+    TPOT = step + (n - 1) · prompt · mixing / (output - 1)      n requests run at once
+    TTFT = first_token + prompt + (steps of the prompt + 0.5) · step + the wait of a burst + the wait for room
 
-- `prompt` is what a prompt adds to a step in which the others decode: its weights are read once for all.
-
+- `prompt` is what a prompt adds to a step in which the others decode: its weights are read once for all. It takes
+  more than one step where it is longer than the engine's chunk.
 - Only so many run at once as the KV cache has room for (n); the others wait in line, by Little's law a full request's
   time for each place they are behind.
 - A measurement begins with a burst: all clients ask at once, and the first of their `waves` requests waits for half
@@ -18,6 +18,7 @@ cycle: each request decodes for `output` steps, while every other one passes thr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from holdfast.planner.timing import Coefficients, Engine, Stage, StepBatch, StepTime, step_time
@@ -62,9 +63,9 @@ class Served:
     """for the prompts of those that came at the same time."""
 
     @property
-    def latency(self) -> float:
-        """Of a whole request is ttft + (output - 1) · tpot; this is what one step of all stages takes."""
-        return sum(stage.total for stage in self.decode)
+    def step(self) -> float:
+        """What a decoding step takes through all stages."""
+        return step_of([stage.total for stage in self.decode], self.running)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ def serve(replica: Replica, workload: Workload) -> Served:
     room = replica.kv_tokens / (workload.input_len + engine.reserve * output)
     running = max(min(workload.concurrency - workload.slots_lost, room, engine.most_running), 1)
     decode = replica.decode(workload, running)
-    step = sum(time.total for time in decode)
+    step = step_of([time.total for time in decode], running)
     together = replica.prompts_together(workload, running)
     through, slowest = replica.prompt(workload, running)
     shared = slowest if together == 1 else replica.prompt(workload, running, together)[1]
@@ -136,8 +137,16 @@ def serve(replica: Replica, workload: Workload) -> Served:
     held = (min(workload.stream_interval, output) - 1) * tpot
     ttft += queue + front + held
     tpot -= held / gaps
-    throughput = workload.concurrency * output / (ttft + tpot * (output - 1))
+    cycle = ttft + tpot * (output - 1)
+    # Little's law, of all clients and of those that run: what is fitted of the wait must not make these faster.
+    throughput = output * min(workload.concurrency / cycle, running / (cycle - queue - front))
     return Served(ttft, tpot, throughput, running, decode, slowest, wait, queue, front, burst)
+
+
+def step_of(stages: Sequence[float], running: float) -> float:
+    """Seconds between two tokens of a request: through all stages, one after another; or, where as many parts of the
+    requests are in flight, until the slowest stage has done all of them."""
+    return max(sum(stages), min(len(stages), running) * max(stages))
 
 
 def bubble(stages: int, microbatches: int) -> float:

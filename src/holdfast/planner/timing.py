@@ -3,7 +3,8 @@ engines reach.
 
 A roofline (Williams et al., CACM 2009) per kind of work, summed over the layers:
 
-    linear       max(weight bytes / memory, 2 · weights · rows / FLOP/s)        the corner rounded (`sharpness`)
+    linear       max(weight bytes / memory, 2 · weights · rows / FLOP/s)        the corner rounded (`sharpness`: with
+                 1, which is what fits the measurements best, the two add up)
     attention    KV bytes / memory when decoding; 4 · heads · head dim · tokens · context / FLOP/s of a prompt
     activations  what norms, rotations and activations read and write again
     communication  two all-reduces a layer (`communication`)
@@ -15,6 +16,7 @@ All sizes are of one rank. All that is fitted is in `coefficients.toml`; the res
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -27,7 +29,8 @@ from holdfast.planner.communication import Fabric, Path, Software, imbalance, pa
 from holdfast.planner.shapes.shape import Layer, Matrix, ModelShape
 
 SCALES = 1.06
-"""Of 4-bit weights in blocks of 16 (NVFP4): with an 8-bit scale each they take 4.5 bits, padded."""
+"""Of 4-bit weights with an 8-bit scale for every 32 (MXFP4): 4.25 bits. NVFP4 and most integer formats take some more
+(`shapes.quantization` has each, for checkpoints that say theirs)."""
 
 
 LOGIT_PASSES = 4
@@ -140,7 +143,8 @@ class Stage:
     device: Device
     tensor_parallel: int
     expert_parallel: int
-    """Of the ranks, groups that hold experts whole; 1: each expert is cut over all ranks."""
+    """Groups that share out the experts; 1: each expert is cut over all ranks; more than ranks: over other replicas'
+    as well."""
     weight_bits: float
     expert_bits: float
     kv_bits: float
@@ -186,7 +190,7 @@ class StepTime:
     linear_memory: float
     """Of `linear`, the side of the roofline that is memory,"""
     linear_compute: float
-    """and the one that is arithmetic; the longer binds."""
+    """and the one that is arithmetic."""
 
     @property
     def total(self) -> float:
@@ -252,9 +256,9 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     memory = device.memory_bandwidth
     plain_flops = flops_of(device, stage.weight_bits, efficiency) * engine.matmul
     linear = linear_memory = linear_compute = attention = activations = 0.0
-    num_layers, launched = 0, 0.0
+    reduced, launched = 0, 0.0
     for layer, count in stage.kinds:
-        num_layers += count
+        reduced += count * all_reduces(layer)
         launched += count * launches(layer)
         weights, macs = plain_work(layer, tp, rows)
         side_memory = weights * stored_bits(stage.weight_bits) / 8 / (memory * efficiency.memory)
@@ -272,7 +276,7 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     communication = 0.0
     if path is not None:
         sent = wire_bytes("all_reduce", tp, rows * stage.hidden * 2)
-        communication = 2 * num_layers * efficiency.all_reduce * path.time(sent)
+        communication = reduced * efficiency.all_reduce * path.time(sent)
     if stage.gather_path is not None:
         communication += stage.gather_path.time(stage.gathered)
     if stage.next_path is not None:
@@ -304,14 +308,15 @@ def rows_at_corner(device: Device, efficiency: Efficiency) -> float:
 
 
 def flops_of(device: Device, weight_bits: float, efficiency: Efficiency) -> float:
-    """FLOP/s reached on weights of so many bits; where the device has no such instructions, of 16-bit ones."""
+    """FLOP/s reached on weights of so many bits; where the device has no such instructions, on the next larger ones:
+    32-bit weights, and all weights of a device that has nothing else, at the rate of float32."""
     names = {4: ("fp4",), 8: ("fp8",), 16: ("bf16", "fp16")}
     for bits in (4, 8, 16):
         if weight_bits <= bits * 1.2:
             rates = [device.flops[name] for name in names[bits] if name in device.flops]
             if rates:
                 return max(rates) * power_limit(device) * efficiency.matmul[bits]
-    return max(device.flops.values()) * efficiency.matmul[16]
+    return device.flops["fp32"] * efficiency.matmul[16]
 
 
 def power_limit(device: Device) -> float:
@@ -344,13 +349,17 @@ def plain_work(layer: Layer, tp: int, rows: float) -> tuple[float, float]:
 def expert_work(stage: Stage, layer: Layer, rows: float, efficiency: Efficiency) -> tuple[float, float]:
     """Seconds by memory and by arithmetic of the routed experts.
 
-    Of E experts, `rows` tokens that choose k each by chance touch E·(1 - (1 - k/E)^rows) (coupon collector).
+    Of E experts, `rows` tokens that choose k each by chance touch E·(1 - (1 - k/E)^rows) (coupon collector). Groups
+    of experts that are more than the stage's ranks lie in other replicas, whose tokens come to them too (DeepSeek-V3,
+    arXiv:2412.19437, section 3.4); that way itself is not in it.
     """
     experts = layer.experts
     assert experts is not None
+    replicas = max(stage.expert_parallel / stage.tensor_parallel, 1)
+    rows *= replicas
     chosen = experts.num_chosen / experts.num_experts
     touched = experts.num_experts * (1 - (1 - chosen) ** rows)
-    each = experts.params_each / stage.tensor_parallel
+    each = experts.params_each / (stage.tensor_parallel * replicas)
     routed = rows * experts.num_chosen
     busiest = imbalance(experts.num_experts, stage.expert_parallel, routed)
     read = min(touched * busiest, experts.num_experts) * each * stored_bits(stage.expert_bits) / 8
@@ -364,17 +373,27 @@ def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficie
     if attention is None:
         return 0.0
     tp, device = stage.tensor_parallel, stage.device
-    cut = 1 if attention.kind == "latent" else min(tp, attention.num_kv_heads)
+    # Heads are whole: of 8 KV heads on 6 ranks, some read 2.
+    heads = attention.num_kv_heads
+    cut = 1 if attention.kind == "latent" else heads / math.ceil(heads / tp)
     seconds = 0.0
     if batch.decodes:
-        numbers = attention.kv_numbers(round(batch.context)) / cut
+        numbers = attention.numbers_read(round(batch.context)) / cut
         seconds += batch.decodes * numbers * stage.kv_bits / 8 / (device.memory_bandwidth * efficiency.kv)
     if batch.prompt_tokens and attention.kind != "linear":
-        seen = batch.prompt_context if attention.window is None else min(batch.prompt_context, attention.window)
+        seen = attention.tokens_read(batch.prompt_context)
         width = attention.num_heads * (attention.head_dim + attention.value_dim)
         flops = 2 * width * batch.prompt_tokens * seen / tp
         seconds += flops / (flops_of(device, 16, efficiency) / efficiency.matmul[16] * efficiency.attention)
     return seconds
+
+
+def all_reduces(layer: Layer) -> int:
+    """Of a layer: one after what looks at other tokens and one after the MLP or the experts, where it has both."""
+    rows = [matrix.name for matrix in layer.matrices if matrix.cut == "row"]
+    mixes = layer.attention is not None
+    others = len(rows) - mixes > 0 or layer.experts is not None
+    return mixes + others
 
 
 def launches(layer: Layer) -> float:

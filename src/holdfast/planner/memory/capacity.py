@@ -1,13 +1,12 @@
-"""What fits into the memory of a plan's devices, and, where a load does not, what it would take."""
+"""What fits into the memory of a plan's devices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from holdfast.planner.memory.engines import PLAIN, EngineMemory
 from holdfast.planner.memory.ranks import (
-    KV_FORMATS,
     RankMemory,
     ServingLoad,
     ShapeTable,
@@ -15,10 +14,8 @@ from holdfast.planner.memory.ranks import (
     kv_bytes_per_block,
     plan_memory,
 )
-from holdfast.planner.memory.shares import RankShare, even_shares
+from holdfast.planner.memory.shares import RankShare
 
-_MOST_RANKS = 64
-"""Tensor degrees are tried up to here."""
 MOST_SEQUENCES = 1 << 20
 """A number for no limit."""
 
@@ -130,96 +127,3 @@ def _max_sequences(  # noqa: PLR0917
     if room <= 0:
         return 0
     return int(room / each) if each else MOST_SEQUENCES
-
-
-# --- when it does not fit ---
-
-
-@dataclass(frozen=True, slots=True)
-class Remedies:
-    """Each by itself would make a load fit that does not; None: no such thing would."""
-
-    device_bytes: int
-    """Memory that every device would need."""
-    tensor: int | None
-    """Ranks of each stage."""
-    pipeline: int | None
-    """Stages."""
-    kv_format: str | None
-    sequences: int | None
-    context: int | None
-
-
-def remedies(
-    table: ShapeTable,
-    device_bytes: int,
-    load: ServingLoad,
-    engine: EngineMemory = PLAIN,
-    *,
-    tensor: int = 1,
-    pipeline: int = 1,
-    expert: int = 1,
-    linked: bool = True,
-) -> Remedies:
-    """What would make `load` fit devices of so many bytes in an even plan. Tensor degrees are tried by doubling, as
-    long as every rank has a query head."""
-    num_layers = table.shape.num_layers
-
-    def fits(tensor: int, pipeline: int, load: ServingLoad) -> bool:
-        shares = even_shares(num_layers, tensor=tensor, pipeline=pipeline, expert=expert)
-        memory = plan_memory(table, shares, load, engine, linked=linked)
-        return all(kv_room(some, device_bytes, engine) >= some.kv_cache for some in memory)
-
-    shares = even_shares(num_layers, tensor=tensor, pipeline=pipeline, expert=expert)
-    memory = plan_memory(table, shares, load, engine, linked=linked)
-    heads = max((kind.attention.num_heads for kind in table.kinds if kind.attention), default=1)
-    most = min(heads, _MOST_RANKS)
-    degrees = [tensor << double for double in range(1, most.bit_length()) if tensor << double <= most]
-    formats = [name for name in ("fp8", "int4") if KV_FORMATS[name].bits < load.kv_format.bits]
-    return Remedies(
-        device_bytes=max(_device_bytes(some, engine) for some in memory),
-        tensor=next((degree for degree in degrees if fits(degree, pipeline, load)), None),
-        pipeline=next((count for count in range(pipeline + 1, num_layers + 1) if fits(tensor, count, load)), None),
-        kv_format=next(
-            (name for name in formats if fits(tensor, pipeline, replace(load, kv_format=KV_FORMATS[name]))), None
-        ),
-        sequences=_largest(lambda some: fits(tensor, pipeline, replace(load, sequences=some)), load.sequences)
-        or None,
-        context=_largest(lambda some: fits(tensor, pipeline, replace(load, context=some)), load.context) or None,
-    )
-
-
-def _device_bytes(memory: RankMemory, engine: EngineMemory) -> int:
-    return int((memory.kv_cache / engine.kv_fraction + memory.without_kv) / engine.utilization) + 1
-
-
-def describe_shortfall(
-    memory: RankMemory, device_bytes: int, remedies: Remedies, load: ServingLoad, engine: EngineMemory = PLAIN
-) -> str:
-    """One sentence: what a rank would need, and each thing that would help. Bytes in GB."""
-    parts = (
-        ("weights", memory.weights),
-        ("KV cache", memory.kv_cache),
-        ("activations", memory.activations + memory.logits),
-        ("communication", memory.communication),
-        ("reserve", memory.reserve),
-    )
-    needs = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts if size)
-    ways = [f"devices of {remedies.device_bytes / 1e9:.1f} GB"]
-    if remedies.tensor:
-        ways.append(f"tensor degree {remedies.tensor}")
-    if remedies.pipeline:
-        ways.append(f"{remedies.pipeline} stages")
-    if remedies.kv_format:
-        ways.append(f"a KV cache in {remedies.kv_format}")
-    if remedies.sequences and remedies.sequences < load.sequences:
-        ways.append(f"{remedies.sequences} sequences instead of {load.sequences}")
-    if remedies.context and remedies.context < load.context:
-        ways.append(f"a context of {remedies.context} tokens instead of {load.context}")
-    usable = f"{device_bytes / 1e9:.1f} GB"
-    if engine.utilization < 1:
-        usable += f", of which {engine.name} takes {device_bytes * engine.utilization / 1e9:.1f} GB"
-    return (
-        f"a rank needs {memory.total / 1e9:.1f} GB ({needs}), a device has {usable}; "
-        f"it would fit with {' or '.join(ways)}"
-    )

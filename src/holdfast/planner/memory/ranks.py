@@ -1,8 +1,8 @@
 """What each rank of a plan needs of memory: weights, KV cache, activations, communication, reserve.
 
 Pure arithmetic over a `ModelShape` and a `RankShare`. `table_of` adds up the shape once; from then on a rank costs a
-few multiplications per *kind* of layer, so that a search can ask thousands of times. What fits then, and what it
-would take, is `planner.capacity`; what differs between serving engines, `planner.engines`.
+few multiplications per *kind* of layer, so that a search can ask thousands of times. What fits then says
+`memory.capacity`; what differs between serving engines, `memory.engines`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ _WHOLE = 1e-9
 """Less than any share of a head: 1/3 of 48 heads is 16, whatever the last bit of 1/3 says."""
 _HALF = 2
 """Bytes of 16 bits: of embeddings, norms, activations and states."""
+GATHERED_LAYERS = 2
+"""Of weights that are spread over replicas: layers that a rank has whole, the one in use and the next."""
 
 
 # --- formats of the KV cache ---
@@ -327,7 +329,7 @@ def rank_memory(
     *,
     linked: bool = True,
     spread_over: int = 1,
-    gathered_layers: int = 2,
+    gathered_layers: int = GATHERED_LAYERS,
 ) -> RankMemory:
     """What a rank needs to serve a load.
 

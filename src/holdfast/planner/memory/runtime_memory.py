@@ -1,6 +1,6 @@
 """What our own runtime allocates on CPUs for one rank of a plan, counted as it packs, pads and shares.
 
-`planner.memory` knows any model on any device; here is the form that the CPU kernels give to weights, pages and
+`memory.ranks` knows any model on any device; here is the form that the CPU kernels give to weights, pages and
 buffers, for a decoder the runtime serves. Each figure has its source in the code that allocates: named with it.
 """
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 
 from holdfast.core.errors import ConfigError
@@ -60,15 +61,9 @@ def stages_of(asked: ServingRow, engine: Engine) -> list[Stage]:
 def even_stages(shape: ModelShape, depth: int) -> list[tuple[tuple[Layer, int], ...]]:
     """Kinds of layers of each of `depth` stages, as equal in number as they can be."""
     if depth == 1:
-        return [tuple(shape.kinds)]
-    stages = []
-    for index in range(depth):
-        first, last = (shape.num_layers * edge // depth for edge in (index, index + 1))
-        counts: dict[Layer, int] = {}
-        for layer in shape.layers[first:last]:
-            counts[layer] = counts.get(layer, 0) + 1
-        stages.append(tuple(counts.items()))
-    return stages
+        return [shape.kinds]  # which is kept
+    edges = [shape.num_layers * edge // depth for edge in range(depth + 1)]
+    return [shape.kinds_among(first, last) for first, last in pairwise(edges)]
 
 
 def _served(asked: ServingRow, known: Coefficients, concurrency: float | None = None) -> Served:
@@ -172,7 +167,7 @@ def _throughput(asked: ServingRow, known: Coefficients) -> float:
     served = _served(asked, known, None if asked.batch else MAX_REQUESTS * asked.replicas)
     if asked.batch:
         return served.throughput * asked.replicas
-    return served.running / (served.latency + served.prompt_wait) * asked.replicas
+    return served.running / (served.step + served.prompt_wait) * asked.replicas
 
 
 def _static_batch(asked: ServingRow, known: Coefficients) -> float:

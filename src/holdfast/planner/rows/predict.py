@@ -1,6 +1,6 @@
 """Predictions for rows of measurements, each with a band and, where the row has a value, the error.
 
-row → what it asks (`metrics`, `rows`) → the planner's answer (`answers`) → a value in the row's unit
+row → what it asks (`metrics`, `questions`) → the planner's answer (`answers`) → a value in the row's unit
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from holdfast.planner.shapes.shape import ModelShape, shape_of_spec
 
 def load_shape(model: str) -> ModelShape:
     """The shape of `model`: a config.json, a folder that has one, a .gguf file, a name that
-    `planner.presets.find_model` knows, or a hub id "org/name", of which the config alone is downloaded.
+    `presets.find_model` knows, or a hub id "org/name", of which the config alone is downloaded.
 
     Raises `ModelError` for a config that is damaged, or of an architecture that is not supported, and `ConfigError`,
     with near matches, for a name that is none of these.

@@ -76,6 +76,16 @@ class Attention:
         """Numbers that one layer keeps of a sequence of `context` tokens."""
         return self.tokens_kept(context) * self.kv_numbers_per_token() + self.state_numbers
 
+    def tokens_read(self, context: float) -> float:
+        """Of `context` tokens, those whose keys and values a token is compared with."""
+        return min(most for most in (context, self.window, self.num_read) if most is not None)
+
+    def numbers_read(self, context: int) -> float:
+        """Numbers that one layer reads to decode a token at `context` tokens: all that is kept, but where attention
+        is sparse the index of all tokens and the keys and values of few."""
+        unread = self.tokens_kept(context) - self.tokens_read(context)
+        return self.kv_numbers(context) - unread * (self.kv_numbers_per_token() - self.index_dim)
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:
@@ -159,7 +169,11 @@ class ModelShape:
     @cached_property  # a search asks for it at every plan it looks at
     def kinds(self) -> tuple[tuple[Layer, int], ...]:
         """Different layers with how many there are of each, in the order in which they first appear."""
-        return tuple(Counter(self.layers).items())
+        return self.kinds_among(0, self.num_layers)
+
+    def kinds_among(self, first: int, last: int) -> tuple[tuple[Layer, int], ...]:
+        """The same of layers first … last - 1."""
+        return tuple(Counter(self.layers[first:last]).items())
 
     @property
     def params(self) -> int:

@@ -17,7 +17,7 @@ from holdfast.hardware.catalogue import Link
 from holdfast.planner.communication import Operation, Path, wire_bytes
 from holdfast.planner.estimate import Estimate, Question, stages_of
 from holdfast.planner.serving import Replica, Workload
-from holdfast.planner.timing import Stage, StepBatch, StepTime, expert_work, step_time
+from holdfast.planner.timing import Stage, StepBatch, StepTime, all_reduces, expert_work, step_time
 
 Part = Literal[
     "weights", "experts", "attention", "activations", "all-reduces", "gathered weights", "pipeline hops",
@@ -88,13 +88,13 @@ def exchanges(question: Question, some: Estimate, batch: StepBatch | None = None
 
 def _of_stage(question: Question, some: Estimate, index: int, stage: Stage, batch: StepBatch) -> list[Exchange]:
     groups, cluster = some.candidate.stages, question.cluster
-    tensor, layers = stage.tensor_parallel, sum(count for _, count in stage.kinds)
+    tensor, times = stage.tensor_parallel, sum(count * all_reduces(layer) for layer, count in stage.kinds)
     message = batch.rows * stage.hidden * 2
     found = []
     if path := stage.graph_path if batch.graph else stage.eager_path:
         found.append(
             Exchange(
-                index, "all-reduces", "all_reduce", 2 * layers, tensor, groups[index].slowest_link, path, message,
+                index, "all-reduces", "all_reduce", times, tensor, groups[index].slowest_link, path, message,
                 wire_bytes("all_reduce", tensor, message), question.known.efficiency.all_reduce,
             )
         )  # fmt: skip
@@ -149,9 +149,16 @@ def _experts_share(stage: Stage, batch: StepBatch, replica: Replica, time: StepT
 
 
 def decode_parts(question: Question, some: Estimate) -> dict[Part, float]:
-    """Seconds of one decoding step through all stages; they add up to TPOT without others' prompts."""
+    """Seconds of one decoding step through all stages; they add up to TPOT without others' prompts. Where all wait
+    for the slowest stage, they are that one's, as often as it is waited for."""
+    assert some.served is not None
     replica, batch = replica_of(question, some), decode_rows(question, some)
-    return _added([step_parts(stage, batch, replica) for stage in replica.stages])
+    by_stage = [step_parts(stage, batch, replica) for stage in replica.stages]
+    if some.served.step > sum(time.total for time in some.served.decode):
+        slowest = max(by_stage, key=lambda times: sum(times.values()))
+        times = min(len(by_stage), some.served.running)
+        return {name: time * times for name, time in slowest.items()}
+    return _added(by_stage)
 
 
 def prompt_parts(question: Question, some: Estimate) -> dict[Part, float]:
@@ -200,7 +207,7 @@ def first_token_parts(question: Question, some: Estimate) -> list[tuple[str, flo
     found = [
         ("engine", replica.engine.first_token),
         ("its prompt", through),
-        ("steps meanwhile", (chunks + 0.5) * served.latency),
+        ("steps meanwhile", (chunks + 0.5) * served.step),
         ("prompts before it", served.burst),
         ("waiting for room", served.queue),
         ("process in front", served.front),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate, worth
-from holdfast.planner.search import ALIKE, Found
+from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate
+from holdfast.planner.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
+from holdfast.planner.search import ALIKE, Found, alike
 from holdfast.planner.show.alternatives import most_requests
 from holdfast.planner.show.breakdown import (
     Part,
@@ -18,7 +19,6 @@ from holdfast.planner.show.breakdown import (
     workload_of,
 )
 from holdfast.planner.show.levers import request_time, what_it_takes
-from holdfast.planner.show.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
 from holdfast.planner.show.shortfall import does_not_fit
 
 
@@ -34,7 +34,7 @@ def why(found: Found, other: Estimate) -> str:
         return _breaks_limits(question, other)
     if best.served is None or best.misses:
         return ""
-    if abs(worth(question.goal, other) / (worth(question.goal, best) or 1) - 1) <= ALIKE:
+    if alike(question.goal, other, best):
         return _as_good(question, best, other)
     if question.goal.objective == "memory":
         return _more_memory(question, best, other)

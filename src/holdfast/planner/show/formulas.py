@@ -14,7 +14,7 @@ from rich.text import Text
 
 from holdfast.planner.estimate import Estimate, Question, price_per_hour
 from holdfast.planner.search import Found
-from holdfast.planner.serving import Replica, Workload
+from holdfast.planner.serving import Replica, Workload, step_of
 from holdfast.planner.show.breakdown import prompt_parts, replica_of, workload_of
 from holdfast.planner.show.formulas_memory import memory_lines
 from holdfast.planner.show.formulas_step import step_lines
@@ -74,7 +74,7 @@ def _user_lines(question: Question, some: Estimate) -> list[Line]:
     served, goal, workload = some.served, question.goal, workload_of(question, some)
     assert served is not None
     replica, output = replica_of(question, some), goal.output_len
-    step, gaps = served.latency, max(output - 1, 1)
+    step, gaps = served.step, max(output - 1, 1)
     lines = [_all_stages(some)]
     prompt = sum(prompt_parts(question, some).values())
     mixing = replica.engine.mixing
@@ -107,13 +107,20 @@ def _all_stages(some: Estimate) -> Line:
     assert some.served is not None
     runs = [(time, len(list(same))) for time, same in groupby(time.total for time in some.served.decode)]
     total = sum(time * count for time, count in runs)
+    if some.served.step > total:
+        slowest = max(time for time, _ in runs)
+        times = min(len(some.served.decode), some.served.running)
+        return Line(
+            USERS, "all stages", "parts in flight × the slowest stage, for which the others wait",
+            f"{number(times)} · {seconds_of(slowest)}", some.served.step, seconds_of(some.served.step),
+        )  # fmt: skip
     numbers = " + ".join(f"{count} · {seconds_of(time)}" if count > 1 else seconds_of(time) for time, count in runs)
     return Line(USERS, "all stages", "the step of every stage, one after another", numbers, total, seconds_of(total))
 
 
 def _first_token_lines(running: float, prompt: float, workload: Workload, replica: Replica) -> list[Line]:
     engine, load = replica.engine, replica.known.load
-    step = sum(time.total for time in replica.decode(workload, running))
+    step = step_of([time.total for time in replica.decode(workload, running)], running)
     through, _ = replica.prompt(workload, running)
     chunks = math.ceil(workload.input_len / engine.chunk)
     first = load["first_wave"]
@@ -156,12 +163,20 @@ def _plain(name: str, formula: str, value: float) -> Line:
 
 def _rate_lines(question: Question, some: Estimate, ttft: float, tpot: float) -> list[Line]:
     goal, copies = question.goal, len(some.candidate.replicas)
-    busy = min(some.concurrency, goal.concurrency or some.concurrency)
-    rate = busy * goal.output_len / (ttft + tpot * (goal.output_len - 1))
+    busy: float = min(some.concurrency, goal.concurrency or some.concurrency)
+    words, waited, served = "requests × output / (TTFT + (output − 1) × TPOT)", 0.0, some.served
+    assert served is not None
+    at_once = served.running * copies * busy / some.concurrency
+    cycle, waits = ttft + tpot * (goal.output_len - 1), served.queue + served.front
+    if at_once / (cycle - waits) < busy / cycle:
+        words, busy, waited = "requests at once × output / (TTFT + (output − 1) × TPOT − waits)", at_once, waits
+    rate = busy * goal.output_len / (cycle - waited)
+    less = f" − {seconds_of(waited)}" if waited else ""
     lines = [
         Line(
-            USERS, "tokens/s", "requests × output / (TTFT + (output − 1) × TPOT)",
-            f"{busy} · {goal.output_len} / ({seconds_of(ttft)} + ({goal.output_len} − 1) · {seconds_of(tpot)})",
+            USERS, "tokens/s", words,
+            f"{number(busy)} · {goal.output_len} / ({seconds_of(ttft)} + ({goal.output_len} − 1) · "
+            f"{seconds_of(tpot)}{less})",
             rate, f"{rate:,.1f}",
         )
     ]  # fmt: skip

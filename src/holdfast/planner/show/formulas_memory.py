@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from holdfast.planner.estimate import Estimate, Question, shares_of
 from holdfast.planner.memory.ranks import (
+    GATHERED_LAYERS,
     LayerSizes,
     kv_bytes_per_block,
     kv_numbers_per_token,
@@ -11,9 +12,6 @@ from holdfast.planner.memory.ranks import (
 )
 from holdfast.planner.memory.shares import RankShare
 from holdfast.planner.show.lines import Line, bytes_of, number
-
-NEXT_LAYERS = 2
-"""Of weights that are spread over replicas: layers that a rank has whole, the one in use and the next."""
 
 
 def memory_lines(question: Question, some: Estimate) -> list[Line]:
@@ -25,11 +23,11 @@ def memory_lines(question: Question, some: Estimate) -> list[Line]:
     memory, engine, load = stage.memory, question.memory_engine, question.load()
     lines = list(weights)
     if memory.gathered_weights:
-        each = memory.gathered_weights / NEXT_LAYERS
+        each = memory.gathered_weights / GATHERED_LAYERS
         lines.append(
             Line(
-                section, "gathered weights", "layers in use × a layer", f"{NEXT_LAYERS} · {bytes_of(each)}",
-                NEXT_LAYERS * each, bytes_of(memory.gathered_weights),
+                section, "gathered weights", "layers in use × a layer", f"{GATHERED_LAYERS} · {bytes_of(each)}",
+                GATHERED_LAYERS * each, bytes_of(memory.gathered_weights),
             )
         )  # fmt: skip
     all_weights = sum(line.value for line in lines)

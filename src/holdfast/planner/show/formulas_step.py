@@ -14,6 +14,7 @@ from holdfast.planner.timing import (
     Stage,
     StepBatch,
     activation_numbers,
+    all_reduces,
     launches,
     plain_work,
     rounded_max,
@@ -160,20 +161,20 @@ def _attention(step: _Step, layer: Layer, layers: int, which: str) -> list[Line]
         return []
     cut = 1 if attention.kind == "latent" else min(stage.tensor_parallel, attention.num_kv_heads)
     if batch.decodes:
-        numbers, each = attention.kv_numbers(round(batch.context)), stage.kv_bits / 8
+        numbers, each = attention.numbers_read(round(batch.context)), stage.kv_bits / 8
         rate = stage.device.memory_bandwidth
         seconds = layers * batch.decodes * numbers / cut * each / (rate * efficiency.kv)
         found.append(
             Line(
                 section, f"reading KV{which}",
-                "layers × requests × numbers of a sequence / ranks × bytes / (bandwidth × share)",
+                "layers × requests × numbers read of a sequence / ranks × bytes / (bandwidth × share)",
                 f"{layers} · {number(batch.decodes)} · {number(numbers)} / {cut} · {number(each)} B "
                 f"/ ({rate_of(rate)} · {number(efficiency.kv)})",
                 seconds, seconds_of(seconds),
             )
         )  # fmt: skip
     if batch.prompt_tokens and attention.kind != "linear":
-        seen = batch.prompt_context if attention.window is None else min(batch.prompt_context, attention.window)
+        seen = attention.tokens_read(batch.prompt_context)
         width = attention.num_heads * (attention.head_dim + attention.value_dim)
         rate = flops_reached(stage.device, 16, efficiency) / efficiency.matmul[16]
         tensor = stage.tensor_parallel
@@ -208,7 +209,7 @@ def _communication(section: str, stage: Stage, batch: StepBatch, efficiency: Eff
     message = batch.rows * stage.hidden * 2
     path = stage.graph_path if batch.graph else stage.eager_path
     if path is not None:
-        ranks, layers = stage.tensor_parallel, sum(layers for _, layers in stage.kinds)
+        ranks, times = stage.tensor_parallel, sum(layers * all_reduces(layer) for layer, layers in stage.kinds)
         sent = wire_bytes("all_reduce", ranks, message)
         found += [
             Line(
@@ -221,11 +222,11 @@ def _communication(section: str, stage: Stage, batch: StepBatch, efficiency: Eff
             ),
             _one(section, "· one all-reduce", path, sent),
         ]  # fmt: skip
-        seconds = 2 * layers * efficiency.all_reduce * path.time(sent)
+        seconds = times * efficiency.all_reduce * path.time(sent)
         found.append(
             Line(
-                section, "all-reduces", "2 × layers × share not hidden × one",
-                f"2 · {layers} · {number(efficiency.all_reduce)} · {seconds_of(path.time(sent))}", seconds,
+                section, "all-reduces", "all-reduces of the layers × share not hidden × one",
+                f"{times} · {number(efficiency.all_reduce)} · {seconds_of(path.time(sent))}", seconds,
                 seconds_of(seconds),
             )
         )  # fmt: skip

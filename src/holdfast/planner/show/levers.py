@@ -10,9 +10,9 @@ from types import MappingProxyType
 from holdfast.hardware.catalogue import Device, Link
 from holdfast.planner.communication import Path
 from holdfast.planner.estimate import Estimate, Question
+from holdfast.planner.quantities import bytes_per_second, flops, of_seconds
 from holdfast.planner.serving import Served, serve
 from holdfast.planner.show.breakdown import Part, exchanges, replica_of, workload_of
-from holdfast.planner.show.quantities import bytes_per_second, flops, of_seconds
 from holdfast.planner.timing import Stage
 
 MOST = 1000.0

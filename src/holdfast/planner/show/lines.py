@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from holdfast.planner.show import quantities
+from holdfast.planner import quantities
 
 DIGITS = 4
 """Of a number in a formula: so a result can be checked by hand to three."""

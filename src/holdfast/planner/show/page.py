@@ -6,12 +6,12 @@ from html import escape
 from itertools import groupby
 
 from holdfast.planner.estimate import Estimate
+from holdfast.planner.quantities import count, of_seconds, percent, requests
 from holdfast.planner.search import Found
 from holdfast.planner.show.explain import why
 from holdfast.planner.show.formulas import formulas
 from holdfast.planner.show.pictures import memory_bars, token_bars
 from holdfast.planner.show.placement_picture import placement
-from holdfast.planner.show.quantities import count, of_seconds, percent, requests
 from holdfast.planner.show.report import model_named
 from holdfast.planner.show.shortfall import label, nothing_fits
 from holdfast.planner.show.summary import cluster_named, error_band, is_pareto, runners, short_name, warnings

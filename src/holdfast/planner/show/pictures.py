@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from html import escape
 
 from holdfast.planner.estimate import Estimate, Question
+from holdfast.planner.quantities import of_bytes, of_seconds
 from holdfast.planner.search import Found
 from holdfast.planner.show.breakdown import parts
-from holdfast.planner.show.quantities import of_bytes, of_seconds
 from holdfast.planner.show.report import memory_parts
 from holdfast.planner.show.summary import runners, short_name, stage_runs
 

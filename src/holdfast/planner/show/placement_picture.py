@@ -14,8 +14,8 @@ from holdfast.hardware.catalogue import Link
 from holdfast.hardware.cluster import Cluster
 from holdfast.planner.candidates import Candidate, DeviceGroup
 from holdfast.planner.estimate import Estimate, Question
+from holdfast.planner.quantities import bytes_per_second
 from holdfast.planner.show.pictures import WIDTH, rectangle, svg, text
-from holdfast.planner.show.quantities import bytes_per_second
 
 MOST_NODES = 12
 """So many kinds of nodes are drawn, the rest is said in words."""

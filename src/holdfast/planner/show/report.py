@@ -10,11 +10,7 @@ from rich.text import Text
 
 from holdfast.planner.estimate import Estimate, Question
 from holdfast.planner.memory.ranks import RankMemory
-from holdfast.planner.search import Found
-from holdfast.planner.show.alternatives import longest_context
-from holdfast.planner.show.breakdown import exchanges, first_token_parts, parts
-from holdfast.planner.show.explain import why
-from holdfast.planner.show.quantities import (
+from holdfast.planner.quantities import (
     billions,
     bytes_per_second,
     count,
@@ -23,6 +19,10 @@ from holdfast.planner.show.quantities import (
     percent,
     requests,
 )
+from holdfast.planner.search import Found
+from holdfast.planner.show.alternatives import longest_context
+from holdfast.planner.show.breakdown import exchanges, first_token_parts, parts
+from holdfast.planner.show.explain import why
 from holdfast.planner.show.shortfall import label, nothing_fits
 from holdfast.planner.show.summary import (
     MOST_STAGES,

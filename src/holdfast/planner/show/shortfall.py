@@ -6,6 +6,7 @@ from __future__ import annotations
 from holdfast.planner.candidates import Candidate, kinds_of
 from holdfast.planner.estimate import Estimate, Question, shares_of
 from holdfast.planner.memory.ranks import kv_bytes_of_sequence
+from holdfast.planner.quantities import of_bytes, of_seconds, requests
 from holdfast.planner.search import Found
 from holdfast.planner.show.alternatives import (
     fast_with_fewer_bits,
@@ -16,7 +17,6 @@ from holdfast.planner.show.alternatives import (
     where_it_fits,
     where_it_is_fast,
 )
-from holdfast.planner.show.quantities import of_bytes, of_seconds, requests
 
 
 def label(question: Question, candidate: Candidate) -> str:

@@ -9,10 +9,11 @@ from itertools import accumulate, groupby, pairwise
 
 from holdfast.hardware.cluster import Cluster
 from holdfast.planner.candidates import Candidate, DeviceGroup, kinds_of
+from holdfast.planner.communication import exchanges_per_token
 from holdfast.planner.estimate import Estimate, Question
+from holdfast.planner.quantities import bytes_per_second, of_seconds
 from holdfast.planner.search import Found
 from holdfast.planner.show.breakdown import exchanges
-from holdfast.planner.show.quantities import bytes_per_second, of_seconds
 
 MOST_RUNNERS = 8
 MOST_STAGES = 8
@@ -184,9 +185,10 @@ def _of_sites(question: Question) -> Iterator[str]:
     if len(sites) == 1:
         return
     layers, link = question.shape.num_layers, cluster.between_sites
+    waits = exchanges_per_token(layers, tensor=True) * link.latency
     yield (
         f"Tensor parallelism between the sites {', '.join(site or 'unnamed' for site in sites)} is refused: 2 "
-        f"all-reduces a layer × {layers} layers × {of_seconds(link.latency)} of latency = "
-        f"{of_seconds(2 * layers * link.latency)} for every token, whatever the bandwidth "
-        f"({bytes_per_second(link.bandwidth)} per direction); replicas at each site send nothing to each other."
+        f"all-reduces a layer × {layers} layers × {of_seconds(link.latency)} of latency = {of_seconds(waits)} for "
+        f"every token, whatever the bandwidth ({bytes_per_second(link.bandwidth)} per direction); replicas at each "
+        "site send nothing to each other."
     )
