@@ -67,6 +67,11 @@ class PlanConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0 and at most {MOST:.0e}")
         if self.what.weight_bits not in {None, 4, 8, 16, 32}:
             raise ConfigError(f"--weight-bits {self.what.weight_bits:g}: must be 4, 8, 16 or 32")
+        lengths = self.what.input_len + self.what.output_len
+        if self.what.context is not None and self.what.context < lengths:
+            raise ConfigError(
+                f"--context {self.what.context}: must be at least the {lengths} tokens of --input-len and --output-len"
+            )
         if self.what.objective == "cost" and self.where.cluster is None:
             raise ConfigError("--objective cost: prices are told in a cluster file (--cluster)")
 

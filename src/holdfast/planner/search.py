@@ -78,7 +78,7 @@ def _simplest(goal: Goal, ranking: Sequence[Estimate]) -> Estimate:
     alike = [
         some
         for some in ranking
-        if some.served is not None and not some.misses and abs(worth(goal, some) / target - 1) <= ALIKE
+        if some.served is not None and not some.misses and abs(worth(goal, some) - target) <= ALIKE * abs(target)
     ]
     return min(alike, key=lambda some: (simplicity(some.candidate), rank_key(goal, some)))
 
