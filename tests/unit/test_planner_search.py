@@ -271,3 +271,35 @@ def test_candidates_are_named_as_people_write_them() -> None:
     assert Candidate(((groups[0], groups[1]),), (50, 30)).name == "TP2 × PP2 × layers 50+30"
     assert Candidate(((groups[0],),), (80,), expert_parallel=True).name == "TP2 × EP2"
     assert all(a.places < b.places for a, b in pairwise(groups))
+
+
+def test_whole_nodes_of_unlike_sizes_make_groups_of_the_largest_alone() -> None:
+    """Guards against a group that counts on more devices than one of its nodes has."""
+    nodes = cluster_of("1x5xV100,4x4xV100,2x5xV100").nodes
+    device = nodes[0].devices[0]
+    groups = device_groups(Cluster(nodes, find_link("wan")), device, 10)
+    assert [sorted({node for node, _ in group.places}) for group in groups] == [[0, 5]]
+    assert all(len(set(group.places)) == 10 for group in groups)
+
+
+def test_groups_of_nodes_that_are_built_alike_are_told_apart() -> None:
+    cluster = cluster_of("3x4xH100,1x2xH100")
+    groups = device_groups(cluster, cluster.devices[0], 2)
+    places = [place for group in groups for place in group.places]
+    assert sorted(places) == sorted(cluster.places)
+
+
+def test_what_is_worth_nothing_does_not_stop_the_search() -> None:
+    """Guards against a division by the best's worth: a lone rank leaves nothing when it is lost, and nodes may be
+    free."""
+    assert search(LLAMA_8B, cluster_of("1xH100"), Goal(objective="spare")).best.spare == 0
+    free = cluster_of("8xH100")
+    free = replace(free, nodes=tuple(replace(node, price_per_hour=0.0) for node in free.nodes))
+    assert search(LLAMA_8B, free, Goal(objective="cost")).best.cost == 0
+
+
+def test_more_kinds_than_one_node_holds_stand_in_nodes_of_their_own() -> None:
+    assert [len(node.devices) for node in cluster_of("16xH100,2xL40S").nodes] == [2, 8, 8]
+    assert [len(node.devices) for node in cluster_of("4xH100,8xL40S").nodes] == [12]
+    with pytest.raises(ConfigError, match="73 GPUs in one node: the largest machines have 72"):
+        cluster_of("1x73xH100")

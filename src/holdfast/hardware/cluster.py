@@ -18,6 +18,9 @@ MOST_DEVICES = 65_536
 USUAL_NODE = 8
 """Devices of a node when only a total is told, unless their fabric joins more."""
 
+MOST_IN_NODE = 72
+"""Devices of the largest machine that is built (NVIDIA GB200 NVL72 datasheet, 2024)."""
+
 USUAL_NETWORK = {
     "pcie3": "infiniband-edr",
     "pcie4": "infiniband-hdr",
@@ -93,7 +96,8 @@ class Cluster:
 def cluster_of(text: str, network: Link | None = None) -> Cluster:
     """A cluster from a few words: "8xA100-80GB", "2x8xH100" (nodes x devices), "4xA100-40GB-SXM,4xA100-80GB-SXM".
 
-    Parts without a number of nodes stand in one node; more devices of one type than a machine has make several.
+    Parts without a number of nodes stand together in one node; one that has more devices than a machine has makes
+    several nodes of its own.
     How they are joined is taken as usual for their type, and said in `assumptions`. Raises ConfigError.
     """
     nodes: list[Node] = []
@@ -103,10 +107,10 @@ def cluster_of(text: str, network: Link | None = None) -> Cluster:
             single.append((devices, gpu))
         else:
             nodes += [_usual_node((gpu,) * devices)] * count
-    if len(single) == 1:
-        nodes = [*_split(*single[0]), *nodes]
-    elif single:
-        nodes = [_usual_node(tuple(gpu for count, gpu in single for _ in range(count))), *nodes]
+    many = [(count, gpu) for count, gpu in single if count > _usual_size(gpu) or len(single) == 1]
+    together = tuple(gpu for count, gpu in single if (count, gpu) not in many for _ in range(count))
+    own = [node for count, gpu in many for node in _split(count, gpu)]
+    nodes = [*([_usual_node(together)] if together else []), *own, *nodes]
     alone = len(nodes) == 1
     named = tuple(
         replace(node, name=f"node{n}", network=network or (None if alone else node.network))
@@ -132,9 +136,13 @@ def gpu_counts(text: str) -> list[tuple[int | None, int, Device]]:
     return found
 
 
+def _usual_size(device: Device) -> int:
+    return max(USUAL_NODE, device.fabric_devices)
+
+
 def _split(count: int, device: Device) -> list[Node]:
     """Nodes of the usual size; the last one may have fewer devices."""
-    size = max(USUAL_NODE, device.fabric_devices)
+    size = _usual_size(device)
     sizes = [size] * (count // size) + ([count % size] if count % size else [])
     whole = {size: _usual_node((device,) * size) for size in set(sizes)}
     return [whole[size] for size in sizes]
@@ -142,9 +150,19 @@ def _split(count: int, device: Device) -> list[Node]:
 
 def _usual_node(devices: tuple[Device, ...]) -> Node:
     """A machine of these devices as they are usually built, named later."""
+    check_size(devices)
     name = USUAL_NETWORK.get(devices[0].pcie.name)
     network = find_link(name) if name else None
     return Node("", devices, usual_topology(devices), network=network, nics=usual_nics(devices))
+
+
+def check_size(devices: Sequence[Device]) -> None:
+    """Raise `ConfigError` for more devices than a machine has."""
+    if len(devices) > MOST_IN_NODE:
+        raise ConfigError(
+            f"{len(devices):,} GPUs in one node: the largest machines have {MOST_IN_NODE}; say them as several nodes "
+            "(NODESxCOUNTxGPU, or count in a cluster file)"
+        )
 
 
 def usual_nics(devices: Sequence[Device]) -> int:
@@ -211,7 +229,8 @@ def _fabric(device: Device, count: int) -> dict[tuple[int, int], Path]:
 
 def node_of(name: str, devices: tuple[Device, ...], topology: Topology | None, link: Link | None) -> Node:
     """A node whose links are told: by a topology, or all alike; else as usual. Raises ConfigError when the topology
-    is of another number of devices, or of links that these devices do not have."""
+    is of another number of devices, or of links that these devices do not have, or for more than a machine has."""
+    check_size(devices)
     if topology is None:
         topology = usual_topology(devices) if link is None else uniform(len(devices), Path("PHB"))
     if len(topology.devices) != len(devices):

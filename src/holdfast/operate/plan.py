@@ -25,7 +25,15 @@ from holdfast.planner.show.formulas import show_formulas
 
 def run(model: str, config: PlanConfig) -> int:
     """Exit code: 0 when there is a plan that fits and keeps the limits, 1 when there is none."""
-    found = search(load_shape(model), cluster_from(config), goal_of(config))
+    shape, goal = load_shape(model), goal_of(config)
+    if goal.longest > shape.max_context:
+        asked = (
+            f"--context {goal.context}"
+            if goal.context
+            else f"--input-len {goal.input_len} and --output-len {goal.output_len}"
+        )
+        raise ConfigError(f"{asked}: {shape.name} knows {shape.max_context} tokens at most")
+    found = search(shape, cluster_from(config), goal)
     good = found.best.served is not None and not found.best.misses
     console = Console(width=100 if not sys.stdout.isatty() else None)
     if config.out.json:
@@ -43,9 +51,16 @@ def run(model: str, config: PlanConfig) -> int:
 
 def cluster_from(config: PlanConfig) -> Cluster:
     if config.where.cluster is not None:
-        return read_cluster(config.where.cluster)
+        cluster = read_cluster(config.where.cluster)
+        unpriced = [node.name for node in cluster.nodes if node.price_per_hour is None]
+        if config.what.objective == "cost" and unpriced:
+            raise ConfigError(f"--objective cost: node {unpriced[0]} of --cluster has no price_per_hour")
+        return cluster
     if config.where.gpus is not None:
-        return cluster_of(config.where.gpus)
+        try:
+            return cluster_of(config.where.gpus)
+        except ConfigError as error:
+            raise ConfigError(f"--gpus: {error}") from error
     return this_machine()
 
 

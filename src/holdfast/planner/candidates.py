@@ -110,28 +110,40 @@ def device_groups(cluster: Cluster, device: Device, degree: int) -> list[DeviceG
     nodes are large enough, else over whole nodes of one site."""
     groups: list[DeviceGroup] = []
     whole: list[tuple[int, Node]] = []
+    alike: dict[tuple[int, int, int], list[DeviceGroup]] = {}  # copies of a node share its parts: grouped once
     for number, node in enumerate(cluster.nodes):
         mine = [index for index, known in enumerate(node.devices) if known == device]
         if len(mine) >= degree:
-            groups.extend(_groups_of_node(number, node, mine, degree))
+            parts = (id(node.devices), id(node.topology), id(node.link))
+            if parts not in alike:
+                alike[parts] = list(_groups_of_node(number, node, mine, degree))
+            groups += [_on_node(group, number) for group in alike[parts]]
         elif len(mine) == len(node.devices):
             whole.append((number, node))
     if groups:
         return groups
-    per_node = len(whole[0][1].devices) if whole else 0
+    per_node = max((len(node.devices) for _, node in whole), default=0)
     if not per_node or degree % per_node:
         return []
     count = degree // per_node
-    for first in range(0, len(whole) - count + 1, count):
-        some = whole[first : first + count]
-        networks = [_network_of_each(node) for _, node in some]
-        if len({node.site for _, node in some}) > 1 or None in networks or len({len(n.devices) for _, n in some}) > 1:
-            continue
-        network = min((link for link in networks if link), key=lambda link: link.bandwidth)
-        places = tuple((number, index) for number, node in some for index in range(per_node))
-        inside = _slowest(some[0][1], range(per_node))
-        groups.append(DeviceGroup(device, places, inside, network, _as_usual(device, inside, degree)))
+    # Of the largest nodes alone, site by site: a group's nodes are alike.
+    for site in dict.fromkeys(node.site for _, node in whole):
+        mates = [(number, node) for number, node in whole if node.site == site and len(node.devices) == per_node]
+        for first in range(0, len(mates) - count + 1, count):
+            some = mates[first : first + count]
+            networks = [_network_of_each(node) for _, node in some]
+            if None in networks:
+                continue
+            network = min((link for link in networks if link), key=lambda link: link.bandwidth)
+            places = tuple((number, index) for number, _ in some for index in range(per_node))
+            inside = min((_slowest(node, range(per_node)) for _, node in some), key=lambda link: link.bandwidth)
+            groups.append(DeviceGroup(device, places, inside, network, _as_usual(device, inside, degree)))
     return groups
+
+
+def _on_node(group: DeviceGroup, number: int) -> DeviceGroup:
+    """The same devices of another node that is built alike."""
+    return replace(group, places=tuple((number, index) for _, index in group.places))
 
 
 def _network_of_each(node: Node) -> Link | None:
@@ -201,11 +213,11 @@ def pipelines_of_several_kinds(
     cluster: Cluster, most: int, num_layers: int
 ) -> Iterator[tuple[tuple[DeviceGroup, ...], ...]]:
     """Replicas whose stages are of all the kinds there are, in order of first appearance and the other way round."""
-    kinds = list(kinds_of(cluster))
-    for degrees in product(*(degrees_of(cluster, kind, most) for kind in kinds)):
-        groups = [device_groups(cluster, kind, degree) for kind, degree in zip(kinds, degrees, strict=True)]
-        if not all(groups):
-            continue
+    by_degree = [
+        [made for degree in degrees_of(cluster, kind, most) if (made := device_groups(cluster, kind, degree))]
+        for kind in kinds_of(cluster)
+    ]
+    for groups in product(*by_degree):
         for replicas in range(1, min(map(len, groups)) + 1):
             if any(len(some) % replicas for some in groups):
                 continue

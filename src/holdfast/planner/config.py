@@ -68,6 +68,11 @@ class PlanConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0 and at most {MOST:.0e}")
         if self.what.weight_bits not in {None, 4, 8, 16}:  # embeddings and activations are reckoned in 16
             raise ConfigError(f"--weight-bits {self.what.weight_bits:g}: must be 4, 8 or 16")
+        lengths = self.what.input_len + self.what.output_len
+        if self.what.context is not None and self.what.context < lengths:
+            raise ConfigError(
+                f"--context {self.what.context}: must be at least {lengths}, --input-len and --output-len"
+            )
         if self.what.objective == "cost" and self.where.cluster is None:
             raise ConfigError("--objective cost: prices are told in a cluster file (--cluster)")
 
