@@ -1,13 +1,13 @@
-"""`make bench-planner-runtime`: how long steps of our own runtime take on this machine, predicted from `holdfast probe`
-and measured in the processes that serve.
+"""`make bench-planner-runtime`: how long steps of our own runtime take on this machine, predicted from what
+`holdfast probe` finds and measured in the processes that serve.
 
     python -m benchmarks.planner_runtime [--rounds N] [--models smollm2,llama,mixtral] [--wait SECONDS] [--json FILE]
 
 Every round probes the machine, then measures every model under every plan: decodes of 1, 8 and 32 requests at some 60
-tokens of context, prompts of 64 and 512 tokens. Of both, probe and steps, the fastest round counts, since others may use
-the machine meanwhile; within a round a decode is the median of its steps. The engine and the workers are those of
-`holdfast serve`; there is no gateway, no HTTP, no checkpoint store. Plans with more ranks than the machine has cores are
-reported apart.
+tokens of context, prompts of 64 and 512 tokens. Of both, probe and steps, the fastest round counts, since others may
+use the machine meanwhile; within a round a decode is the median of its steps. The engine and the workers are those of
+`holdfast serve`; there is no gateway, no HTTP, no checkpoint store. Plans with more ranks than the machine has cores
+are reported apart.
 """
 
 from __future__ import annotations
@@ -133,21 +133,26 @@ def fastest(profiles: Sequence[Profile]) -> Profile:
     return msgspec.structs.replace(profiles[0], **points)
 
 
-def run(models: dict[str, ModelInfo], rounds: int, wait: float, console: Console) -> tuple[Profile, dict[Case, float]]:
-    """Probe and steps by turns."""
-    profiles, found = [], dict[Case, float]()
+def run(
+    models: dict[str, ModelInfo], rounds: int, wait: float, console: Console
+) -> tuple[Profile, dict[Case, float]]:
+    """Probe and steps by turns, each begun when the machine is quiet, if it is within `wait` seconds."""
+    profiles, found, others = [], dict[Case, float](), []
     for round_ in range(rounds):
-        waited = wait_until_quiet(wait)
         with Watch(os.getpid()) as watch:
-            profiles.append(measure(MeasureConfig(rounds=2), formats=FORMATS))
-        console.print(f"round {round_}: waited {waited:.0f} s; probed, others used {watch.others:.2f} cores")
+            profiles.append(measure(MeasureConfig(rounds=2), lambda _: wait_until_quiet(wait), FORMATS))
+        console.print(f"round {round_}: probed; others used {watch.others:.2f} cores meanwhile")
         for name, model in models.items():
             for cut, degrees in PLANS.items():
+                wait_until_quiet(wait)
                 with Watch(os.getpid()) as watch:
                     for job, seconds in measure_steps(model, make_plan(model.spec, **degrees)).items():
                         case = Case(name, cut, job)
                         found[case] = min(seconds, found.get(case, seconds))
-                console.print(f"  {name}, {cut}: others used {watch.others:.2f} cores")
+                others.append(watch.others)
+        console.print(
+            f"  steps; others used {statistics.mean(others):.2f} cores in the mean, {min(others):.2f} at least"
+        )
     return fastest(profiles), found
 
 

@@ -52,7 +52,11 @@ def machine(**changed: Any) -> Profile:
             works += [RowWork(**share, operation=operation, rows=r, width=512, seconds=1e-12) for r in (1, 64)]
         for heads in (4, 1):
             for requests, queries, context in ((8, 1, 64), (8, 1, 1024), (1, 256, 256), (1, 256, 2048)):
-                units = requests * 4 if queries == 1 else 4 * sum(-(-(context - 256 + q) // 64) for q in range(16, 257, 16))
+                units = (
+                    requests * 4
+                    if queries == 1
+                    else 4 * sum(-(-(context - 256 + q) // 64) for q in range(16, 257, 16))
+                )
                 seconds = units * (context / 64 if queries == 1 else 16) * heads * ROW / threads
                 shape = {"requests": requests, "queries": queries, "context": context}
                 sizes = {"num_heads": 4 * heads, "num_kv_heads": 4, "head_dim": 64}
@@ -86,7 +90,9 @@ def machine(**changed: Any) -> Profile:
     return msgspec.structs.replace(profile, **changed)
 
 
-def step(requests: Sequence[Request], profile: Profile | None = None, spec: DecoderSpec = SPEC, **cut: Any) -> RuntimeStep:
+def step(
+    requests: Sequence[Request], profile: Profile | None = None, spec: DecoderSpec = SPEC, **cut: Any
+) -> RuntimeStep:
     return runtime_step(profile or machine(), spec, make_plan(spec, **cut), RuntimeFormat(), requests)
 
 

@@ -24,7 +24,7 @@ from holdfast.core.plan import Plan
 from holdfast.core.request import SamplingParams
 from holdfast.core.spec import ModelInfo
 
-PATIENCE = 120.0
+PATIENCE = 120
 """Seconds until the replica must be ready, and within which it must say something while it has work."""
 
 
@@ -83,12 +83,13 @@ class DrivenReplica:
                 case Signalled():
                     raise KeyboardInterrupt
                 case TimedOut():
-                    raise StartupError(f"the replica is not ready after {PATIENCE:g} s")
+                    raise StartupError(f"the replica is not ready after {PATIENCE} s")
 
     def _receive(self) -> wire.Outputs | wire.EngineReady:
         if not self._outputs.poll(1000 * PATIENCE):
-            raise StartupError(f"the replica has said nothing for {PATIENCE:g} s")
-        return self._decode(self._outputs.recv())
+            raise StartupError(f"the replica has said nothing for {PATIENCE} s")
+        said: wire.Outputs | wire.EngineReady = self._decode(self._outputs.recv())
+        return said
 
     def run(self, prompts: Sequence[list[int]], num_tokens: int) -> list[list[float]]:
         """When each request, of these tokens, had each of its `num_tokens` tokens: seconds since they were asked

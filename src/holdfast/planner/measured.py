@@ -2,8 +2,8 @@
 
 Everything here is interpolation. Nothing is fitted: between two points a straight line, beyond the last the line
 through the last two. What a point stands for follows the kernels: a product by the numbers of its matrix and by its
-rows; attention by its units, each 16 tokens of up to 4 query heads over tiles of 64 keys (csrc/attention.inc); work on
-rows by the rows that a thread has.
+rows; attention by its units, each 16 tokens of up to 4 query heads over tiles of 64 keys (csrc/attention.inc); work
+on rows by the rows that a thread has.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@
          + the turn: engine, messages, Python of the workers
 
 The operations are those that the decoder records (models.decoder, models.layers, parallel.shared), each looked up in
-the profile by `measured`. In a pipeline the requests are dealt to as many steps as are in flight: until each has had its
-turn it takes as long as one step takes through all stages, or as the slowest stage takes for all steps, or, where there
-are fewer cores than ranks, as all the work takes on the cores.
+the profile by `measured`. In a pipeline the requests are dealt to as many steps as are in flight: until each has had
+its turn it takes as long as one step takes through all stages, or as the slowest stage takes for all steps, or, where
+there are fewer cores than ranks, as all the work takes on the cores.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RuntimeStep:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, part) for part in PARTS)
+        return float(sum(getattr(self, part) for part in PARTS))
 
     def __add__(self, other: RuntimeStep) -> RuntimeStep:
         return RuntimeStep(*(getattr(self, part) + getattr(other, part) for part in PARTS))
@@ -94,7 +94,7 @@ def stage_step(
 class _Rank:
     """One rank's operations, as the decoder calls them."""
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self, measured: Measured, spec: DecoderSpec, place: Place, how: RuntimeFormat, requests: Sequence[Request]
     ) -> None:
         self.measured, self.spec, self.place, self.how, self.requests = measured, spec, place, how, requests

@@ -21,13 +21,13 @@ from rich.table import Table
 from holdfast import __version__
 from holdfast.core.errors import ConfigError, StartupError
 from holdfast.hardware.host import available_memory, usable_cores
-from holdfast.hardware.profile import Exchange, Format, Product, Profile, Shared, default_path, write_profile
+from holdfast.hardware.profile import Exchange, Format, Product, Profile, Shared, Turn, default_path, write_profile
 from holdfast.kernels.cpu.library import Library
 from holdfast.parallel.segment import create
 from holdfast.parallel.shards import MLP_SHARDS
+from holdfast.probe.computing import FORMATS
 from holdfast.probe.config import MeasureConfig, ProbeConfig
 from holdfast.probe.job import Found, Job
-from holdfast.probe.computing import FORMATS
 from holdfast.probe.together import ROWS, layout_of
 from holdfast.probe.turns import turns
 
@@ -65,7 +65,8 @@ def measure(
     cores = sorted(os.sched_getaffinity(0))
     most = min(config.max_ranks or usable_cores(), len(cores))
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most]
-    load, found, whole = os.getloadavg()[0], [], []
+    load, found = os.getloadavg()[0], []
+    whole: list[Turn] = []
     for ranks in sizes:
         tell(f"measuring with {ranks} {'ranks' if ranks > 1 else 'rank'}")
         found.append(_slowest(_run_ranks(ranks, cores, config, formats)))
@@ -102,7 +103,7 @@ def _replicas(most: int) -> Iterator[tuple[int, int]]:
                 yield tensor, pipeline
 
 
-def _run_ranks(  # noqa: PLR0917
+def _run_ranks(
     ranks: int,
     cores: Sequence[int],
     config: MeasureConfig,
@@ -195,6 +196,7 @@ def _slowest(found: Sequence[Found]) -> Found:
         products=_by_point([part.products for part in found]),
         attentions=_by_point([part.attentions for part in found]),
         exchanges=_by_point([part.exchanges for part in found]),
+        row_works=_by_point([part.row_works for part in found]),
     )
 
 
@@ -239,7 +241,7 @@ def show(profile: Profile, console: Console) -> None:
 def _rates(products: Sequence[Product], format: Format, ranks: int) -> tuple[str, str]:
     """Of all ranks together, at the largest matrix."""
     bytes_each = {"float32": 4, "bfloat16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32, "Q4_1": 20 / 32}[format]
-    same = [p for p in products if p.format == format and not p.cached]
+    same = [p for p in products if p.format == format and not p.cached and p.shards == 1]
     one = max(same, key=lambda p: (-p.rows, p.inputs))
     many = max(same, key=lambda p: (p.rows, p.inputs))
     read = bytes_each * one.inputs * one.outputs * ranks / one.seconds

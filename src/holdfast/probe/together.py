@@ -81,5 +81,9 @@ class Rank:
 
 def step_of(rows: int) -> tuple[torch.Tensor, BatchLayout]:
     """So many rows of one request, each at a place of its own."""
-    ids, places, table = torch.zeros(rows, dtype=torch.int64), torch.arange(rows), torch.zeros(1, 1, dtype=torch.int32)
+    ids, places, table = (
+        torch.zeros(rows, dtype=torch.int64),
+        torch.arange(rows),
+        torch.zeros(1, 1, dtype=torch.int32),
+    )
     return ids, BatchLayout((rows,), (rows,), places, places, table)

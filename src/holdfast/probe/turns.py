@@ -1,5 +1,5 @@
-"""What a step costs beside its arithmetic: the engine's loop, messages, the workers' Python. Measured on a replica like
-those that serve, of a model so small that it has next to nothing to compute."""
+"""What a step costs beside its arithmetic: the engine's loop, messages, the workers' Python. Measured on a replica
+like those that serve, of a model so small that it has next to nothing to compute."""
 
 from __future__ import annotations
 
