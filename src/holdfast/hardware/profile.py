@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from holdfast.core.errors import ConfigError
+from holdfast.core.spec import DecoderSpec
 
 Format = Literal["float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1"]
 Exchanged = Literal["all_reduce", "all_gather", "send"]
@@ -67,6 +68,8 @@ class Turn(Shared, frozen=True, kw_only=True):
     stages: int
     requests: int
     tokens: int
+    cold: bool = False
+    """Of `Profile.cold_model` instead, whose weights push all else out of the caches; its arithmetic is in it."""
 
 
 class Exchange(Shared, frozen=True, kw_only=True):
@@ -101,6 +104,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     exchanges: tuple[Exchange, ...]
     row_works: tuple[RowWork, ...] = ()
     turns: tuple[Turn, ...] = ()
+    cold_model: DecoderSpec | None = None
 
     @property
     def memory_bandwidth(self) -> float:

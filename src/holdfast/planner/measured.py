@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from holdfast.core.errors import ConfigError
-from holdfast.hardware.profile import Attention, Exchanged, Profile, RowOperation
+from holdfast.hardware.profile import Attention, Exchanged, Profile, RowOperation, Turn
 
 KEY_TILE, TILE_TOKENS, TILE_HEADS = 64, 16, 4
 """Keys of a tile, tokens and query heads of a unit (csrc/attention.inc)."""
@@ -185,13 +185,9 @@ def _tiles(new: int, context: int) -> tuple[float, float]:
 
 
 def turn_seconds(profile: Profile, num_ranks: int, stages: int, requests: Sequence[Request]) -> float:
-    """What a step of these requests costs beside its arithmetic, in a replica of so many ranks. Where none of as many
-    ranks was measured (they are more than there are cores), of as many stages, or as there are.
-
-    Raises `ConfigError` for a profile without any.
-    """
-    turns = [turn for turn in profile.turns if turn.stages == stages and turn.ranks == num_ranks]
-    turns = turns or [turn for turn in profile.turns if turn.stages == stages] or list(profile.turns)
+    """What a step of these requests costs beside its arithmetic in a replica of so many ranks, with all its code and
+    data in the caches. Raises `ConfigError` for a profile without any."""
+    turns = [turn for turn in turns_of(profile, num_ranks, stages) if not turn.cold]
     if not turns:
         raise ConfigError("the profile has no steps: `holdfast probe` measures them")
     decodes = sorted((turn.requests, turn.seconds) for turn in turns if turn.tokens == 1)
@@ -201,3 +197,10 @@ def turn_seconds(profile: Profile, num_ranks: int, stages: int, requests: Sequen
     if not decoding:
         return on_line(prompts, new)
     return on_line(decodes, decoding) + (on_line(prompts, new) - on_line(prompts, 1) if new else 0.0)
+
+
+def turns_of(profile: Profile, num_ranks: int, stages: int) -> Sequence[Turn]:
+    """Of a replica cut so. Where none of as many ranks was measured (they are more than there are cores), of as many
+    stages, or what there is."""
+    turns = [turn for turn in profile.turns if turn.stages == stages and turn.ranks == num_ranks]
+    return turns or [turn for turn in profile.turns if turn.stages == stages] or profile.turns

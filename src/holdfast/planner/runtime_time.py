@@ -4,7 +4,7 @@
                                    + (the MLP's half:   what the slowest rank computes + all-reduce)
                            + what passes to the next stage
            on the last one + head, logits of all ranks gathered, the choice of tokens
-         + the turn: engine, messages, Python of the workers
+         + the turn: engine, messages, Python of the workers, with cold caches
 
 The operations are those that the decoder records (models.decoder, models.layers, parallel.shared), each looked up in
 the profile by `measured`. In a pipeline the requests are dealt to as many steps as are in flight: until each has had
@@ -19,12 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from holdfast.core.errors import ConfigError
-from holdfast.core.plan import Place, Plan, places
+from holdfast.core.plan import Place, Plan, ReplicaPlan, places
 from holdfast.core.spec import DecoderSpec
 from holdfast.hardware.profile import Profile
 from holdfast.models.parameters import Packing, Parameter, packings_at, parameters
+from holdfast.parallel.cuts import make_plan
 from holdfast.parallel.segment import StageTrees
-from holdfast.planner.measured import Measured, Request, turn_seconds
+from holdfast.planner.measured import Measured, Request, turn_seconds, turns_of
 from holdfast.planner.memory.runtime_format import RuntimeFormat, format_of
 from holdfast.planner.memory.runtime_memory import packed_shape
 
@@ -51,6 +52,8 @@ class RuntimeStep:
         return RuntimeStep(*(getattr(self, part) + getattr(other, part) for part in PARTS))
 
 
+COLD_CONTEXT = 64
+"""Tokens that the decodes of the cold model see, about."""
 PARTS = tuple(part.name for part in fields(RuntimeStep))
 
 
@@ -66,21 +69,43 @@ def runtime_step(
     if len(plan.replicas) > 1:
         raise ConfigError(f"a plan of {len(plan.replicas)} replicas: how they share a machine was not measured")
     replica = plan.replicas[0]
-    num_stages, num_ranks = len(replica.stages), replica.num_ranks
-    steps = min(plan.steps_in_flight(0), len(requests)) if num_stages > 1 else 1
+    computed, waiting = _through_stages(profile, spec, plan, how, requests)
+    turn = turn_seconds(profile, replica.num_ranks, len(replica.stages), requests)
+    return replace(computed, turn=turn + _cold_seconds(profile, replica), waiting=waiting)
+
+
+def _through_stages(
+    profile: Profile, spec: DecoderSpec, plan: Plan, how: RuntimeFormat, requests: Sequence[Request]
+) -> tuple[RuntimeStep, float]:
+    """A step through all stages, and how long requests wait in between."""
+    replica = plan.replicas[0]
+    steps = min(plan.steps_in_flight(0), len(requests)) if len(replica.stages) > 1 else 1
     some = requests[: math.ceil(len(requests) / steps)]
-    at_once = min(num_ranks, profile.cores)
-    stages = []
+    stages, work = [], 0.0
     for index, stage in enumerate(replica.stages):
-        busy = at_once if steps > 1 else min(len(stage.ranks), profile.cores)
-        measured = Measured(profile, busy, max(1, profile.cores // num_ranks))
+        busy = replica.num_ranks if steps > 1 else len(stage.ranks)
+        threads = max(1, profile.cores // replica.num_ranks)
+        measured = Measured(profile, min(busy, profile.cores), threads)
         members = [place for place in places(replica) if place.stage == index]
         stages.append(stage_step(measured, spec, members, how, some))
+        work += steps * stages[-1].total * len(members) * threads
     through = sum(stages, RuntimeStep())
-    work = sum(steps * stage.total * len(plan_.ranks) for stage, plan_ in zip(stages, replica.stages, strict=True))
     cycle = max(through.total, steps * max(stage.total for stage in stages), work / profile.cores)
-    turn = turn_seconds(profile, num_ranks, num_stages, requests)
-    return replace(through, turn=turn, waiting=cycle - through.total)
+    return through, cycle - through.total
+
+
+def _cold_seconds(profile: Profile, replica: ReplicaPlan) -> float:
+    """What a turn costs more when the weights have pushed everything else out of the caches: a decode of the
+    profile's cold model, less its arithmetic, less the turn of an empty model."""
+    spec, stages = profile.cold_model, len(replica.stages)
+    turns = [turn for turn in turns_of(profile, replica.num_ranks, stages) if turn.cold]
+    if spec is None or not turns:
+        return 0.0
+    turn, one = turns[0], [Request(1, COLD_CONTEXT)]
+    plan = make_plan(spec, tensor=turn.ranks // turn.stages, pipeline=turn.stages)
+    computed, waiting = _through_stages(profile, spec, plan, RuntimeFormat(), one)
+    empty = turn_seconds(profile, turn.ranks, turn.stages, one)
+    return max(turn.seconds - computed.total - waiting - empty, 0.0)
 
 
 def stage_step(

@@ -99,7 +99,7 @@ def _by_rows(  # noqa: PLR0917
 def _program(kernels: CpuKernels, weights: Sequence[PackedMatrix], rows: int, inputs: int) -> Forward:
     def forward(token_ids: torch.Tensor, _: BatchLayout) -> torch.Tensor:
         x = kernels.executor.new(token_ids.shape[0], inputs, kernels.dtype)
-        x.zero_()
+        x.normal_()
         for weight in weights:
             y = kernels.linear(x, weight)
         return y
@@ -110,8 +110,8 @@ def _program(kernels: CpuKernels, weights: Sequence[PackedMatrix], rows: int, in
 def _matrix(format: Format, size: int) -> Matrix:
     match format:
         case "float32" | "bfloat16":
-            return torch.zeros(size, size, dtype=getattr(torch, format))
-    return Quantized(format, torch.zeros(size, size // GROUP * GROUP_BYTES[format], dtype=torch.uint8))
+            return torch.randn(size, size, dtype=getattr(torch, format))
+    return Quantized(format, torch.ones(size, size // GROUP * GROUP_BYTES[format], dtype=torch.uint8))
 
 
 def _bytes_of(matrix: Matrix) -> int:
@@ -142,11 +142,12 @@ def _attention_seconds(rank: Rank, heads: Heads, requests: int, queries: int, co
     """Of one layer; run over as many as the pool has room for keys and values of."""
     kernels = rank.kernels
     pages = _pages(rank, heads, requests * context // BLOCK, 256 if queries == 1 else 8)
+    pages.data.normal_()
     options = AttentionOptions(scale=heads.head_dim**-0.5)
 
     def forward(token_ids: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         q = kernels.executor.new(token_ids.shape[0], heads.num_heads * heads.head_dim, kernels.dtype)
-        q.zero_()
+        q.normal_()  # as the keys: what changes the largest score so far costs more
         for k, v in zip(pages.k, pages.v, strict=True):
             y = kernels.attention(q, heads, k, v, layout, options)
         return y
@@ -195,7 +196,7 @@ def _row_work(rank: Rank, operation: RowOperation, rows: int, width: int, forwar
 def _norms(rank: Rank) -> Forward:
     def forward(token_ids: torch.Tensor, _: BatchLayout) -> torch.Tensor:
         x = rank.kernels.executor.new(token_ids.shape[0], WIDTH, torch.float32)
-        x.zero_()
+        x.normal_()
         weight = torch.ones(WIDTH)
         for _i in range(IN_A_ROW):
             y = rank.kernels.rms_norm(x, weight, 1e-5, rank.kernels.dtype)
@@ -211,7 +212,7 @@ def _stores(rank: Rank, width: int) -> Forward:
 
     def forward(token_ids: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         qkv = rank.kernels.executor.new(token_ids.shape[0], width, rank.kernels.dtype)
-        qkv.zero_()
+        qkv.normal_()
         for index in range(IN_A_ROW):
             layer = index % len(pages.k)
             y = rank.kernels.store_kv(qkv, heads, pages.k[layer], pages.v[layer], layout)
@@ -223,7 +224,7 @@ def _stores(rank: Rank, width: int) -> Forward:
 def _choices(rank: Rank) -> Forward:
     def forward(token_ids: torch.Tensor, _: BatchLayout) -> torch.Tensor:
         logits = rank.kernels.executor.new(token_ids.shape[0], LOGITS, torch.float32)
-        logits.zero_()
+        logits.normal_()
         for _i in range(IN_A_ROW):
             y = rank.kernels.argmax(logits)
         return y

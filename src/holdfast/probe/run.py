@@ -29,7 +29,7 @@ from holdfast.probe.computing import FORMATS
 from holdfast.probe.config import MeasureConfig, ProbeConfig
 from holdfast.probe.job import Found, Job
 from holdfast.probe.together import ROWS, layout_of
-from holdfast.probe.turns import turns
+from holdfast.probe.turns import cold_model, turns
 
 Point = TypeVar("Point", bound=Shared)
 
@@ -92,6 +92,7 @@ def measure(
         exchanges=tuple(point for part in found for point in part.exchanges),
         row_works=tuple(point for part in found for point in part.row_works),
         turns=tuple(whole),
+        cold_model=cold_model(),
     )
 
 
@@ -234,7 +235,11 @@ def show(profile: Profile, console: Console) -> None:
     steps = Table("step of an empty model", "stages", "requests", "tokens of each", "ms", box=None)
     for turn in profile.turns:
         counts = (turn.stages, turn.requests, turn.tokens)
-        steps.add_row(f"{turn.ranks} ranks", *map(str, counts), f"{turn.seconds * 1e3:.2f}")
+        steps.add_row(
+            f"{turn.ranks} ranks{', caches cold' if turn.cold else ''}",
+            *map(str, counts),
+            f"{turn.seconds * 1e3:.2f}",
+        )
     console.print(steps)
 
 
