@@ -1,13 +1,16 @@
 """`make bench-planner-runtime`: how long steps of our own runtime take on this machine, predicted from what
 `holdfast probe` finds and measured in the processes that serve.
 
-    python -m benchmarks.planner_runtime [--rounds N] [--models smollm2,llama,mixtral] [--wait SECONDS] [--json FILE]
+    python -m benchmarks.planner_runtime [--part service|worker] [--rounds N] [--models smollm2,llama,mixtral]
+                                         [--wait SECONDS] [--json FILE]
 
 Every round probes the machine, then measures every model under every plan: decodes of 1, 8 and 32 requests at some 60
 tokens of context, prompts of 64 and 512 tokens. Of both, probe and steps, the fastest round counts, since others may
 use the machine meanwhile; within a round a decode is the median of its steps. The engine and the workers are those of
 `holdfast serve`; there is no gateway, no HTTP, no checkpoint store. Plans with more ranks than the machine has cores
 are reported apart.
+
+That needs a machine of its own. `--part worker` does not: it compares the CPU seconds of one worker with one thread.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import os
 import random
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +33,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from holdfast import __version__
 from holdfast.cluster.driven import DrivenReplica
 from holdfast.core.config import ModelConfig, ServeConfig
 from holdfast.core.plan import Plan
 from holdfast.core.spec import ModelInfo
+from holdfast.core.wire import Step
 from holdfast.hardware.host import usable_cores
-from holdfast.hardware.profile import Format, Profile
+from holdfast.hardware.profile import Format, Profile, Turn
 from holdfast.models.checkpoint import Checkpoint
 from holdfast.models.inspect import inspect_model
 from holdfast.models.parameters import parameters
@@ -43,8 +49,22 @@ from holdfast.planner.measured import Request
 from holdfast.planner.memory.runtime_format import RuntimeFormat
 from holdfast.planner.runtime_time import PARTS, RuntimeStep, runtime_step
 from holdfast.probe.config import MeasureConfig
-from holdfast.probe.run import measure
-from holdfast.probe.turns import CONTEXT, SKIPPED, STEPS, decode_seconds, prompt_seconds
+from holdfast.probe.job import Job
+from holdfast.probe.rank import measure as measure_rank
+from holdfast.probe.run import SIZES, measure
+from holdfast.probe.turns import (
+    COLD,
+    CONTEXT,
+    SKIPPED,
+    STEPS,
+    cold_model,
+    decode_seconds,
+    empty,
+    prompt_seconds,
+    write_model,
+)
+from holdfast.worker.runner import Launched
+from support.local import LocalEngine
 
 from .cpu.quiet import Watch, wait_until_quiet
 from .cpu.work import demo_file
@@ -156,6 +176,99 @@ def run(
     return fastest(profiles), found
 
 
+# --- a worker alone, by its CPU time ---
+
+
+class Worker:
+    """One worker with one thread, in this process, timed by the CPU seconds of that thread: what else runs on the
+    machine does not count. What a step takes the engine and the sockets is left out, of the profile as well."""
+
+    def __init__(self, path: str) -> None:
+        self.engine = LocalEngine(path, dtype="bfloat16", num_blocks=600, cpu_threads=1)
+        self.steps: list[tuple[list[int], float]] = []
+        launch = self.engine.runner._launch
+
+        def timed(step: Step) -> Launched:
+            begun = time.thread_time()
+            launched = launch(step)
+            self.steps.append((step.num_tokens, time.thread_time() - begun))
+            return launched
+
+        self.engine.runner._launch = timed
+
+    def seconds(self, job: str) -> float:
+        """In the median of the steps of a job."""
+        self.engine.schedule(prefix_caching=False)
+        self.steps.clear()
+        (kind, size), vocabulary = (job.split(maxsplit=1)[0], int(job.split()[1])), self.engine.info.spec.vocab_size
+        wanted = [1] * size if kind == "decode" else [size]
+        for _ in range(1 if kind == "decode" else 4):
+            prompts = [random.choices(range(vocabulary), k=CONTEXT if kind == "decode" else size) for _ in wanted]
+            tokens = STEPS if kind == "decode" else 1
+            self.engine.run([(prompt, {"max_tokens": tokens, "ignore_eos": True}) for prompt in prompts])
+        found = [seconds for tokens, seconds in self.steps if tokens == wanted]
+        return statistics.median(found[SKIPPED if kind == "decode" else 1 :])
+
+
+def worker_profile() -> Profile:
+    """Of one thread, by its CPU seconds."""
+    job = Job(
+        rank=0,
+        ranks=1,
+        threads=1,
+        cores=(0,),
+        descriptor=None,
+        staged=False,
+        sizes=SIZES,
+        formats=FORMATS,
+        pool_bytes=MeasureConfig().pool_bytes,
+        rounds=2,
+    )
+    with torch.inference_mode():
+        found = measure_rank(job, time.thread_time)
+    turns = []
+    for config in (empty(1, 1), COLD):
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(Path(folder), config)
+            worker = Worker(folder)
+            for count, tokens in (
+                ((1, 1),) if config is COLD else ((1, 1), (4, 1), (16, 1), (32, 1), (1, 64), (1, 512))
+            ):
+                seconds = worker.seconds(f"decode {count}" if tokens == 1 else f"prompt {tokens}")
+                how = {"requests": count, "tokens": tokens, "stages": 1, "ranks": 1, "threads": 1}
+                turns.append(Turn(**how, cold=config is COLD, seconds=seconds))
+    return Profile(
+        machine="",
+        processor="",
+        kernels=found.kernels,
+        cores=1,
+        memory_bytes=0,
+        holdfast=__version__,
+        measured_at="",
+        load=0.0,
+        readings=found.readings,
+        products=found.products,
+        attentions=found.attentions,
+        exchanges=(),
+        row_works=found.row_works,
+        turns=tuple(turns),
+        cold_model=cold_model(),
+    )
+
+
+def run_worker(models: dict[str, ModelInfo]) -> tuple[Profile, dict[Case, float]]:
+    torch.set_num_threads(1)
+    profile, found = worker_profile(), {}
+    for name, model in models.items():
+        worker = Worker(model.path)
+        for job in (*(f"decode {count}" for count in DECODES), *(f"prompt {tokens}" for tokens in PROMPTS)):
+            found[Case(name, "1 rank", job)] = worker.seconds(job)
+    return profile, found
+
+
+# --- both compared ---
+
+
 def predict(profile: Profile, models: dict[str, ModelInfo], cases: Iterable[Case]) -> dict[Case, RuntimeStep]:
     held = {name: format_of(model) for name, model in models.items()}
     return {
@@ -187,6 +300,7 @@ def show(console: Console, title: str, found: dict[Case, float], said: dict[Case
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("service", "worker"), default="service")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a quiet machine, each round")
@@ -198,10 +312,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wanted = chosen.models.split(",")
         models = {name: inspect_model(MODELS[name](Path(folder, name))) for name in wanted}
-        profile, found = run(models, chosen.rounds, chosen.wait, console)
+        if chosen.part == "worker":
+            profile, found = run_worker(models)
+        else:
+            profile, found = run(models, chosen.rounds, chosen.wait, console)
         said = predict(profile, models, found)
-    crowded = {case for case in found if make_ranks(case) > usable_cores()}
-    median = show(console, "as many cores as ranks", {c: s for c, s in found.items() if c not in crowded}, said)
+    crowded = {case for case in found if ranks_of(case) > usable_cores()}
+    title = "one thread, by its CPU time" if chosen.part == "worker" else "as many cores as ranks"
+    median = show(console, title, {c: s for c, s in found.items() if c not in crowded}, said)
     if crowded:
         show(console, "more ranks than cores", {c: s for c, s in found.items() if c in crowded}, said)
     console.print(f"goal: ≤ {GOAL:.0%} in the median: {'met' if median <= GOAL else 'missed'}")
@@ -213,7 +331,7 @@ def main() -> None:
         chosen.json.write_text(json.dumps({"profile": msgspec.to_builtins(profile), "steps": rows}, indent=1))
 
 
-def make_ranks(case: Case) -> int:
+def ranks_of(case: Case) -> int:
     degrees = PLANS[case.plan]
     return int(degrees.get("tensor", 1) * degrees.get("pipeline", 1))
 

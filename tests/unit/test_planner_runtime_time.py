@@ -185,6 +185,19 @@ def test_turns_are_looked_up_by_requests_and_by_tokens_of_prompts():
     assert of(Request(1, 9), Request(51, 51)) == pytest.approx(2.0)
 
 
+def test_a_turn_costs_more_when_weights_have_filled_the_caches():
+    """As much as the cold model's step took beyond its arithmetic and the turn of an empty model."""
+    plain = free_attention()
+    arithmetic = step([Request(1, 64)], plain).products
+    cold = Turn(ranks=1, threads=2, stages=1, requests=1, tokens=1, cold=True, seconds=arithmetic + TURN + 5e-4)
+    profile = msgspec.structs.replace(plain, turns=(*plain.turns, cold), cold_model=SPEC)
+    assert step([Request(1, 64)] * 8, profile).turn == pytest.approx(TURN + 5e-4, rel=1e-4)
+    assert step([Request(1, 64)], profile, tensor=2).turn == pytest.approx(TURN)  # nothing is known of two ranks
+    early = msgspec.structs.replace(cold, seconds=arithmetic)
+    profile = msgspec.structs.replace(profile, turns=(*plain.turns, early))
+    assert step([Request(1, 64)], profile).turn == pytest.approx(TURN)  # noise saves nobody time
+
+
 def test_row_work_is_of_the_busiest_thread():
     works = [
         RowWork(ranks=1, threads=2, operation="norm", rows=rows, width=100, seconds=seconds)
