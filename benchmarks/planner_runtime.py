@@ -77,6 +77,8 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 DECODES, PROMPTS = (1, 8, 32), (64, 512)
 FORMATS: tuple[Format, ...] = ("bfloat16", "Q8_0", "Q4_1")
+TURNS = ((1, 1), (4, 1), (16, 1), (32, 1), (1, 64), (1, 512))
+"""Requests, new tokens of each."""
 GOAL = 0.10
 
 
@@ -231,9 +233,7 @@ def worker_profile() -> Profile:
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), config)
             worker = Worker(folder)
-            for count, tokens in (
-                ((1, 1),) if config is COLD else ((1, 1), (4, 1), (16, 1), (32, 1), (1, 64), (1, 512))
-            ):
+            for count, tokens in TURNS[:1] if config is COLD else TURNS:
                 seconds = worker.seconds(f"decode {count}" if tokens == 1 else f"prompt {tokens}")
                 how = {"requests": count, "tokens": tokens, "stages": 1, "ranks": 1, "threads": 1}
                 turns.append(Turn(**how, cold=config is COLD, seconds=seconds))

@@ -11,6 +11,7 @@ from holdfast.core.errors import StartupError
 from holdfast.hardware.host import usable_cores
 from holdfast.hardware.profile import read_profile
 from holdfast.probe import run as probing
+from holdfast.probe import turns as whole_steps
 from holdfast.probe.config import MeasureConfig, ProbeConfig
 from holdfast.probe.together import ROWS
 from support.builds import builds
@@ -22,6 +23,9 @@ def test_a_profile_is_measured_shown_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(probing, "SIZES", (256,))
+    monkeypatch.setattr(whole_steps, "REQUESTS", (1, 2))
+    monkeypatch.setattr(whole_steps, "PROMPTS", (20,))
+    monkeypatch.setattr(whole_steps, "STEPS", 12)
     if usable_cores() < 2:
         pytest.skip("two ranks need two cores")
     path = tmp_path / "profile.json"
