@@ -322,7 +322,8 @@ def main() -> None:
     median = show(console, title, {c: s for c, s in found.items() if c not in crowded}, said)
     if crowded:
         show(console, "more ranks than cores", {c: s for c, s in found.items() if c in crowded}, said)
-    console.print(f"goal: ≤ {GOAL:.0%} in the median: {'met' if median <= GOAL else 'missed'}")
+    if chosen.part == "service":
+        console.print(f"goal: ≤ {GOAL:.0%} in the median: {'met' if median <= GOAL else 'missed'}")
     if chosen.json:
         rows = [
             {"model": c.model, "plan": c.plan, "step": c.job, "measured": s, **msgspec.to_builtins(said[c])}

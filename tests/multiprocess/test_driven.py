@@ -26,13 +26,22 @@ def test_every_token_of_every_request_has_its_time(cut: dict[str, int], tmp_path
     assert not [child for child in psutil.Process().children() if "holdfast.cluster" in " ".join(child.cmdline())]
 
 
+def test_a_process_that_dies_is_an_error_at_once(tmp_path: Path) -> None:
+    model = inspect_model(tiny_model(tmp_path))
+    with DrivenReplica(model, make_plan(model.spec), ServeConfig()) as replica:
+        [worker] = [child for child in psutil.Process().children() if "worker" in " ".join(child.cmdline())]
+        worker.kill()
+        with pytest.raises(StartupError, match=r"worker 0\.0\.0 ended: killed by SIGKILL"):
+            replica.run([[5, 6, 7]], 500)
+
+
 def test_what_cannot_be_served_is_an_error(tmp_path: Path) -> None:
     model = inspect_model(tiny_model(tmp_path))
     with pytest.raises(ConfigError, match="a plan of 2 replicas: one can be driven"):
         DrivenReplica(model, make_plan(model.spec, data=2), ServeConfig())
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with (
-        pytest.raises(StartupError, match="could not start"),
+        pytest.raises(StartupError, match="failed"),
         DrivenReplica(model, make_plan(model.spec), ServeConfig()),
     ):
         pass

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import zmq
 
-from holdfast.cluster.children import Children, Ended, Said, Signalled, TimedOut
+from holdfast.cluster.children import Children, Ended, Event, Said, Signalled, TimedOut
 from holdfast.cluster.members import members
 from holdfast.cluster.starter import Starter
 from holdfast.core import lifecycle, wire
@@ -26,6 +26,8 @@ from holdfast.core.spec import ModelInfo
 
 PATIENCE = 120
 """Seconds until the replica must be ready, and within which it must say something while it has work."""
+LOOK_MS = 200
+"""Of silence, after which it is seen whether all processes live."""
 
 
 class DrivenReplica:
@@ -71,29 +73,43 @@ class DrivenReplica:
 
     def _wait_until_ready(self) -> None:
         for event in self._children.events(time.monotonic() + PATIENCE):
-            match event:
-                case Said(name, lifecycle.Ready()):
-                    self._children.by_name[name].ready = True
-                    if all(child.ready for child in self._children.by_name.values()):
-                        return
-                case Said(name, lifecycle.Failed() as failed):
-                    raise StartupError(f"{name} could not start: {failed.error}\n{failed.traceback}")
-                case Ended(name):
-                    raise StartupError(f"{name} ended: {self._children.by_name[name].how_it_ended()}")
-                case Signalled():
-                    raise KeyboardInterrupt
-                case TimedOut():
-                    raise StartupError(f"the replica is not ready after {PATIENCE} s")
+            if isinstance(event, TimedOut):
+                raise StartupError(f"the replica is not ready after {PATIENCE} s")
+            self._take(event)
+            if all(child.ready for child in self._children.by_name.values()):
+                return
+
+    def _take(self, event: Event) -> None:
+        """Raises `StartupError` for a process that fails or ends, `KeyboardInterrupt` when the user wants us to."""
+        match event:
+            case Said(name, lifecycle.Ready()):
+                self._children.by_name[name].ready = True
+            case Said(name, lifecycle.Failed() as failed):
+                raise StartupError(f"{name} failed: {failed.error}\n{failed.traceback}")
+            case Ended(name):
+                raise StartupError(f"{name} ended: {self._children.by_name[name].how_it_ended()}")
+            case Signalled():
+                raise KeyboardInterrupt
+
+    def _look(self) -> None:
+        """At what has happened to the processes, and to us, meanwhile."""
+        while not isinstance(event := self._children.next_event(time.monotonic()), TimedOut):
+            self._take(event)
 
     def _receive(self) -> wire.Outputs | wire.EngineReady:
-        if not self._outputs.poll(1000 * PATIENCE):
-            raise StartupError(f"the replica has said nothing for {PATIENCE} s")
+        """What the engine says next."""
+        deadline = time.monotonic() + PATIENCE
+        while not self._outputs.poll(LOOK_MS):
+            self._look()
+            if time.monotonic() > deadline:
+                raise StartupError(f"the replica has said nothing for {PATIENCE} s")
         said: wire.Outputs | wire.EngineReady = self._decode(self._outputs.recv())
         return said
 
     def run(self, prompts: Sequence[list[int]], num_tokens: int) -> list[list[float]]:
         """When each request, of these tokens, had each of its `num_tokens` tokens: seconds since they were asked
         for, all at once. What is not served raises `StartupError`."""
+        self._look()
         params = SamplingParams(seed=0, max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         names = [f"r{self._submitted + index}" for index in range(len(prompts))]
         self._submitted += len(prompts)
