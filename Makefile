@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: bench-planner help setup setup-dev serve test test-gpu parity chaos sanitize lint bench bench-cpu bench-plans bench-gpu clean
+.PHONY: bench-planner bench-planner-runtime help setup setup-dev serve test test-gpu parity chaos sanitize lint bench bench-cpu bench-plans bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,9 @@ bench-plans: $(VENV)/.installed-dev $(VENV)/.demo ## what cutting a model costs,
 
 bench-planner: $(VENV)/.installed-dev ## what the planner predicts against published measurements (ARGS="--data FOLDER")
 	@$(PY) -m benchmarks.planner $(ARGS)
+
+bench-planner-runtime: $(VENV)/.installed-dev $(VENV)/.demo ## steps of our runtime on this machine: predicted after a probe, and measured (ARGS="--wait 300")
+	@PYTHONPATH=tests $(PY) -m benchmarks.planner_runtime $(ARGS)
 
 bench-gpu: $(VENV)/.installed-dev ## one GPU against its limits, cuBLAS and vLLM
 	@$(PY) -m benchmarks.gpu $(ARGS)

@@ -11,9 +11,11 @@ from holdfast.core.errors import ConfigError
 from holdfast.hardware.profile import Reading
 from holdfast.parallel.segment import create
 from holdfast.probe import run as probing
+from holdfast.probe.computing import CONTEXTS, FORMATS, HEADS
 from holdfast.probe.config import MeasureConfig, ProbeConfig
 from holdfast.probe.job import Found, Job
-from holdfast.probe.rank import CONTEXTS, FORMATS, ROWS, layout_of, measure
+from holdfast.probe.rank import measure
+from holdfast.probe.together import ROWS, layout_of
 from support.builds import builds
 
 pytestmark = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
@@ -27,7 +29,8 @@ def job(rank: int, ranks: int, descriptor: int | None, *, staged: bool = False) 
         cores=(0,),
         descriptor=descriptor,
         staged=staged,
-        sizes=(64,),
+        sizes=(256,),
+        formats=FORMATS,
         pool_bytes=20_000,
         rounds=1,
     )
@@ -46,10 +49,18 @@ def together(ranks: int, *, staged: bool = False) -> list[Found]:
 
 def test_one_rank_measures_memory_products_and_attention() -> None:
     found = measure(job(0, 1, None))
-    assert [(p.format, p.rows) for p in found.products] == [(format, rows) for format in FORMATS for rows in ROWS]
-    assert [(a.requests, a.queries, a.context) for a in found.attentions] == list(CONTEXTS)
+    kinds = [(64, 1), (256, 1), (256, 8)]
+    assert [(p.format, p.inputs, p.shards, p.rows) for p in found.products] == [
+        (format, *kind, rows) for format in FORMATS for kind in kinds for rows in ROWS
+    ]
+    assert [(a.num_heads, a.requests, a.queries, a.context) for a in found.attentions] == [
+        (heads.num_heads, *shape) for heads in HEADS for shape in CONTEXTS
+    ]
+    assert [(w.operation, w.rows) for w in found.row_works] == [
+        (operation, rows) for rows in (1, 64) for operation in ("norm", "store_kv", "argmax")
+    ]
     assert found.exchanges == ()
-    points = (*found.readings, *found.products, *found.attentions)
+    points = (*found.readings, *found.products, *found.attentions, *found.row_works)
     assert all(0 < point.seconds < 10 and point.ranks == 1 for point in points)
 
 

@@ -9,9 +9,11 @@ from typing import Literal
 import msgspec
 
 from holdfast.core.errors import ConfigError
+from holdfast.core.spec import DecoderSpec
 
-Format = Literal["float32", "bfloat16", "Q8_0", "Q4_0"]
+Format = Literal["float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1"]
 Exchanged = Literal["all_reduce", "all_gather", "send"]
+RowOperation = Literal["norm", "store_kv", "argmax"]
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,12 +26,16 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Product(Shared, frozen=True, kw_only=True):
-    """rows × inputs times a matrix [outputs, inputs] of `format` that lies in memory, in no cache."""
+    """rows × inputs times a matrix [outputs, inputs] of `format`, one of several that are read by turns."""
 
     format: Format
     rows: int
     inputs: int
     outputs: int
+    shards: int = 1
+    """Virtual shards of the inputs, summed one by one, as those of a row-parallel matrix are."""
+    cached: bool = False
+    """The matrices lie in a cache; else in memory, in no cache."""
 
 
 class Attention(Shared, frozen=True, kw_only=True):
@@ -43,6 +49,26 @@ class Attention(Shared, frozen=True, kw_only=True):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+
+class RowWork(Shared, frozen=True, kw_only=True):
+    """What is done to rows of so many numbers: a norm; keys and values stored and rotated (`width`: of queries, keys
+    and values together); the largest of a row of logits."""
+
+    operation: RowOperation
+    rows: int
+    width: int
+
+
+class Turn(Shared, frozen=True, kw_only=True):
+    """A whole step of a replica of `stages` stages, from its engine to the workers and back, that has next to nothing
+    to compute: `requests` with `tokens` new tokens each. Of a pipeline: until each request has had its turn."""
+
+    stages: int
+    requests: int
+    tokens: int
+    cold: bool = False
+    """Of `Profile.cold_model` instead, whose weights push all else out of the caches; its arithmetic is in it."""
 
 
 class Exchange(Shared, frozen=True, kw_only=True):
@@ -75,6 +101,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     products: tuple[Product, ...]
     attentions: tuple[Attention, ...]
     exchanges: tuple[Exchange, ...]
+    row_works: tuple[RowWork, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    cold_model: DecoderSpec | None = None
 
     @property
     def memory_bandwidth(self) -> float:
@@ -112,7 +141,14 @@ def read_profile(path: Path) -> Profile:
         raise ConfigError(f"profile {path}: {error.strerror}") from error
     except msgspec.DecodeError as error:  # ValidationError is one: it names the field
         raise ConfigError(f"profile {path}: {error}") from error
-    points = (*profile.readings, *profile.products, *profile.attentions, *profile.exchanges)
+    points = (
+        *profile.readings,
+        *profile.products,
+        *profile.attentions,
+        *profile.exchanges,
+        *profile.row_works,
+        *profile.turns,
+    )
     if not profile.readings or any(not 0 < point.seconds < 1e6 for point in points):
         raise ConfigError(f"profile {path}: every measurement must have seconds above 0, and there must be a reading")
     return profile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from holdfast.hardware.profile import Attention, Exchange, Product, Reading
+from holdfast.hardware.profile import Attention, Exchange, Format, Product, Reading, RowWork
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,7 +18,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     descriptor: int | None
     staged: bool
     sizes: tuple[int, ...]
-    """Inputs, and outputs, of the matrices."""
+    """Inputs, and outputs, of the matrices,"""
+    formats: tuple[Format, ...]
+    """and their formats."""
     pool_bytes: int
     rounds: int
 
@@ -31,3 +33,4 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     products: tuple[Product, ...] = ()
     attentions: tuple[Attention, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
+    row_works: tuple[RowWork, ...] = ()

@@ -21,12 +21,15 @@ from rich.table import Table
 from holdfast import __version__
 from holdfast.core.errors import ConfigError, StartupError
 from holdfast.hardware.host import available_memory, usable_cores
-from holdfast.hardware.profile import Exchange, Format, Product, Profile, Shared, default_path, write_profile
+from holdfast.hardware.profile import Exchange, Format, Product, Profile, Shared, Turn, default_path, write_profile
 from holdfast.kernels.cpu.library import Library
 from holdfast.parallel.segment import create
+from holdfast.parallel.shards import MLP_SHARDS
+from holdfast.probe.computing import FORMATS
 from holdfast.probe.config import MeasureConfig, ProbeConfig
 from holdfast.probe.job import Found, Job
-from holdfast.probe.rank import FORMATS, layout_of
+from holdfast.probe.together import ROWS, layout_of
+from holdfast.probe.turns import cold_model, turns
 
 Point = TypeVar("Point", bound=Shared)
 
@@ -53,17 +56,27 @@ def run(config: ProbeConfig) -> int:
     return 0
 
 
-def measure(config: MeasureConfig, tell: Callable[[str], object] = lambda _: None) -> Profile:
-    """This machine's profile. `tell`: called with what is being measured."""
+def measure(
+    config: MeasureConfig,
+    tell: Callable[[str], object] = lambda _: None,
+    formats: tuple[Format, ...] = FORMATS,
+) -> Profile:
+    """This machine's profile. `tell`: called with what is being measured. `formats`: of the matrices."""
     cores = sorted(os.sched_getaffinity(0))
     most = min(config.max_ranks or usable_cores(), len(cores))
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most]
     load, found = os.getloadavg()[0], []
+    whole: list[Turn] = []
     for ranks in sizes:
         tell(f"measuring with {ranks} {'ranks' if ranks > 1 else 'rank'}")
-        found.append(_slowest(_run_ranks(ranks, cores, config, staged=False)))
+        found.append(_slowest(_run_ranks(ranks, cores, config, formats)))
     if most >= 2:
-        found.append(_slowest(_run_ranks(2, cores, config, staged=True)))
+        tell("measuring one rank while the others wait, and what passes between two")
+        found.append(_slowest(_run_ranks(1, cores, config, formats, of=2)))
+        found.append(_slowest(_run_ranks(2, cores, config, formats, staged=True)))
+    for tensor, pipeline in _replicas(most):
+        tell(f"measuring steps of {tensor} x {pipeline} ranks")
+        whole += turns(tensor, pipeline, config.rounds)
     return Profile(
         machine=platform.node(),
         processor=_processor(),
@@ -77,21 +90,42 @@ def measure(config: MeasureConfig, tell: Callable[[str], object] = lambda _: Non
         products=tuple(point for part in found for point in part.products),
         attentions=tuple(point for part in found for point in part.attentions),
         exchanges=tuple(point for part in found for point in part.exchanges),
+        row_works=tuple(point for part in found for point in part.row_works),
+        turns=tuple(whole),
+        cold_model=cold_model(),
     )
 
 
-def _run_ranks(ranks: int, cores: Sequence[int], config: MeasureConfig, *, staged: bool) -> list[Found]:
-    """What each of the ranks found, which have run at once, each on its share of the cores."""
+def _replicas(most: int) -> Iterator[tuple[int, int]]:
+    """Ranks of a stage, and stages, of the replicas whose steps are measured: of up to `most` ranks."""
+    for tensor in (1, 2, 4, MLP_SHARDS):
+        for pipeline in (1, 2, 4):
+            if tensor * pipeline <= most:
+                yield tensor, pipeline
+
+
+def _run_ranks(
+    ranks: int,
+    cores: Sequence[int],
+    config: MeasureConfig,
+    formats: tuple[Format, ...],
+    of: int = 1,
+    *,
+    staged: bool = False,
+) -> list[Found]:
+    """What each of the ranks found, which have run at once, each on its share of the cores. `of`: as if there were so
+    many more."""
     descriptor = None if ranks == 1 else create(layout_of(ranks, staged=staged).num_bytes)
     jobs = [
         Job(
             rank=rank,
             ranks=ranks,
-            threads=max(1, usable_cores() // ranks),
-            cores=tuple(cores[len(cores) * rank // ranks : len(cores) * (rank + 1) // ranks]),
+            threads=max(1, usable_cores() // (ranks * of)),
+            cores=tuple(cores[len(cores) * rank // (ranks * of) : len(cores) * (rank + 1) // (ranks * of)]),
             descriptor=descriptor,
             staged=staged,
             sizes=SIZES,
+            formats=formats,
             pool_bytes=config.pool_bytes,
             rounds=config.rounds,
         )
@@ -163,6 +197,7 @@ def _slowest(found: Sequence[Found]) -> Found:
         products=_by_point([part.products for part in found]),
         attentions=_by_point([part.attentions for part in found]),
         exchanges=_by_point([part.exchanges for part in found]),
+        row_works=_by_point([part.row_works for part in found]),
     )
 
 
@@ -186,24 +221,34 @@ def show(profile: Profile, console: Console) -> None:
     if profile.load > BUSY:
         console.print(f"[yellow]{profile.load:.1f} other processes were running: the rates are too low[/]")
     console.print(f"memory read at {profile.memory_bandwidth / 1e9:.1f} GB/s")
-    products = Table("product", "ranks", "GB/s of weights, 1 row", "GFLOP/s, 256 rows", box=None)
-    for ranks in sorted({product.ranks for product in profile.products}):
-        for format in FORMATS:
-            products.add_row(format, str(ranks), *_rates(profile.products, format, ranks))
+    products = Table("product", "ranks x threads", "GB/s of weights, 1 row", f"GFLOP/s, {max(ROWS)} rows", box=None)
+    for ranks, threads in sorted({(product.ranks, product.threads) for product in profile.products}):
+        here = [p for p in profile.products if (p.ranks, p.threads) == (ranks, threads)]
+        for format in dict.fromkeys(product.format for product in here):
+            products.add_row(format, f"{ranks} x {threads}", *_rates(here, format, ranks))
     console.print(products)
     exchanges = Table("exchange", "ranks", "KB", "µs", box=None)
     for exchange in profile.exchanges:
         exchanges.add_row(*_exchange(exchange))
     if profile.exchanges:
         console.print(exchanges)
+    steps = Table("step of an empty model", "stages", "requests", "tokens of each", "ms", box=None)
+    for turn in profile.turns:
+        counts = (turn.stages, turn.requests, turn.tokens)
+        steps.add_row(
+            f"{turn.ranks} ranks{', caches cold' if turn.cold else ''}",
+            *map(str, counts),
+            f"{turn.seconds * 1e3:.2f}",
+        )
+    console.print(steps)
 
 
 def _rates(products: Sequence[Product], format: Format, ranks: int) -> tuple[str, str]:
     """Of all ranks together, at the largest matrix."""
-    bytes_each = {"float32": 4, "bfloat16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32}[format]
-    same = [p for p in products if p.format == format and p.ranks == ranks]
-    largest = [p for p in same if p.inputs == max(p.inputs for p in same)]
-    one, many = (min(largest, key=lambda p: p.rows), max(largest, key=lambda p: p.rows))
+    bytes_each = {"float32": 4, "bfloat16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32, "Q4_1": 20 / 32}[format]
+    same = [p for p in products if p.format == format and not p.cached and p.shards == 1]
+    one = max(same, key=lambda p: (-p.rows, p.inputs))
+    many = max(same, key=lambda p: (p.rows, p.inputs))
     read = bytes_each * one.inputs * one.outputs * ranks / one.seconds
     return f"{read / 1e9:.1f}", f"{2 * many.rows * many.inputs * many.outputs * ranks / many.seconds / 1e9:.0f}"
 

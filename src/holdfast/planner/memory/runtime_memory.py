@@ -108,7 +108,7 @@ def exchange_bytes(replica: ReplicaPlan, spec: DecoderSpec, scheduler: Scheduler
 def packed_bytes(packing: Packing, wanted: Mapping[str, Parameter], how: RuntimeFormat) -> int:
     """Bytes of a packing as the CPU kernels hold it (kernels.cpu.packing): whole panels of 32 rows; in bfloat16 an
     even number of inputs per virtual shard; biases in float32."""
-    rows, columns = _shape_of(packing, wanted)
+    rows, columns = packed_shape(packing, wanted)
     sets = 2 if packing.gated else 1
     panels = -(-(rows // sets) // _PANEL) * sets
     bias = any(f"{module}.bias" in wanted for module in packing.modules)
@@ -122,7 +122,7 @@ def packed_bytes(packing: Packing, wanted: Mapping[str, Parameter], how: Runtime
     return total + (rows * 4 if bias else 0)
 
 
-def _shape_of(packing: Packing, wanted: Mapping[str, Parameter]) -> tuple[int, int]:
+def packed_shape(packing: Packing, wanted: Mapping[str, Parameter]) -> tuple[int, int]:
     """Rows of all modules together that are here, and all columns."""
     rows = 0
     for index, module in enumerate(packing.modules):
