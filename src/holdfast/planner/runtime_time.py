@@ -70,9 +70,7 @@ def runtime_step(
     if len(plan.replicas) > 1:
         raise ConfigError(f"a plan of {len(plan.replicas)} replicas: how they share a machine was not measured")
     if how.itemsize != 2 or how.activation_bits != 16:
-        raise ConfigError(
-            "steps are predicted in bfloat16 and with 16-bit activations only: no other is probed"
-        )
+        raise ConfigError("steps are predicted in bfloat16 and with 16-bit activations only: no other is probed")
     replica = plan.replicas[0]
     computed, waiting = _through_stages(profile, spec, plan, how, requests)
     turn = turn_seconds(profile, replica.num_ranks, len(replica.stages), requests)
