@@ -227,3 +227,14 @@ def test_what_cannot_be_is_refused():
         step([])
     with pytest.raises(ConfigError, match="2 replicas"):
         step([Request(1, 64)], data=2)
+    for how in (RuntimeFormat(itemsize=4), RuntimeFormat(activation_bits=8)):
+        with pytest.raises(ConfigError, match="bfloat16 and with 16-bit"):
+            runtime_step(machine(), SPEC, make_plan(SPEC), how, [Request(1, 64)])
+    alone = [point for point in machine().exchanges if point.operation == "send"]
+    with pytest.raises(ConfigError, match="no all_reduce of 2 ranks"):
+        step([Request(1, 64)], machine(exchanges=tuple(alone)), tensor=2)
+
+
+def test_what_lies_outside_a_window_is_not_read():
+    spec = msgspec.structs.replace(SPEC, layers=(LayerSpec(window=255),) * 4)
+    assert step([Request(1, 1024)], spec=spec).attention == pytest.approx(step([Request(1, 256)]).attention)

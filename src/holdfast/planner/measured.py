@@ -159,16 +159,15 @@ class Measured:
 
     # --- exchanges ---
 
-    def exchange(self, operation: Exchanged, num_bytes: float) -> float:
-        """Seconds, among as many ranks as share a stage; of "send": to the next stage."""
-        ranks = 2 if operation == "send" else self.ranks
+    def exchange(self, operation: Exchanged, ranks: int, num_bytes: float) -> float:
+        """Seconds, among the `ranks` of a stage; of "send": to the next stage, between 2."""
         points = sorted(
             (point.num_bytes, point.seconds)
             for point in self.profile.exchanges
             if point.operation == operation and point.ranks == ranks
         )
         if not points:
-            raise self._lacks(operation)
+            raise ConfigError(f"the profile has no {operation} of {ranks} ranks: `holdfast probe` measures it")
         return on_line(points, num_bytes)
 
     def _lacks(self, what: str) -> ConfigError:

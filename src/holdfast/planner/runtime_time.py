@@ -62,12 +62,15 @@ def runtime_step(
 ) -> RuntimeStep:
     """Of the first replica of `plan`: until each of `requests` has had its tokens computed and got one more.
 
-    Raises `ConfigError` for a profile that lacks what is asked for, and for a step of no requests.
+    Raises `ConfigError` for a profile that lacks what is asked for, for a step of no requests, and for dtypes that
+    are not measured.
     """
     if not requests:
         raise ConfigError("a step of no requests takes no time: there must be 1 at least")
     if len(plan.replicas) > 1:
         raise ConfigError(f"a plan of {len(plan.replicas)} replicas: how they share a machine was not measured")
+    if how.itemsize != 2 or how.activation_bits != 16:
+        raise ConfigError("steps are predicted in bfloat16 and with 16-bit activations only: no other is probed")
     replica = plan.replicas[0]
     computed, waiting = _through_stages(profile, spec, plan, how, requests)
     turn = turn_seconds(profile, replica.num_ranks, len(replica.stages), requests)
@@ -134,7 +137,7 @@ class _Rank:
         yield self._passed_on() if not self.place.is_first else self._embedding()
         for layer in range(*self.place.layers):
             name = f"layers.{layer}"
-            yield self._norm() + self._attention(name)
+            yield self._norm() + self._attention(name, self.spec.layers[layer].window)
             if self.spec.layers[layer].moe:
                 yield self._norm() + self._experts(f"{name}.moe")
             else:
@@ -148,7 +151,7 @@ class _Rank:
 
     def _passed_on(self) -> RuntimeStep:
         """From the stage before; both its ends are measured together."""
-        return RuntimeStep(exchanges=self.measured.exchange("send", self.rows * self.spec.hidden_size * 4))
+        return RuntimeStep(exchanges=self.measured.exchange("send", 2, self.rows * self.spec.hidden_size * 4))
 
     def _embedding(self) -> RuntimeStep:
         summed = self.spec.hidden_size if len(self.place.ranks) > 1 else 0
@@ -160,8 +163,8 @@ class _Rank:
         tied = self.spec.tie_embeddings or (self.how.repeated_head and self.place.is_first)
         products = self._product("embed" if tied else "head", samples)
         choice = self.measured.row_work("argmax", samples, vocabulary)
-        gathered = samples * vocabulary * 4
-        exchanges = self.measured.exchange("all_gather", gathered) if len(self.place.ranks) > 1 else 0.0
+        ranks, gathered = len(self.place.ranks), samples * vocabulary * 4
+        exchanges = self.measured.exchange("all_gather", ranks, gathered) if ranks > 1 else 0.0
         return RuntimeStep(products, rows=choice, exchanges=exchanges)
 
     # --- a layer ---
@@ -170,11 +173,15 @@ class _Rank:
         count = 2 if self.spec.block == "sandwich" else 1
         return RuntimeStep(rows=count * self._on_rows(self.spec.hidden_size))
 
-    def _attention(self, name: str) -> RuntimeStep:
+    def _attention(self, name: str, window: int | None) -> RuntimeStep:
         spec, shard = self.spec, self.place.shard
         queries, keys = (last - first for first, last in (shard.query_heads, shard.kv_heads))
         products = self._product(f"{name}.attn.qkv", self.rows) + self._product(f"{name}.attn.o", self.rows)
-        attention = self.measured.attention(self.requests, queries, keys, spec.head_dim)
+        seen = [
+            request if window is None else replace(request, context=min(request.context, window + request.new))
+            for request in self.requests
+        ]
+        attention = self.measured.attention(seen, queries, keys, spec.head_dim)
         stored = self.measured.row_work("store_kv", self.rows, (queries + 2 * keys) * spec.head_dim)
         pieces = len(self.packs[f"{name}.attn.o"].pieces or ())
         return RuntimeStep(products, attention, stored) + self._reduced(spec.hidden_size * pieces)
@@ -209,7 +216,7 @@ class _Rank:
         outputs, inputs = packed_shape(packing, self.wanted)
         format = format_of(packing, self.how)
         if format == "dense":
-            format = "bfloat16" if self.how.itemsize == 2 else "float32"
+            format = "bfloat16"
         if packing.pieces is None:
             return self.measured.product(format, rows, inputs, times * outputs, len(packing.shards))
         borders, seconds = (0, *(packing.shards or (inputs,))), 0.0
@@ -225,4 +232,6 @@ class _Rank:
         """The sums of rows of so many numbers, of all ranks; nothing for a rank that is alone in its stage."""
         if not width or len(self.place.ranks) == 1:
             return RuntimeStep()
-        return RuntimeStep(exchanges=self.measured.exchange("all_reduce", self.rows * width * 4))
+        return RuntimeStep(
+            exchanges=self.measured.exchange("all_reduce", len(self.place.ranks), self.rows * width * 4)
+        )
