@@ -252,3 +252,11 @@ def test_more_kinds_than_one_node_holds_stand_in_nodes_of_their_own() -> None:
     assert [len(node.devices) for node in cluster_of("4xH100,8xL40S").nodes] == [12]
     with pytest.raises(ConfigError, match="73 GPUs in one node: the largest machines have 72"):
         cluster_of("1x73xH100")
+
+
+def test_no_more_ranks_hold_whole_experts_than_there_are_experts() -> None:
+    mixtral = load_shape("Mixtral-8x7B")
+    question = Question.of(mixtral, cluster_of("2x8xH100"), Goal(), coefficients())
+    whole = [max(some.degrees) for some in candidates(question) if some.expert_parallel]
+    assert whole
+    assert max(whole) == 8

@@ -155,7 +155,7 @@ def _drawn(software: Software, link: Link, ranks: int, operation: Operation) -> 
     start = STARTS[software]
     if not own_links and ranks > 2:
         start = max(start, STARTS["nccl"], key=lambda some: some.launch)
-    low = start.launch + (start.hop + link.latency) * hops(operation, ranks) / 2
+    low = start.launch + (start.hop + link.latency) * max(hops(operation, ranks) / 2, 1)  # nothing arrives sooner
     # Devices on PCIe share what leads to the others: a ring of four has half the rate of a pair, of eight a quarter.
     rate = link.bandwidth if own_links else link.bandwidth * 2 / max(ranks, 2)
     return Path(low, rate * start.rate_low, low + start.wait_high, rate * start.rate_high, link.name)
