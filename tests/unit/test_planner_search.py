@@ -17,6 +17,7 @@ from holdfast.planner.estimate import Question, estimate, rank_key, worth
 from holdfast.planner.goal import Goal
 from holdfast.planner.search import candidates, search
 from holdfast.planner.shapes.load import load_shape
+from holdfast.planner.show.alternatives import can_be_timed
 from holdfast.planner.timing import coefficients
 from support.data import data
 
@@ -260,3 +261,11 @@ def test_no_more_ranks_hold_whole_experts_than_there_are_experts() -> None:
     whole = [max(some.degrees) for some in candidates(question) if some.expert_parallel]
     assert whole
     assert max(whole) == 8
+
+
+def test_what_would_help_is_searched_only_where_that_is_quick() -> None:
+    """Guards against many searches over larger and larger clusters of several kinds, for one sentence."""
+    assert can_be_timed(cluster_of("256xH100"))
+    assert not can_be_timed(cluster_of("257xH100"))
+    assert can_be_timed(cluster_of("8xH100,8xL40S"))
+    assert not can_be_timed(cluster_of("32xH100,8xL40S"))
