@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -301,6 +302,30 @@ def test_odd_values_are_one_line_and_exit_2(arguments: list[str], flag: str) -> 
     assert flag in result.stderr
     assert result.stderr.startswith("holdfast: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpus", "8xFoo"], "--gpus: GPU 'Foo' is not known"),
+        (["--gpus", "1xH100", "--context", "512"], "--context 512: must be at least 1280"),
+        (["--gpus", "1xH100", "--context", "1000000"], "--context 1000000: Llama-3.1-8B knows 131072"),
+        (
+            ["--gpus", "1xH100", "--input-len", "200000"],
+            "--input-len 200000 and --output-len 256: Llama-3.1-8B knows",
+        ),
+        (["--cluster", "FILE", "--objective", "cost"], "--objective cost: node node1 of --cluster has no price"),
+    ],
+)
+def test_plan_names_the_flag_of_what_it_refuses(flags: list[str], said: str, tmp_path: Path) -> None:
+    """Guards against a message that leaves the user to guess, and against prices that only some nodes have, with
+    which those without would always be the cheapest."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text("nodes:\n  - gpus: 1xH100\n    price_per_hour: 2\n  - gpus: 1xH100\n", encoding="utf-8")
+    command = ["plan", "Llama-3.1-8B", *(str(file) if flag == "FILE" else flag for flag in flags)]
+    with pytest.raises(ConfigError) as refused:
+        typer.main.get_command(app)(command, standalone_mode=False)
+    assert str(refused.value).startswith(said)
 
 
 def test_commands_that_do_not_exist_are_not_offered() -> None:

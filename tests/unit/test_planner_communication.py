@@ -145,3 +145,10 @@ def test_imbalance_of_experts_is_between_even_and_all_on_one() -> None:
     assert loads == sorted(loads, reverse=True)
     assert loads[0] <= 8
     assert loads[-1] == pytest.approx(1, abs=0.01)
+
+
+def test_a_message_takes_the_latency_of_its_link_at_least() -> None:
+    """Guards against a hop between datacentres that is there before the light is."""
+    link = find_link("wan")
+    path = path_of("nccl", Fabric("H100-80GB-SXM", link, as_usual=False), 1, 2, "send_recv")
+    assert path.latency_low >= link.latency

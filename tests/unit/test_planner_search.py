@@ -18,6 +18,7 @@ from holdfast.planner.estimate import Question, estimate, rank_key, worth
 from holdfast.planner.goal import Goal
 from holdfast.planner.search import candidates, search
 from holdfast.planner.shapes.load import load_shape
+from holdfast.planner.show.alternatives import can_be_timed
 from holdfast.planner.show.explain import why
 from holdfast.planner.timing import coefficients
 from support.data import data
@@ -303,3 +304,19 @@ def test_more_kinds_than_one_node_holds_stand_in_nodes_of_their_own() -> None:
     assert [len(node.devices) for node in cluster_of("4xH100,8xL40S").nodes] == [12]
     with pytest.raises(ConfigError, match="73 GPUs in one node: the largest machines have 72"):
         cluster_of("1x73xH100")
+
+
+def test_no_more_ranks_hold_whole_experts_than_there_are_experts() -> None:
+    mixtral = load_shape("Mixtral-8x7B")
+    question = Question.of(mixtral, cluster_of("2x8xH100"), Goal(), coefficients())
+    whole = [max(some.degrees) for some in candidates(question) if some.expert_parallel]
+    assert whole
+    assert max(whole) == 8
+
+
+def test_what_would_help_is_searched_only_where_that_is_quick() -> None:
+    """Guards against many searches over larger and larger clusters of several kinds, for one sentence."""
+    assert can_be_timed(cluster_of("256xH100"))
+    assert not can_be_timed(cluster_of("257xH100"))
+    assert can_be_timed(cluster_of("8xH100,8xL40S"))
+    assert not can_be_timed(cluster_of("32xH100,8xL40S"))

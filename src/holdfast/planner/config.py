@@ -71,7 +71,8 @@ class PlanConfig:
         lengths = self.what.input_len + self.what.output_len
         if self.what.context is not None and self.what.context < lengths:
             raise ConfigError(
-                f"--context {self.what.context}: must be at least {lengths}, --input-len and --output-len"
+                f"--context {self.what.context}: must be at least {lengths}, a whole request by --input-len and "
+                "--output-len"
             )
         if self.what.objective == "cost" and self.where.cluster is None:
             raise ConfigError("--objective cost: prices are told in a cluster file (--cluster)")

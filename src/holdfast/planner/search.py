@@ -103,11 +103,11 @@ def most_ranks(shape: ModelShape) -> int:
 
 def _of_one_kind(question: Question, device: Device) -> Iterator[Candidate]:
     cluster, num_layers = question.cluster, question.shape.num_layers
-    has_experts = any(layer.experts for layer, _ in question.shape.kinds)
+    num_experts = min((layer.experts.num_experts for layer, _ in question.shape.kinds if layer.experts), default=0)
     for degree in degrees_of(cluster, device, most_ranks(question.shape)):
         for replicas in pipelines_of_one_kind(cluster, device, degree, num_layers):
             layers = even_layers(num_layers, len(replicas[0]))
-            for expert_parallel in (False, True) if has_experts and degree > 1 else (False,):
+            for expert_parallel in (False, True) if 1 < degree <= num_experts else (False,):
                 yield Candidate(replicas, layers, expert_parallel)
             if len(replicas) > 1:
                 yield Candidate(replicas, layers, shard_weights=True)

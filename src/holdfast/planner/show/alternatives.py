@@ -24,6 +24,8 @@ LESS_WEIGHT = (8.0, 4.0)
 LESS_KV = ("fp8", "int4")
 MOST_DEVICES_TIMED = 256
 """Larger clusters are looked at for whether the model fits; not timed."""
+MOST_DEVICES_TIMED_MIXED = 32
+"""The same of several kinds, which can be joined in many more ways."""
 MOST_DOUBLINGS = 6
 ENOUGH = 0.97
 """Twice the devices must bring at least so much."""
@@ -110,13 +112,19 @@ def _more_nodes(cluster: Cluster, times: int) -> Cluster:
     return replace(cluster, nodes=tuple(nodes))
 
 
+def can_be_timed(cluster: Cluster) -> bool:
+    """Whether a whole search over it takes no longer than a reader of an answer waits."""
+    most = MOST_DEVICES_TIMED if len(kinds_of(cluster)) == 1 else MOST_DEVICES_TIMED_MIXED
+    return len(cluster.devices) <= most
+
+
 def where_it_fits(question: Question) -> tuple[Cluster, Candidate] | None:
     """The smallest of the larger clusters that the model fits, and the best candidate there: of very many devices
     the first that fits."""
     for cluster in larger_clusters(question.cluster):
         asked = replace(question, cluster=cluster)
         first = next((candidate for candidate in candidates(asked) if fits(asked, candidate)), None)
-        if first is not None and len(cluster.devices) <= MOST_DEVICES_TIMED:
+        if first is not None and can_be_timed(cluster):
             return cluster, search(question.shape, cluster, question.goal, question.known).best.candidate
         if first is not None:
             return cluster, first
@@ -127,7 +135,7 @@ def where_it_is_fast(question: Question) -> tuple[Cluster, Found] | None:
     """The smallest of the larger clusters on which the limits are kept; None when more devices bring no more."""
     before = math.inf
     for cluster in larger_clusters(question.cluster):
-        if len(cluster.devices) > MOST_DEVICES_TIMED:
+        if not can_be_timed(cluster):
             return None
         found = search(question.shape, cluster, question.goal, question.known)
         if found.best.fits and not found.best.misses:
@@ -148,7 +156,7 @@ def excess(goal: Goal, served: Served) -> float:
 
 def fast_with_fewer_bits(question: Question) -> tuple[float, str] | None:
     """The most bits of weights with which the limits are kept, and by which plan."""
-    for bits in fewer_bits(question) if len(question.cluster.devices) <= MOST_DEVICES_TIMED else ():
+    for bits in fewer_bits(question) if can_be_timed(question.cluster) else ():
         found = search(question.shape, question.cluster, replace(question.goal, weight_bits=bits), question.known)
         if found.best.fits and not found.best.misses:
             return bits, found.best.candidate.name
