@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from holdfast.core.errors import ConfigError
-from holdfast.hardware.profile import Product, Profile, Reading, default_path, read_profile, write_profile
+from holdfast.hardware.catalogue import find_link
+from holdfast.hardware.cluster import Cluster, Node, cluster_of, usual_topology
+from holdfast.hardware.detect import cpu_device
+from holdfast.hardware.profile import (
+    Product,
+    Profile,
+    Reading,
+    default_path,
+    read_profile,
+    with_profile,
+    write_profile,
+)
 
 PROFILE = Profile(
     machine="here",
@@ -43,6 +55,21 @@ def test_rates_are_of_all_ranks_together() -> None:
     assert PROFILE.memory_bandwidth == pytest.approx(25e9)
     assert PROFILE.flops("bfloat16") == pytest.approx(2 * 100 * 1e6 * 2 / 2e-3)
     assert PROFILE.flops("Q8_0") == 0.0
+
+
+def test_what_was_measured_is_preferred_to_what_is_assumed() -> None:
+    """For the CPUs that were measured; GPUs, and another number of cores, are as they are."""
+    cores = PROFILE.cores
+    assumed = cpu_device(cores, 10**9, frozenset())
+    node = Node("here", (assumed,), usual_topology((assumed,)))
+    cluster = Cluster((node,), find_link("wan"), (assumed.source,))
+    (device,) = with_profile(cluster, PROFILE).devices
+    assert device.memory_bandwidth == PROFILE.memory_bandwidth != assumed.memory_bandwidth
+    assert device.flops["bf16"] == PROFILE.flops("bfloat16")
+    assert PROFILE.measured_at in with_profile(cluster, PROFILE).assumptions[0]
+    assert with_profile(cluster, msgspec.structs.replace(PROFILE, cores=cores + 1)) is cluster
+    gpus = cluster_of("2xH100")
+    assert with_profile(gpus, PROFILE) is gpus
 
 
 def test_the_default_path_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import msgspec
 
 from holdfast.core.errors import ConfigError
 from holdfast.core.spec import DecoderSpec
+from holdfast.hardware.cluster import Cluster
 
 Format = Literal["float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1"]
 Exchanged = Literal["all_reduce", "all_gather", "send"]
@@ -120,6 +123,23 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def default_path() -> Path:
     """Where the profile of this machine is kept for its user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast" / "profile.json"
+
+
+def with_profile(cluster: Cluster, profile: Profile) -> Cluster:
+    """This machine's CPUs with the rates that were measured in place of those that are assumed; a cluster of GPUs, or
+    of other CPUs, as it is."""
+    (device, *others) = cluster.devices
+    if others or device.name != "cpu" or profile.cores != device.multiprocessors:
+        return cluster
+    flops = {"fp32": profile.flops("float32"), "bf16": profile.flops("bfloat16")}
+    source = f"CPU: rates are those of holdfast probe, {profile.measured_at}, load {profile.load:.1f}"
+    known = {name: rate for name, rate in flops.items() if rate} or device.flops
+    measured = replace(
+        device, memory_bandwidth=profile.memory_bandwidth, flops=MappingProxyType(known), source=source
+    )
+    node = replace(cluster.nodes[0], devices=(measured,))
+    said = tuple(source if text == device.source else text for text in cluster.assumptions)
+    return replace(cluster, nodes=(node,), assumptions=said)
 
 
 def write_profile(profile: Profile, path: Path) -> None:

@@ -13,6 +13,7 @@ from holdfast.core.errors import ConfigError, UserError
 from holdfast.hardware.cluster import Cluster, cluster_of
 from holdfast.hardware.cluster_file import read_cluster
 from holdfast.hardware.detect import this_machine
+from holdfast.hardware.profile import default_path, read_profile, with_profile
 from holdfast.planner import emit
 from holdfast.planner.config import PlanConfig
 from holdfast.planner.goal import Goal
@@ -61,7 +62,8 @@ def cluster_from(config: PlanConfig) -> Cluster:
             return cluster_of(config.where.gpus)
         except ConfigError as error:
             raise ConfigError(f"--gpus: {error}") from error
-    return this_machine()
+    machine, profile = this_machine(), default_path()
+    return with_profile(machine, read_profile(profile)) if profile.exists() else machine
 
 
 def goal_of(config: PlanConfig) -> Goal:
