@@ -22,7 +22,7 @@ from benchmarks.planner.fit import fit, toml_of
 from benchmarks.planner.report import group_errors, judge, print_errors, print_picks, print_worst
 from rich.console import Console
 
-from holdfast.planner.timing import parse_coefficients
+from holdfast.planner.coefficients import parse_coefficients
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANNER = ROOT / "src" / "holdfast" / "planner"

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
+from holdfast.planner.coefficients import parse_coefficients
 from holdfast.planner.rows.metrics import kind_of
 from holdfast.planner.rows.predict import predict
-from holdfast.planner.timing import parse_coefficients
 
 SHARES = ("memory", "kv", "matmul_16bit", "matmul_8bit", "matmul_4bit", "attention", "passes", "all_reduce")
 LOAD = ("first_wave", "queue", "layer_context")

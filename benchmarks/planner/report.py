@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from holdfast.planner.coefficients import Coefficients
 from holdfast.planner.rows.predict import predict
-from holdfast.planner.timing import Coefficients
 
 LIMITS_MS = (10, 15, 20, 30, 50)
 Row = Mapping[str, str]

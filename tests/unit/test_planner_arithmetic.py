@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from holdfast.hardware.catalogue import find_device, find_link
+from holdfast.planner.coefficients import coefficients
 from holdfast.planner.communication import (
     STARTS,
     Fabric,
@@ -28,7 +29,7 @@ from holdfast.planner.rows.answers import even_stages
 from holdfast.planner.serving import bubble
 from holdfast.planner.shapes.configs import shape_of_config
 from holdfast.planner.shapes.presets import find_model
-from holdfast.planner.timing import StepBatch, StepTime, coefficients, stage_of, step_time
+from holdfast.planner.timing import StepBatch, StepTime, stage_of, step_time
 
 A100 = find_device("A100-80GB")
 NVLINK = Fabric(A100.name, find_link("nvlink3"))

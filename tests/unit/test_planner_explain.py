@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from holdfast.hardware.cluster import Cluster, cluster_of
+from holdfast.planner.coefficients import coefficients
 from holdfast.planner.estimate import Estimate, Question, estimate
 from holdfast.planner.goal import Goal
 from holdfast.planner.quantities import of_seconds
@@ -18,7 +19,6 @@ from holdfast.planner.show.breakdown import at_concurrency
 from holdfast.planner.show.explain import why
 from holdfast.planner.show.levers import faster_by, needed, request_time
 from holdfast.planner.show.shortfall import nothing_fits, shortfall
-from holdfast.planner.timing import coefficients
 
 LLAMA = "Llama-3.1-70B"
 

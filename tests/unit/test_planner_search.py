@@ -13,6 +13,7 @@ from holdfast.hardware.catalogue import find_device, find_link
 from holdfast.hardware.cluster import Cluster, Node, cluster_of
 from holdfast.hardware.topology import parse_topology
 from holdfast.planner.candidates import Candidate, balanced, device_groups
+from holdfast.planner.coefficients import coefficients
 from holdfast.planner.communication import path_of, wire_bytes
 from holdfast.planner.estimate import Question, estimate, rank_key, worth
 from holdfast.planner.goal import Goal
@@ -20,7 +21,6 @@ from holdfast.planner.search import candidates, search
 from holdfast.planner.shapes.load import load_shape
 from holdfast.planner.show.alternatives import can_be_timed
 from holdfast.planner.show.explain import why
-from holdfast.planner.timing import coefficients
 from support.data import data
 
 LLAMA_8B, LLAMA_70B, GPT_3 = (load_shape(name) for name in ("Llama-3.1-8B", "Llama-3.1-70B", "GPT-3 175B"))

@@ -10,10 +10,11 @@ from types import MappingProxyType
 import pytest
 
 from holdfast.hardware.catalogue import find_device, find_link
+from holdfast.planner.coefficients import coefficients
 from holdfast.planner.communication import Fabric
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.presets import find_model
-from holdfast.planner.timing import coefficients, stage_of
+from holdfast.planner.timing import stage_of
 
 ENGINES = ("vllm", "trtllm", "sglang")
 

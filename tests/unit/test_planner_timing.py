@@ -8,17 +8,15 @@ from types import MappingProxyType
 import pytest
 
 from holdfast.hardware.catalogue import find_device
+from holdfast.planner.coefficients import Efficiency, Engine, coefficients
 from holdfast.planner.communication import Path
 from holdfast.planner.shapes.presets import find_model
 from holdfast.planner.shapes.shape import Attention, Experts, Layer, Matrix
 from holdfast.planner.timing import (
     PARTS,
-    Efficiency,
-    Engine,
     Stage,
     StepBatch,
     StepTime,
-    coefficients,
     flops_of,
     power_limit,
     stage_of,

@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 
 from holdfast.hardware.cluster import Cluster
 from holdfast.planner.candidates import Candidate, DeviceGroup
+from holdfast.planner.coefficients import Coefficients
 from holdfast.planner.communication import Path, path_of
 from holdfast.planner.goal import Goal
 from holdfast.planner.memory.capacity import kv_capacity_tokens, kv_room
@@ -25,7 +26,7 @@ from holdfast.planner.memory.shares import RankShare
 from holdfast.planner.quantities import of_seconds
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
-from holdfast.planner.timing import Coefficients, Stage, stage_of, stored_bits
+from holdfast.planner.timing import Stage, stage_of, stored_bits
 
 MEMORY_ENGINE = "holdfast"
 BATCHED_TOKENS = 8192

@@ -21,12 +21,13 @@ from holdfast.planner.candidates import (
     pipelines_of_one_kind,
     pipelines_of_several_kinds,
 )
+from holdfast.planner.coefficients import Coefficients, coefficients
 from holdfast.planner.estimate import Estimate, Question, estimate, memory_of, rank_key, simplicity, stages_of, worth
 from holdfast.planner.goal import Goal
 from holdfast.planner.memory.shares import even_layers
 from holdfast.planner.shapes.shape import ModelShape
 from holdfast.planner.spare import with_spare
-from holdfast.planner.timing import Coefficients, StepBatch, coefficients, step_time
+from holdfast.planner.timing import StepBatch, step_time
 
 ALIKE = 0.02
 """Plans that differ by less than this in what is wanted are taken for equally good."""

@@ -21,7 +21,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from holdfast.planner.timing import Coefficients, Engine, Stage, StepBatch, StepTime, step_time
+from holdfast.planner.coefficients import Coefficients, Engine
+from holdfast.planner.timing import Stage, StepBatch, StepTime, step_time
 
 
 @dataclass(frozen=True, slots=True)

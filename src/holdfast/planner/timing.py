@@ -17,14 +17,11 @@ All sizes are of one rank. All that is fitted is in `coefficients.toml`; the res
 from __future__ import annotations
 
 import math
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
-from importlib import resources
 from types import MappingProxyType
 
 from holdfast.hardware.catalogue import Device
+from holdfast.planner.coefficients import Efficiency, Engine
 from holdfast.planner.communication import Fabric, Path, Software, imbalance, path_of, wire_bytes
 from holdfast.planner.shapes.shape import Layer, Matrix, ModelShape
 
@@ -39,96 +36,6 @@ LOGIT_PASSES = 4
 FLOPS_PER_WATT = MappingProxyType({"7.5": 0.417e12, "8.9": 1.034e12, "8.6": 0.499e12})
 """Of 16-bit products, by compute capability: V100 SXM (125e12 / 300 W, the same process), L40S (362e12 / 350 W), A40
 (149.7e12 / 300 W), from the catalogue. For generations that have small cards of high peaks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Efficiency:
-    """Shares of the limits, the same for all engines and devices."""
-
-    memory: float
-    """Of the memory bandwidth, streaming weights."""
-    kv: float
-    """The same, gathering the blocks of the KV cache."""
-    matmul: Mapping[int, float]
-    """Of the dense FLOP/s, by bits of the weights: 16, 8, 4."""
-    attention: float
-    """Of the 16-bit FLOP/s, over a prompt."""
-    passes: float
-    """How often a layer's activations are read or written, on top of the products themselves."""
-    sharpness: float
-    """Power of the norm that joins the two sides of the roofline."""
-    all_reduce: float
-    """Share of an all-reduce that is not hidden or fused."""
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """What an engine spends besides, and how it admits requests."""
-
-    name: str
-    software: Software
-    matmul: float
-    """Of the FLOP/s that `Efficiency.matmul` says, what its kernels reach."""
-    layer: float
-    """Seconds a layer takes at least, replayed from a graph."""
-    layer_eager: float
-    """The same, launched kernel by kernel, as steps with prompts are."""
-    step: float
-    """Seconds per step."""
-    row: float
-    """Seconds per step and request."""
-    mixing: float
-    """Share of a prompt's time by which it delays the requests that decode meanwhile."""
-    first_token: float
-    """Seconds of every request before its prompt is scheduled and after its first token."""
-    front_request: float
-    """Seconds that the one process in front spends on a request,"""
-    front_token: float
-    """and on each of its tokens."""
-    reserve: float
-    """Share of a request's output that must fit before it is admitted: 1 where it is never preempted."""
-    memory: str
-    """How it takes memory, of `engines.ENGINES`."""
-    chunk: int
-    """Tokens of a step at most."""
-    most_running: float
-    """Requests at once at most, whatever room there is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    efficiency: Efficiency
-    engines: Mapping[str, Engine]
-    runs: tuple[Mapping[str, float | str], ...]
-    """What is peculiar to a published series of measurements: see `coefficients.toml`."""
-    load: Mapping[str, float]
-    bands: Mapping[str, float]
-    """By metric: how far off, as a factor, nine in ten predictions are at most."""
-
-
-@cache
-def coefficients() -> Coefficients:
-    """Those of `coefficients.toml`, read once."""
-    text = resources.files(__package__).joinpath("coefficients.toml").read_text(encoding="utf-8")
-    return parse_coefficients(tomllib.loads(text))
-
-
-def parse_coefficients(tables: Mapping[str, Mapping]) -> Coefficients:  # type: ignore[type-arg]
-    """From the tables of the file; times there are in µs. Raises KeyError or TypeError where a name is wrong."""
-    efficiency = dict(tables["efficiency"])
-    matmul = {bits: efficiency.pop(f"matmul_{bits}bit") for bits in (16, 8, 4)}
-    seconds = {"layer", "layer_eager", "step", "row", "first_token", "front_request", "front_token"}
-    engines = {
-        name: Engine(name=name, **{key: value * 1e-6 if key in seconds else value for key, value in entry.items()})
-        for name, entry in tables["engine"].items()
-    }
-    return Coefficients(
-        Efficiency(matmul=MappingProxyType(matmul), **efficiency),
-        MappingProxyType(engines),
-        tuple(MappingProxyType(dict(run)) for run in tables.get("run", ())),
-        MappingProxyType(dict(tables["load"])),
-        MappingProxyType(dict(tables["bands"])),
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from holdfast.core.errors import ConfigError
 from holdfast.hardware.catalogue import Device, Link, find_link
+from holdfast.planner.coefficients import Coefficients, Engine
 from holdfast.planner.communication import Fabric, path_of, wire_bytes
 from holdfast.planner.memory.capacity import capacity_of
 from holdfast.planner.memory.engines import ENGINES
@@ -20,7 +21,7 @@ from holdfast.planner.memory.shares import RankShare, even_shares
 from holdfast.planner.rows.questions import DEVICES_PER_NODE, CollectiveRow, ServingRow
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
-from holdfast.planner.timing import Coefficients, Engine, Stage, StepBatch, stage_of, step_time, stored_bits
+from holdfast.planner.timing import Stage, StepBatch, stage_of, step_time, stored_bits
 
 MAX_REQUESTS = 2048
 """At once, where a row says "as many as fit" (TensorRT-LLM's default of max_batch_size)."""

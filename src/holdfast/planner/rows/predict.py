@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from holdfast.core.errors import UserError
+from holdfast.planner.coefficients import Coefficients, coefficients
 from holdfast.planner.rows.answers import KINDS, SERVED, shortage, time_of_collective
 from holdfast.planner.rows.metrics import Metric, factor, metric_of
 from holdfast.planner.rows.questions import (
@@ -20,7 +21,6 @@ from holdfast.planner.rows.questions import (
     plain_row,
     serving_of,
 )
-from holdfast.planner.timing import Coefficients, coefficients
 
 
 @dataclass(frozen=True, slots=True)

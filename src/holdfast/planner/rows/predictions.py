@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.core.errors import ConfigError
+from holdfast.planner.coefficients import Coefficients
 from holdfast.planner.config import PredictConfig
 from holdfast.planner.rows.predict import Prediction, predict
 from holdfast.planner.rows.questions import Row, plain_row
-from holdfast.planner.timing import Coefficients
 
 ADDED = ("prediction", "prediction_low", "prediction_high", "prediction_error", "prediction_note")
 """Columns that are written behind those of the file."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from holdfast.planner.coefficients import Efficiency
 from holdfast.planner.communication import Path, imbalance, wire_bytes
 from holdfast.planner.serving import Replica
 from holdfast.planner.shapes.shape import Layer
 from holdfast.planner.show.lines import Line, bytes_of, flops_of, number, rate_of, seconds_of
 from holdfast.planner.timing import (
     LOGIT_PASSES,
-    Efficiency,
     Stage,
     StepBatch,
     activation_numbers,
@@ -20,10 +20,8 @@ from holdfast.planner.timing import (
     rounded_max,
     rows_at_corner,
     stored_bits,
-)  # fmt: skip
-from holdfast.planner.timing import (
-    flops_of as flops_reached,
 )
+from holdfast.planner.timing import flops_of as flops_reached
 
 
 @dataclass(frozen=True, slots=True)
