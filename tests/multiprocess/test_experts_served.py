@@ -58,7 +58,11 @@ def alone(model: str, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     ("stages", "plan"),
     [
         (1, ("--tensor-parallel-size", "4", "--expert-parallel-size", "4")),
-        (2, ("--tensor-parallel-size", "4", "--expert-parallel-size", "2", "--pipeline-parallel-size", "2")),
+        pytest.param(
+            2,
+            ("--tensor-parallel-size", "4", "--expert-parallel-size", "2", "--pipeline-parallel-size", "2"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["EP4", "EP2 x TP2 x PP2"],
 )

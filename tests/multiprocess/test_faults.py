@@ -36,6 +36,7 @@ async def ask(url: str, max_tokens: int = 300) -> list[str]:
     return [reply.json()["choices"][0]["text"] for reply in replies]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_device_is_found_and_got_over(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

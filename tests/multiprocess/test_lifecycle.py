@@ -173,6 +173,7 @@ def test_an_engine_that_stands_still_is_replaced(service: Service, busy: bool):
     assert "engine 0 has not been heard for 3 s" in service.text()
 
 
+@pytest.mark.slow
 def test_a_pause_of_everything_is_no_hang(service: Service):
     """A laptop that sleeps, a container that is frozen: nothing has happened."""
     calm = Stream(service, max_tokens=400).result()

@@ -102,6 +102,7 @@ def test_200_concurrent_streams_each_end_once(demo: Service):
     assert demo.metrics()["holdfast:num_preemptions_total"] > 0, "the cache was meant to be too small"
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_1000_requests(tiny: Service):
     """After a warm-up, no process grows by more than 2 % or 4 MB (allocators keep some)."""
     asyncio.run(burst(tiny.url, range(400)))

@@ -109,6 +109,7 @@ def test_an_uneven_plan_from_a_file(models: dict[str, str], alone: dict[str, Ans
     assert found == alone["llama"]
 
 
+@pytest.mark.slow
 def test_ranks_without_our_kernels_meet_by_gloo(models: dict[str, str], tmp_path: Path):
     """float16 runs on torch's kernels, which promise no exactness: the same requests end, and most with the same
     text."""

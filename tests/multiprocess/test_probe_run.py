@@ -19,6 +19,7 @@ from support.builds import builds
 pytestmark = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
 
 
+@pytest.mark.slow
 def test_a_profile_is_measured_shown_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_replica_that_died_comes_back(model: str, more: tuple[str, ...], tmp_p
         assert service.stop() == 0, service.text()[-3000:]
 
 
+@pytest.mark.slow
 def test_both_replicas_die_at_once_again_and_again(model: str, tmp_path: Path):
     """What the dead leave is not mistaken for what the new have: nobody is forgotten, nothing is lost."""
     flags = ("--data-parallel-size", "2", "--max-restarts", "9")

@@ -177,6 +177,7 @@ def test_a_service_that_was_killed_is_gone_on_with_by_the_next(start: Callable[.
     assert again.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_gateway_killed_while_draining_drains_on(start: Callable[..., Service], tmp_path: Path) -> None:
     folder = ("--token-log-dir", str(tmp_path / "tokens"))
     service = start(*folder)

@@ -4,11 +4,12 @@
 
 The child holds the read end of a pipe whose write end only the supervisor has. When the supervisor is gone,
 however it went, the read ends and so does the child: no orphan survives. One that was stopped (SIGSTOP) is made to go
-on by the system then, since its process group is an orphan's, so that it can end.
+on by the system then (PR_SET_PDEATHSIG), so that it can end.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import shutil
@@ -35,6 +36,10 @@ Control = zmq.Socket[bytes]
 Body = Callable[[Boot, Control], None]
 
 
+PR_SET_PDEATHSIG = 1
+"""Of prctl (linux/prctl.h): the signal that a process gets when its parent has ended."""
+
+
 def run_child(body: Body) -> None:
     """The main function of a child process: run `body` until it returns, then exit.
 
@@ -42,6 +47,7 @@ def run_child(body: Body) -> None:
     """
     name, boot_file, death_fd = sys.argv[1], sys.argv[2], int(sys.argv[3])
     boot = msgspec.json.decode(Path(boot_file).read_bytes(), type=Boot)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
     threading.Thread(target=_die_with_parent, args=(death_fd, boot.endpoints.folder), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # told to everybody; the supervisor decides
         signal.signal(number, signal.SIG_IGN)
