@@ -3,8 +3,8 @@
     cluster → groups of devices of one kind that can share layers (as fast a link inside as there is)
             → replicas, each a pipeline of groups → layers for each group
 
-Devices of one kind get stages of equal layers, or of such as fill their memory alike. Kinds of devices are mixed in a
-pipeline, never in a group: a stage's ranks wait for one another in every layer, stages do so once a step.
+Devices of one kind get stages of equal layers, give or take one. Kinds of devices are mixed in a pipeline, never in a
+group: a stage's ranks wait for one another in every layer, stages do so once a step.
 """
 
 from __future__ import annotations

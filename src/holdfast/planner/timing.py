@@ -7,7 +7,7 @@ A roofline (Williams et al., CACM 2009) per kind of work, summed over the layers
                  1, which is what fits the measurements best, the two add up)
     attention    KV bytes / memory when decoding; 4 · heads · head dim · tokens · context / FLOP/s of a prompt
     activations  what norms, rotations and activations read and write again
-    communication  two all-reduces a layer (`communication`)
+    communication  an all-reduce after a layer's attention and one after its MLP (`communication`)
     launches     what a layer costs however little it does
     head, engine   logits of the rows that sample; the scheduler, the sampler, the input of each step
 
