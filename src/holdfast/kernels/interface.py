@@ -129,6 +129,31 @@ class Capturing(Protocol):
         ...
 
 
+W_contra = TypeVar("W_contra", contravariant=True)
+
+
+@runtime_checkable
+class ExpertPairs(Protocol[W_contra]):
+    """Kernels whose experts can be shared out over ranks that share no memory: `Kernels.experts` in three steps, of
+    which every rank does the second for its own pairs (row, expert)."""
+
+    def route(self, router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The experts that router_logits [T, E] choose, int64 [T, K], ascending, and their shares, float32 [T, K]."""
+        ...
+
+    def expert_pairs(
+        self, x: Tensor, ids: Tensor, up: Sequence[W_contra], down: Sequence[Sequence[W_contra]], out: Tensor
+    ) -> None:
+        """Row t of x through up[i], for each i of ids int64 [T, K], then through down[p][i], whose columns are the
+        p-th of those of a whole matrix: into `out`, float32 [pieces, T · K, M]. Where i is len(up), it stays as it
+        is."""
+        ...
+
+    def combine(self, pairs: Tensor, shares: Tensor, dtype: torch.dtype, *, add_to: Tensor | None = None) -> Tensor:
+        """What pairs, float32 [T · K, M], times their shares [T, K] come to, added in order, in float32 → [T, M]."""
+        ...
+
+
 class Kernels(Protocol[W]):
     """One backend; W is its form of a matrix that was packed for `linear`.
 

@@ -169,13 +169,34 @@ class ReferenceKernels:
         *,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        shares, chosen = _route(router_logits, routing)
+        chosen, shares = self.route(router_logits, routing)
         out = torch.zeros(x.shape[0], down[0].rows.shape[0], device=x.device)
         for expert in torch.unique(chosen).tolist():  # ascending
             tokens, choice = torch.nonzero(chosen == expert, as_tuple=True)
             result = self.linear(self.linear(x[tokens], up[expert]), down[expert], dtype=torch.float32)
             out.index_add_(0, tokens, result * shares[tokens, choice, None])
         return _deliver(out, x.dtype, add_to)
+
+    def route(self, router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        probabilities = router_logits.float().softmax(dim=-1)
+        # a stable sort, unlike topk, gives ties to the lowest expert
+        ranked = probabilities.sort(dim=-1, descending=True, stable=True).indices
+        ids = ranked[:, : routing.experts_per_token].sort(dim=-1).values
+        shares = probabilities.gather(1, ids)
+        return ids, shares / shares.sum(dim=-1, keepdim=True) if routing.renormalize else shares
+
+    def expert_pairs(
+        self, x: Tensor, ids: Tensor, up: Sequence[StackedMatrix], down: Sequence[Sequence[StackedMatrix]], out: Tensor
+    ) -> None:
+        for index, matrix in enumerate(up):
+            pairs = torch.nonzero(ids.flatten() == index).flatten()
+            hidden, first = self.linear(x[pairs // ids.shape[1]], matrix), 0
+            for matrices, y in zip(down, out, strict=True):
+                columns = slice(first, first := first + matrices[index].rows.shape[1])
+                y[pairs] = self.linear(hidden[:, columns], matrices[index], dtype=torch.float32)
+
+    def combine(self, pairs: Tensor, shares: Tensor, dtype: torch.dtype, *, add_to: Tensor | None = None) -> Tensor:
+        return _deliver((pairs.view(*shares.shape, -1) * shares[:, :, None]).sum(dim=1), dtype, add_to)
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         return x.div_(cap).tanh_().mul_(cap)
@@ -230,16 +251,6 @@ def _place(x: Tensor, heads: Heads, norm: Tensor | None, positions: Tensor) -> T
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
-
-
-def _route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] → (shares float32, expert ids int64 ascending, both [T, experts per token])."""
-    probabilities = logits.float().softmax(dim=-1)
-    # a stable sort, unlike topk, gives ties to the lowest expert
-    ranked = probabilities.sort(dim=-1, descending=True, stable=True).indices
-    ids = ranked[:, : routing.experts_per_token].sort(dim=-1).values
-    shares = probabilities.gather(1, ids)
-    return shares / shares.sum(dim=-1, keepdim=True) if routing.renormalize else shares, ids
 
 
 def _drop_below(logits: Tensor, threshold: Tensor) -> None:

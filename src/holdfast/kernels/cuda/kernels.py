@@ -242,26 +242,38 @@ class CudaKernels:
         *,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        count, chosen = x.shape[0], routing.experts_per_token
-        ids = torch.empty(count, chosen, dtype=torch.int64, device=x.device)
-        shares = torch.empty(count, chosen, dtype=torch.float32, device=x.device)
+        ids, shares = self.route(router_logits, routing)
+        pairs = torch.zeros(1, ids.numel(), down[0].rows, dtype=torch.float32, device=x.device)
+        self.expert_pairs(x, ids, up, [down], pairs)
+        return self.combine(pairs[0], shares, x.dtype, add_to=add_to)
+
+    def route(self, router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        (count, experts), chosen = router_logits.shape, routing.experts_per_token
+        ids = torch.empty(count, chosen, dtype=torch.int64, device=router_logits.device)
+        shares = torch.empty(count, chosen, dtype=torch.float32, device=router_logits.device)
         rows.route_row[(count,)](
-            router_logits, ids, shares, router_logits.stride(0), len(up), CHOSEN=chosen,
-            RENORMALIZE=routing.renormalize, BLOCK=triton.next_power_of_2(len(up)), **ROUNDED,
+            router_logits, ids, shares, router_logits.stride(0), experts, CHOSEN=chosen,
+            RENORMALIZE=routing.renormalize, BLOCK=triton.next_power_of_2(experts), **ROUNDED,
         )  # fmt: skip
+        return ids, shares
+
+    def expert_pairs(
+        self, x: Tensor, ids: Tensor, up: Sequence[DeviceMatrix], down: Sequence[Sequence[DeviceMatrix]], out: Tensor
+    ) -> None:
         sorted_ids, order = ids.flatten().sort(stable=True)
         offsets = torch.searchsorted(sorted_ids, torch.arange(len(up) + 1, device=x.device))
-        places = torch.empty_like(order)
-        places[order] = torch.arange(count * chosen, device=x.device)
-        hidden = self._new(x, count * chosen, up[0].rows, x.dtype)
+        hidden, chosen, first = self._new(x, ids.numel(), up[0].rows, x.dtype), ids.shape[1], 0
         self._grouped(x, hidden, up, offsets, order, chosen, gather=True)
-        pairs = self._new(x, count * chosen, down[0].rows, torch.float32)
-        self._grouped(hidden, pairs, down, offsets, order, chosen, gather=False)
-        y = add_to if add_to is not None else self._new(x, count, down[0].rows, x.dtype)
+        for matrices, y in zip(down, out, strict=True):
+            columns = slice(first, first := first + matrices[0].columns)
+            self._grouped(hidden[:, columns], y, matrices, offsets, order, chosen, gather=False)
+
+    def combine(self, pairs: Tensor, shares: Tensor, dtype: torch.dtype, *, add_to: Tensor | None = None) -> Tensor:
+        count, chosen = shares.shape
+        y = add_to if add_to is not None else self._new(pairs, count, pairs.shape[1], dtype)
         rows.combine_row[(count, triton.cdiv(y.shape[1], ROW_BLOCK))](
-            pairs, places, shares, y, y.stride(0), y.shape[1], CHOSEN=chosen, ADD=add_to is not None, BLOCK=ROW_BLOCK,
-            **ROUNDED,
-        )  # fmt: skip
+            pairs, shares, y, y.stride(0), y.shape[1], CHOSEN=chosen, ADD=add_to is not None, BLOCK=ROW_BLOCK, **ROUNDED
+        )
         return y
 
     def _grouped(  # noqa: PLR0917
@@ -281,7 +293,7 @@ class CudaKernels:
         linear.experts_kernel[(triton.cdiv(one.rows, blocks["BLOCK_N"]), tiles)](
             self._table(experts), one.shard_ends, offsets, order, x, x.stride(0), y, y.stride(0), one.rows,
             one.columns, len(experts), per_row, HELD=TYPES[one.codes.codes.dtype], **_constants(one, x),
-            GATED=one.gated, GATHER=gather, BLOCK_E=triton.next_power_of_2(len(experts)), **blocks, **ROUNDED,
+            GATED=one.gated, GATHER=gather, BLOCK_E=max(2, triton.next_power_of_2(len(experts))), **blocks, **ROUNDED,
         )  # fmt: skip
 
     def _table(self, experts: Sequence[DeviceMatrix]) -> Tensor:

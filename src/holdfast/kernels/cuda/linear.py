@@ -195,8 +195,9 @@ def experts_kernel(
 ):  # fmt: skip
     """Pairs of (row, expert), sorted by expert, each through its expert's matrix. `table` int64 [E, 4]: addresses of
     codes, scales, minima and bias. `offsets` int64 [E + 1]: where an expert's pairs begin; `order` int64 [pairs]: the
-    pair's place before sorting, row · `per_row` + choice. With `GATHER` x holds rows, else pairs. Grid: (tiles of N,
-    as many tiles of pairs as there can be)."""
+    pair's place before sorting, row · `per_row` + choice. With `GATHER` x holds rows and y the sorted pairs, else x
+    the sorted pairs and y the pairs before sorting. Pairs behind the last expert's are left as they are. Grid: (tiles
+    of N, as many tiles of pairs as there can be)."""
     experts = tl.arange(0, BLOCK_E)
     starts = tl.load(offsets + experts, experts < num_experts, 0)
     counts = tl.load(offsets + experts + 1, experts < num_experts, 0) - starts
@@ -210,14 +211,16 @@ def experts_kernel(
     first = tl.sum(tl.where(mine, starts, 0)) + (tile - tl.sum(tl.where(mine, tile_ends - tiles, 0))) * BLOCK_T
     pairs = first + tl.arange(0, BLOCK_T)
     inside = pairs < tl.load(offsets + expert + 1)
-    rows = tl.load(order + pairs, inside, 0) // per_row if GATHER else pairs
+    places = tl.load(order + pairs, inside, 0)
+    rows = places // per_row if GATHER else pairs
+    out_rows = pairs if GATHER else places
     at = table + expert * 4
     codes = tl.multiple_of(tl.load(at).to(tl.pointer_type(HELD)), 16)
     scales = tl.multiple_of(tl.load(at + 1).to(tl.pointer_type(tl.float32 if FORMAT == 4 else tl.float16)), 16)
     minima = tl.multiple_of(tl.load(at + 2).to(tl.pointer_type(tl.float16)), 16)
     bias = tl.load(at + 3).to(tl.pointer_type(tl.float32))
     linear_tile(
-        codes, scales, minima, bias, ends, x, rows, x_stride, y, pairs, y_stride, inside, y, 0,
+        codes, scales, minima, bias, ends, x, rows, x_stride, y, out_rows, y_stride, inside, y, 0,
         tl.program_id(0), 0, N, K,
         WHOLE, FORMAT, DOT, SHARDS, ALIGN, BIASED, ACTIVATION, GATED, False, BLOCK_N, BLOCK_T, BLOCK_K,
     )  # fmt: skip

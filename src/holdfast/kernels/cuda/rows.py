@@ -73,17 +73,15 @@ def embed_row(
 
 
 @triton.jit
-def combine_row(
-    pairs, places, shares, y, y_stride, width, CHOSEN: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+def combine_row(pairs, shares, y, y_stride, width, CHOSEN: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """y (+)= the sum over a row's experts, in ascending order, of share · what the expert returned (`pairs` [T · K,
-    M] float32, in the order of experts; `places` says where a row's are)."""
+    M] float32, row by row)."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(CHOSEN):
-        place = tl.load(places + row * CHOSEN + i)
-        total += tl.load(shares + row * CHOSEN + i) * tl.load(pairs + place * width + at, at < width, 0.0)
+        pair = row * CHOSEN + i
+        total += tl.load(shares + pair) * tl.load(pairs + pair * width + at, at < width, 0.0)
     out = y + row * y_stride + at
     if ADD:
         total += tl.load(out, at < width, 0.0).to(tl.float32)
