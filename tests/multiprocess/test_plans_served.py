@@ -110,13 +110,16 @@ def test_an_uneven_plan_from_a_file(models: dict[str, str], alone: dict[str, Ans
 
 
 @pytest.mark.slow
-def test_ranks_without_our_kernels_meet_by_gloo(models: dict[str, str], tmp_path: Path):
+@pytest.mark.parametrize(("model", "cut"), [("llama", (TP, "2", PP, "2")), ("mixtral", (TP, "2", EP, "2"))])
+def test_ranks_without_our_kernels_meet_by_gloo(
+    models: dict[str, str], model: str, cut: tuple[str, ...], tmp_path: Path
+):
     """float16 runs on torch's kernels, which promise no exactness: the same requests end, and most with the same
     text."""
     found = []
-    for index, flags in enumerate(((), (TP, "2", PP, "2"))):
+    for index, flags in enumerate(((), cut)):
         service = Service(
-            models["llama"], *FLAGS, "--dtype", "float16", *flags, log=tmp_path / str(index)
+            models[model], *FLAGS, "--dtype", "float16", *flags, log=tmp_path / str(index)
         ).wait_ready()
         try:
             found.append(asyncio.run(ask(service.url)))
@@ -126,10 +129,11 @@ def test_ranks_without_our_kernels_meet_by_gloo(models: dict[str, str], tmp_path
     assert sum(x == y for x, y in zip(one, several, strict=True)) > len(one) / 2
 
 
-def test_experts_without_our_kernels_are_refused(models: dict[str, str], tmp_path: Path):
-    service = Service(models["mixtral"], "--dtype", "float16", TP, "2", log=tmp_path / "log")
+def test_experts_that_move_without_our_kernels_are_refused(models: dict[str, str], tmp_path: Path):
+    flags = ("--dtype", "float16", TP, "2", EP, "2", "--enable-eplb")
+    service = Service(models["mixtral"], *flags, log=tmp_path / "log")
     assert service.wait_end() == 2
-    assert "experts over several ranks run on the cpu kernels only so far" in service.text()
+    assert "--enable-eplb: works with the cpu kernels only so far" in service.text()
 
 
 @pytest.mark.parametrize("victim", ["1.0"])

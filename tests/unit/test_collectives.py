@@ -210,11 +210,10 @@ def test_torch_distributed_gives_the_same_bits(options: dict[str, object], tmp_p
     requests, held = [[5, 6, 7, 8, 9, 10, 11], [20] * 17], []
 
     def run(place: Place) -> list[torch.Tensor]:
-        collectives = None
+        kernels, collectives = CpuKernels(threads=1), None
         if not place.is_alone:
-            collectives = DistributedCollectives(info.spec, place, torch.device("cpu"), store, 30.0)
+            collectives = DistributedCollectives(kernels, info.spec, place, torch.device("cpu"), store, 30.0)
             held.append(collectives)  # who leaves early closes what the others still read from
-        kernels = CpuKernels(threads=1)
         decoder = load_decoder(info, kernels, torch.float32, "cpu", place=place, collectives=collectives)
         return run_interleaved(decoder, requests)
 
@@ -230,7 +229,7 @@ def test_torch_distributed_gives_the_same_bits(options: dict[str, object], tmp_p
 def test_torch_distributed_ends_at_the_deadline():
     place = places(make_plan(spec(), tensor=2).replicas[0])[0]
     with pytest.raises(CollectiveFailed):
-        DistributedCollectives(spec(), place, torch.device("cpu"), dist.HashStore(), 0.3)
+        DistributedCollectives(CpuKernels(threads=1), spec(), place, torch.device("cpu"), dist.HashStore(), 0.3)
 
 
 def test_a_step_may_take_longer_than_a_wait():

@@ -88,9 +88,9 @@ def test_without_sizes_a_machine_with_gpus_is_planned_for_and_cpus_have_one_rank
     assert plan.estimates is not None
     assert plans.planned(config, info(LLAMA_70B), None).replicas[0].num_ranks == 1
     assert plans.planned(config, info(LLAMA_8B), cluster_of("1xH100")).replicas[0].num_ranks == 1
-    experts = plans.planned(config, info(MIXTRAL), cluster_of("8xH100"))  # over several ranks: on CPUs so far
-    assert {len(stage.ranks) for replica in experts.replicas for stage in replica.stages} == {1}
-    assert not experts.shard_weights
+    experts = plans.planned(config, info(MIXTRAL), cluster_of("8xH100"))
+    assert max(len(stage.ranks) for replica in experts.replicas for stage in replica.stages) > 1
+    assert not experts.shard_weights, "the worker refuses that on GPUs"
     long = replace(config, model=replace(ModelConfig(), max_model_len=131_072))
     with pytest.raises(ConfigError, match="does not fit the 2 GPUs of this machine with 131072 tokens"):
         plans.planned(long, info(LLAMA_70B), cluster_of("2xL40S"))

@@ -73,10 +73,9 @@ def planned(config: ServeConfig, model: ModelInfo, machine: Cluster | None) -> P
         context=longest,
     )
     found = search(shape_of_spec(model.spec), machine, goal)
-    # What the worker refuses on GPUs so far: weights that replicas hold together, experts over several ranks.
-    most = 1 if model.spec.moe else max(len(gpus), 1)
+    # the worker refuses weights that replicas hold together on GPUs
     can_run = (some for some in found.ranking if some.served and not some.candidate.shard_weights)
-    best = next((some for some in can_run if max(some.candidate.degrees) <= most), None)
+    best = next(can_run, None)
     if best is None:
         raise ConfigError(
             f"the model does not fit the {len(gpus)} GPUs of this machine with {longest} tokens of context, however "

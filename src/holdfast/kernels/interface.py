@@ -123,9 +123,17 @@ class Capturing(Protocol):
 
     def __call__(self, token_ids: Tensor, batch: BatchLayout) -> Tensor: ...
 
-    def capture(self, max_requests: int, max_context: int, block_size: int, progress: Callable[[float], None]) -> int:
+    def capture(
+        self,
+        max_requests: int,
+        max_context: int,
+        block_size: int,
+        progress: Callable[[float], None],
+        agree: Callable[[bool], bool] | None = None,
+    ) -> int:
         """Of up to `max_requests`, each of up to `max_context` tokens; returns for how many kinds of steps.
-        `progress` gets the fraction done."""
+        `progress` gets the fraction done. `agree`, where several ranks capture the same steps: whether all of them
+        say yes; each rank asks it equally often."""
         ...
 
 

@@ -186,7 +186,12 @@ class ReferenceKernels:
         return ids, shares / shares.sum(dim=-1, keepdim=True) if routing.renormalize else shares
 
     def expert_pairs(
-        self, x: Tensor, ids: Tensor, up: Sequence[StackedMatrix], down: Sequence[Sequence[StackedMatrix]], out: Tensor
+        self,
+        x: Tensor,
+        ids: Tensor,
+        up: Sequence[StackedMatrix],
+        down: Sequence[Sequence[StackedMatrix]],
+        out: Tensor,
     ) -> None:
         for index, matrix in enumerate(up):
             pairs = torch.nonzero(ids.flatten() == index).flatten()

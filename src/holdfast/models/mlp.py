@@ -9,7 +9,7 @@ from holdfast.core.spec import DecoderSpec
 from holdfast.kernels.interface import Routing
 from holdfast.models.layers import Weights
 from holdfast.parallel.collectives import LocalExperts
-from holdfast.parallel.placement import experts_at, owners_of, table_of
+from holdfast.parallel.placement import experts_at, group_of, owners_of, table_of
 
 
 class MLP:
@@ -40,7 +40,10 @@ class MixtureOfExperts:
         if self.collectives is not None:
             pieces = list(zip(*(down.packed for down in self.down), strict=True))
             table = torch.tensor(table_of(owners_of(place.stage_plan, layer)))
-            self.local = LocalExperts(layer, ids, self.up, pieces, table)
+            index = torch.full(table.shape[1:], len(ids))
+            index[list(ids)] = torch.arange(len(ids))
+            here = index.where(table == group_of(place), len(ids)).to(weights.device)
+            self.local = LocalExperts(layer, ids, self.up, pieces, table, here)
 
     def __call__(self, x: Tensor, *, add_to: Tensor | None = None) -> Tensor:
         # float32: rounded to bfloat16, different scores often become equal, and the choice one of ids

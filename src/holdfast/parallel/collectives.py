@@ -32,6 +32,9 @@ class LocalExperts:
     """Piece by piece of the tree `StageTrees.experts`: packed, of each."""
     table: Tensor
     """int64 [TURNS, E], of all: see `placement.table_of`."""
+    here: Tensor
+    """The same, as a rank needs it that sorts its own pairs out, on its device: where in `ids` the expert is if the
+    pair is this rank's, else len(ids)."""
 
 
 class Collectives(Protocol):

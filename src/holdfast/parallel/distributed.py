@@ -1,8 +1,10 @@
-"""Collectives by torch.distributed: NCCL between GPUs, Gloo between processes that run torch's own kernels.
+"""Collectives by torch.distributed: NCCL between GPUs, Gloo between processes that run torch's own kernels, and, by
+way of the host's memory, between ranks that share a GPU, which NCCL does not take.
 
 Sums are made in the order of the tree here as well: the pieces of all ranks are gathered and each rank adds them
-up. Not one library's all-reduce, whose order is its own, so the bits are those of a single rank wherever the
-kernels' are.
+up. Not by a library's all-reduce, whose order is its own, so the bits are those of a single rank wherever the
+kernels' are. What an all-reduce does carry is the results of experts: each number comes from one rank, all others
+have zeros in its place, and bits are added as integers, so that the order does not matter.
 """
 
 from __future__ import annotations
@@ -20,24 +22,38 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 from holdfast.core.errors import CollectiveFailed
 from holdfast.core.plan import Place
 from holdfast.core.spec import DecoderSpec
-from holdfast.kernels.interface import Routing
+from holdfast.kernels.interface import ExpertPairs, Kernels, Routing
 from holdfast.parallel.collectives import LocalExperts
+from holdfast.parallel.placement import group_of, groups_of
 from holdfast.parallel.segment import StageTrees
 from holdfast.parallel.shards import Tree
 
-__all__ = ["DistributedCollectives", "FileStore", "takes"]
+__all__ = ["DistributedCollectives", "FileStore"]
 
 
 class DistributedCollectives:
     """`Collectives` of the rank at `place`. The ranks find each other through `store`; `timeout`: seconds that each
-    exchange may take. Raises `CollectiveFailed` when they do not meet; between GPUs nobody waits on the host, and
-    what ends an exchange there is NCCL's own watchdog, with the process. Steps are not counted."""
+    exchange may take. `by_host`: numbers on a GPU go by way of the host's memory. Raises `CollectiveFailed` when the
+    ranks do not meet; with NCCL nobody waits on the host, and what ends an exchange there is its own watchdog, with
+    the process. Steps are not counted, nor how often experts are chosen."""
 
-    def __init__(self, spec: DecoderSpec, place: Place, device: torch.device, store: Store, timeout: float) -> None:
+    def __init__(  # noqa: PLR0917 - what it stands on
+        self,
+        kernels: Kernels[Any],
+        spec: DecoderSpec,
+        place: Place,
+        device: torch.device,
+        store: Store,
+        timeout: float,
+        *,
+        by_host: bool = False,
+    ) -> None:
         self.place = place
         self.trees = StageTrees.of(place.replica, place.stage, spec)
+        self._kernels = kernels
         self._spec = spec
         self._device = device
+        self._by_nccl = device.type == "cuda" and not by_host
         self._timeout = timedelta(seconds=timeout)
         self._on_their_way: deque[tuple[Any, Tensor]] = deque()
         sizes = [len(stage.ranks) for stage in place.replica.stages]
@@ -62,7 +78,7 @@ class DistributedCollectives:
         if size == 1:
             return None
         where = PrefixStore(name, store)
-        if self._device.type == "cuda":
+        if self._by_nccl:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
             return self._try(lambda: dist.ProcessGroupNCCL(where, rank, size, options))
@@ -85,15 +101,10 @@ class DistributedCollectives:
         for place, partial in zip(mine, partials, strict=False):
             place.copy_(partial)
         everything = self._gather(mine)
-        sums: list[Tensor] = []
-        joins = iter(tree.joins)
-        for rank, pieces in enumerate(tree.pieces):
-            for index in range(len(pieces)):
-                sums.append(everything[rank, index])
-                for _ in range(next(joins)):
-                    right = sums.pop()
-                    sums[-1] = sums[-1] + right
-        total = sums[0] if bias is None else sums[0] + bias
+        sources = [everything[rank, index] for rank, pieces in enumerate(tree.pieces) for index in range(len(pieces))]
+        total = _joined(sources, tree)
+        if bias is not None:
+            total = total + bias
         return total.to(dtype) if add_to is None else add_to.add_(total)
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -107,9 +118,18 @@ class DistributedCollectives:
         """[…] → [ranks, …]."""
         if self._stage is None:
             return x[None]
-        out = x.new_empty(len(self.place.ranks), *x.shape)
-        self._try(lambda: self._stage.allgather([list(out)], [x]).wait(self._timeout))
-        return out
+        mine = self._to_send(x)
+        out = mine.new_empty(len(self.place.ranks) * x.shape[0], *x.shape[1:])  # one below the other, Gloo wants it
+        self._meet(lambda: self._stage._allgather_base(out, mine))
+        return out.to(self._device).view(-1, *x.shape)
+
+    def least(self, number: int) -> int:
+        """The least of the numbers that the ranks of this stage bring. Waits for the device."""
+        return int(self._gather(torch.tensor([number], device=self._device)).min())
+
+    def all_say(self, yes: bool) -> bool:
+        """Whether all ranks of this stage say yes. Waits for the device."""
+        return self.least(int(yes)) > 0
 
     def experts(
         self,
@@ -120,7 +140,29 @@ class DistributedCollectives:
         *,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        raise AssertionError("refused at the start: see `takes`")
+        """Every pair (row, expert) that is this rank's is computed; then every rank has the results of all, piece by
+        piece, and adds up what each of its rows got, in expert-id order."""
+        assert isinstance(self._kernels, ExpertPairs), self._kernels.name
+        tree = self.trees.experts
+        assert tree is not None
+        ids, shares = self._kernels.route(router_logits, routing)
+        rows, turns = x.shape[0], local.here.shape[0]
+        mine = local.here.repeat(-(-rows // turns), 1)[:rows].gather(1, ids)
+        groups, number = groups_of(self.place.stage_plan), group_of(self.place)
+        index = self.place.index - groups[number].start
+        counts = [len(pieces) for pieces in tree.pieces]
+        first = sum(counts[:index])
+        pieces = torch.zeros(sum(counts), ids.numel(), x.shape[1], device=x.device)
+        own = pieces[first : first + counts[index]]
+        self._kernels.expert_pairs(x, mine, local.up, local.down, own)
+        pairs = self.all_reduce(list(own), tree) if len(groups) == 1 else _joined(list(self._united(pieces)), tree)
+        return self._kernels.combine(pairs, shares, x.dtype, add_to=add_to)
+
+    def _united(self, x: Tensor) -> Tensor:
+        """float32 numbers, each of which one rank of the stage has, and the others zeros in its place."""
+        bits = self._to_send(x).view(torch.int32)
+        self._meet(lambda: self._stage.allreduce([bits]))
+        return bits.view(torch.float32).to(self._device)
 
     # --- the stages beside ---
 
@@ -129,18 +171,24 @@ class DistributedCollectives:
         stage = len(self.place.ranks)
         while len(self._on_their_way) > 2 * self._num_after:
             self._try(self._on_their_way.popleft()[0].wait)
-        copy = x.clone()  # x is the next step's as soon as we return
+        copy = x.clone() if self._by_nccl else x.cpu().clone()  # x is the next step's as soon as we return
         for receiver in range(self._num_after):
             if receiver % stage == self.place.index:
                 self._on_their_way.append((self._after.send([copy], stage + receiver, 0), copy))
 
     def receive(self, rows: int) -> Tensor:
-        x = torch.empty(rows, self._spec.hidden_size, device=self._device)
+        x = self._to_send(torch.empty(rows, self._spec.hidden_size, device=self._device))
         sender = self.place.index % self._num_before
-        self._try(lambda: self._before.recv([x], sender, 0).wait(self._timeout))
-        return x
+        self._meet(lambda: self._before.recv([x], sender, 0))
+        return x.to(self._device)
 
     # --- together ---
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether steps can be recorded as CUDA graphs: by NCCL, with nothing to be sent to another stage, for what
+        `send` holds until it has arrived is the host's to let go."""
+        return self._by_nccl and len(self.place.replica.stages) == 1
 
     def count_step(self, seconds: float) -> None:
         pass
@@ -150,6 +198,15 @@ class DistributedCollectives:
             if group is not None:
                 group.abort()
 
+    def _to_send(self, x: Tensor) -> Tensor:
+        """Where the process groups can read and write it: x itself, or a copy on the host."""
+        return x if self._by_nccl else x.cpu()
+
+    def _meet(self, begin: Callable[[], Any]) -> None:
+        """An exchange, to its end: NCCL's on the stream, for a wait with a timeout would hold up the host and could
+        not be captured; Gloo's here."""
+        self._try(lambda: begin().wait() if self._by_nccl else begin().wait(self._timeout))
+
     def _try(self, exchange: Callable[[], Any]) -> Any:
         try:
             return exchange()
@@ -157,6 +214,12 @@ class DistributedCollectives:
             raise CollectiveFailed(f"ranks did not meet: {error}") from error
 
 
-def takes(spec: DecoderSpec, place: Place) -> bool:
-    """Whether these collectives can run a plan: not yet one that cuts or shares out experts."""
-    return spec.moe is None or all(len(stage.ranks) == 1 for stage in place.replica.stages)
+def _joined(sources: Sequence[Tensor], tree: Tree) -> Tensor:
+    """The sum of all ranks' pieces, in order, as the tree says."""
+    sums: list[Tensor] = []
+    for source, joins in zip(sources, tree.joins, strict=True):
+        sums.append(source)
+        for _ in range(joins):
+            right = sums.pop()
+            sums[-1] = sums[-1] + right
+    return sums[0]

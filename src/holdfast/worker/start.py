@@ -24,7 +24,7 @@ from holdfast.kernels.select import select_kernels
 from holdfast.models.load import load_decoder
 from holdfast.parallel.collectives import Collectives
 from holdfast.parallel.cuts import make_plan
-from holdfast.parallel.distributed import DistributedCollectives, FileStore, takes
+from holdfast.parallel.distributed import DistributedCollectives, FileStore
 from holdfast.parallel.segment import Moves, attach, layout_of
 from holdfast.parallel.shared import SharedCollectives
 from holdfast.parallel.weights import SharedWeights
@@ -71,6 +71,11 @@ class Post:
         """Number of its GPU on this machine."""
         return self.plan.device_of(self.replica, self.place.shard.rank)
 
+    def shares_device(self, count: int) -> bool:
+        """Whether, of `count` GPUs, one is that of several ranks of this replica."""
+        ranks = [shard.rank for stage in self.place.replica.stages for shard in stage.ranks]
+        return len({self.plan.device_of(self.replica, rank) % count for rank in ranks}) < len(ranks)
+
     @property
     def num_ranks(self) -> int:
         """Of all replicas."""
@@ -104,8 +109,8 @@ def start_runner(
     kernels = select_kernels(
         device.type, dtype, threads, pinned=pinned, activation_bits=bits, exactness=exactness, memory=shared
     )
-    if shared is not None and not isinstance(kernels, CpuKernels):
-        raise ConfigError(f"--shard-weights: works with the cpu kernels only so far, not with {kernels.name}")
+    if not isinstance(kernels, CpuKernels):
+        _refuse_what_only_cpus_do(config, post, kernels)
     if model.spec.head_dim > kernels.max_head_dim:
         raise ConfigError(
             f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
@@ -139,12 +144,16 @@ def start_runner(
         moved=(lambda: None) if moves is None else moves.count,
     )
     num_blocks = _num_blocks(config, model, runner, post)
+    together = _captured_together(collectives)
+    if together is not None:  # graphs are made for as long a context everywhere
+        num_blocks = together.least(num_blocks)
     runner.use_pages(decoder.allocate_pages(num_blocks, config.cache.block_size))
-    capture = collectives is None and not config.device.enforce_eager  # what ranks exchange is not captured yet
+    capture = (collectives is None or together is not None) and not config.device.enforce_eager
     if isinstance(runner.forward, Capturing) and capture:
         requests, size = config.scheduler.max_num_seqs, config.cache.block_size
         length = min(longest_request(config, model), num_blocks * size)
-        runner.forward.capture(requests, length, size, lambda done: progress("capturing graphs", done))
+        agree = None if together is None else together.all_say
+        runner.forward.capture(requests, length, size, lambda done: progress("capturing graphs", done), agree)
     tokens = num_blocks * config.cache.block_size
     place = kernels.name if device.type == "cpu" else device.type
     progress(f"{place}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
@@ -164,13 +173,29 @@ def _join_replica(  # noqa: PLR0917
         return None
     timeout = config.device.collective_timeout
     if not isinstance(kernels, CpuKernels):
-        if not takes(model.spec, post.place):
-            raise ConfigError(f"experts over several ranks run on the cpu kernels only so far, not on {kernels.name}")
         store = FileStore(post.meeting, post.place.replica.num_ranks)
-        return DistributedCollectives(model.spec, post.place, device, store, timeout)
+        by_host = device.type == "cuda" and post.shares_device(torch.cuda.device_count())
+        return DistributedCollectives(kernels, model.spec, post.place, device, store, timeout, by_host=by_host)
     assert memory is not None, "ranks share memory"
     layout = layout_of(post.place.replica, model.spec, config.scheduler)
     return SharedCollectives(kernels, model.spec, post.place, layout, memory, timeout, _pace())
+
+
+def _captured_together(collectives: Collectives | None) -> DistributedCollectives | None:
+    """What ranks exchange, where that is captured with their steps."""
+    if isinstance(collectives, DistributedCollectives) and collectives.can_be_captured:
+        return collectives
+    return None
+
+
+def _refuse_what_only_cpus_do(config: ServeConfig, post: Post, kernels: Kernels[Any]) -> None:
+    """Raises `ConfigError`."""
+    if post.plan.shard_weights:
+        raise ConfigError(f"--shard-weights: works with the cpu kernels only, not with {kernels.name}")
+    if config.device.enable_eplb:
+        raise ConfigError(
+            f"--enable-eplb: works with the cpu kernels only so far, not with {kernels.name}; placements in a plan do"
+        )
 
 
 def _pace() -> tuple[int, int] | None:

@@ -115,9 +115,17 @@ class GraphProgram:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         """By the number of requests, and of splits."""
 
-    def capture(self, max_requests: int, max_context: int, block_size: int, progress: Callable[[float], None]) -> int:
+    def capture(
+        self,
+        max_requests: int,
+        max_context: int,
+        block_size: int,
+        progress: Callable[[float], None],
+        agree: Callable[[bool], bool] | None = None,
+    ) -> int:
         """Capture what steps of up to `max_requests` decodes need, the largest first, for at most `CAPTURE_SECONDS`;
-        returns the number of graphs. What has none runs launch by launch: slower, the same bits."""
+        returns the number of graphs. What has none runs launch by launch: slower, the same bits. Ranks that `agree`
+        have the same graphs: a step that one of them replays and another does not would never end."""
         sizes = sorted(
             {*(n for n in FEW_REQUESTS if n < max_requests), *range(96, max_requests, MORE_REQUESTS), max_requests}
         )
@@ -126,7 +134,8 @@ class GraphProgram:
         pool, width, begin = torch.cuda.graph_pool_handle(), -(-max_context // block_size), time.monotonic()
         side = torch.cuda.Stream()
         for done, (size, splits) in enumerate(reversed(wanted)):
-            if time.monotonic() - begin > CAPTURE_SECONDS:
+            in_time = time.monotonic() - begin <= CAPTURE_SECONDS
+            if not (in_time if agree is None else agree(in_time)):
                 log.warning(
                     "%d of %d CUDA graphs in %d s: some steps run launch by launch",
                     done,
@@ -134,25 +143,38 @@ class GraphProgram:
                     CAPTURE_SECONDS,
                 )
                 break
-            try:
-                inputs = DecodeInputs(size, width, splits, self._device)
-                self._graphs[size, splits] = self._captured(inputs, pool, side)
-            except torch.OutOfMemoryError:
+            graph = self._captured((size, width, splits), pool, side, together=agree is not None)
+            if not (graph is not None if agree is None else agree(graph is not None)):
                 log.warning(
                     "no memory for more than %d of %d CUDA graphs: some steps run launch by launch", done, len(wanted)
                 )
                 break
+            assert graph is not None
+            self._graphs[size, splits] = graph
             progress((done + 1) / len(wanted))
         return len(self._graphs)
 
-    def _captured(self, inputs: DecodeInputs, pool: Any, side: torch.cuda.Stream) -> _Graph:
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles the kernels, which cannot be done while a graph is captured
-            self._forward(inputs.token_ids, inputs.layout)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side):
-            result = self._forward(inputs.token_ids, inputs.layout)
+    def _captured(
+        self, shape: tuple[int, int, int], pool: Any, side: torch.cuda.Stream, *, together: bool
+    ) -> _Graph | None:
+        """None when there is no memory for it. `together`: before other ranks wait for this one in the kernels that
+        are run beforehand, that raises; while they are captured nobody waits for anybody."""
+        warm = False
+        try:
+            inputs = DecodeInputs(*shape, self._device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles the kernels, which cannot be done while a graph is captured
+                self._forward(inputs.token_ids, inputs.layout)
+            torch.cuda.current_stream().wait_stream(side)
+            warm = True
+            graph = torch.cuda.CUDAGraph()
+            # other threads (NCCL's watchdog) may ask for their own events meanwhile
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                result = self._forward(inputs.token_ids, inputs.layout)
+        except RuntimeError as error:  # the driver's, when it makes the graph, is no OutOfMemoryError
+            if "out of memory" not in str(error) or (together and not warm):
+                raise
+            return None
         return _Graph(inputs, graph, result)
 
     def __call__(self, token_ids: Tensor, batch: BatchLayout) -> Tensor:

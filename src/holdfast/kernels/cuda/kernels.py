@@ -272,8 +272,9 @@ class CudaKernels:
         count, chosen = shares.shape
         y = add_to if add_to is not None else self._new(pairs, count, pairs.shape[1], dtype)
         rows.combine_row[(count, triton.cdiv(y.shape[1], ROW_BLOCK))](
-            pairs, shares, y, y.stride(0), y.shape[1], CHOSEN=chosen, ADD=add_to is not None, BLOCK=ROW_BLOCK, **ROUNDED
-        )
+            pairs, shares, y, y.stride(0), y.shape[1], CHOSEN=chosen, ADD=add_to is not None, BLOCK=ROW_BLOCK,
+            **ROUNDED,
+        )  # fmt: skip
         return y
 
     def _grouped(  # noqa: PLR0917
