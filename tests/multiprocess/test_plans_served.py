@@ -118,9 +118,7 @@ def test_ranks_without_our_kernels_meet_by_gloo(
     text."""
     found = []
     for index, flags in enumerate(((), cut)):
-        service = Service(
-            models[model], *FLAGS, "--dtype", "float16", *flags, log=tmp_path / str(index)
-        ).wait_ready()
+        service = Service(models[model], *FLAGS, "--dtype", "float16", *flags, log=tmp_path / str(index)).wait_ready()
         try:
             found.append(asyncio.run(ask(service.url)))
         finally:

@@ -52,6 +52,7 @@ SERVE_FLAGS = [
     "--allow-shared-gpu",
     "--no-allow-shared-gpu",
     "--exactness",
+    "--attention-backend",
     "--enforce-eager",
     "--no-enforce-eager",
     "--block-size",

@@ -140,6 +140,11 @@ class DeviceConfig:
         "What changes no token, on a GPU. plan: neither company in a batch nor how the model is cut over devices; "
         "batch: company alone; off: either may, by the last bits, and products are cuBLAS's. On CPU always plan.",
     )
+    attention_backend: Literal["triton", "flashinfer"] = option(
+        "triton",
+        "Who computes the attention of prompts on a GPU. flashinfer: that library, with --exactness off, for heads "
+        "of 64, 128 or 256 in 16 bits without ALiBi; all else, and decodes, are our own kernels'.",
+    )
     enforce_eager: bool = option(
         False, "Launch a GPU's kernels one by one instead of replaying steps of decodes as CUDA graphs."
     )

@@ -231,7 +231,14 @@ def log_path(config: ServerConfig, endpoints: Endpoints) -> Path:
 def owner_of(boot: Boot) -> str:
     """Whose tokens a log holds: the checkpoint, and what else they depend on."""
     model, device = boot.config.model, boot.config.device
-    matters = (boot.stamp, model.dtype, model.quantized_activations, device.device, device.exactness)
+    matters = (
+        boot.stamp,
+        model.dtype,
+        model.quantized_activations,
+        device.device,
+        device.exactness,
+        device.attention_backend,
+    )
     return f"{boot.model.path}, {hashlib.blake2b(repr(matters).encode(), digest_size=8).hexdigest()}"
 
 

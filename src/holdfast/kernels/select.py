@@ -5,6 +5,7 @@
 | `cpu-avx512bf16`, `cpu-avx512`, `cpu-avx2`, `cpu-portable` | CPUs | float32, bfloat16 | held as they are | exact |
 | `cuda` | NVIDIA GPUs, compute capability 8.0 and later | all | held as they are, FP8 too | exact |
 | `cuda-close` | the same, with `--exactness off` | all | the same | close |
+| `cuda-flashinfer` | the same, with `--attention-backend flashinfer` | all | the same | close |
 | `reference` | all that torch runs on | all | dequantized | close |
 
 exact: a request's bits depend on nothing but the request. That holds within one backend: another instruction set or
@@ -15,11 +16,13 @@ numbers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 
+from holdfast.core.errors import ConfigError
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.kernels.cpu.memory import WeightMemory
 from holdfast.kernels.interface import Kernels
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 
 Exactness = Literal["plan", "batch", "off"]
 """`--exactness`."""
+AttentionBackend = Literal["triton", "flashinfer"]
+"""`--attention-backend`."""
 
 
 def select_kernels(
@@ -39,16 +44,18 @@ def select_kernels(
     pinned: bool = False,
     activation_bits: int = 16,
     exactness: Exactness = "plan",
+    attention: AttentionBackend = "triton",
     memory: WeightMemory | None = None,
 ) -> Kernels[Any]:
-    """The backend for a torch device type ("cpu", "cuda") and the model's dtype. `exactness` is for GPUs, the rest
-    for CPUs: `CpuKernels`.
+    """The backend for a torch device type ("cpu", "cuda") and the model's dtype. `exactness` and `attention` are for
+    GPUs, the rest for CPUs: `CpuKernels`.
 
-    Raises `ConfigError` for an instruction set asked for by the environment that this processor lacks, and for
-    threads that cannot be had.
+    Raises `ConfigError` for an instruction set asked for by the environment that this processor lacks, for threads
+    that cannot be had, and for FlashInfer where it is not to be had.
     """
+    wrapper = _flashinfer(device, exactness) if attention == "flashinfer" else None
     if device != "cpu":
-        return _for_gpu(dtype, exactness)
+        return _for_gpu(dtype, exactness, wrapper)
     if dtype not in (torch.float32, torch.bfloat16):
         log.warning("the CPU kernels take float32 and bfloat16: %s runs on torch's, slower and not exact", dtype)
         return ReferenceKernels(dtype)
@@ -59,7 +66,24 @@ def select_kernels(
         return ReferenceKernels(dtype)
 
 
-def _for_gpu(dtype: torch.dtype, exactness: Exactness) -> Kernels[Any]:
+def _flashinfer(device: str, exactness: Exactness) -> Callable[..., Any]:
+    """Its wrapper for prompts. Raises `ConfigError`."""
+    if device == "cpu":
+        raise ConfigError("--attention-backend flashinfer: works on GPUs only")
+    if exactness != "off":
+        raise ConfigError("--attention-backend flashinfer: needs --exactness off, for its sums change with the batch")
+    try:
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise ConfigError(
+            f"--attention-backend flashinfer: FlashInfer cannot be imported ({error}); "
+            "pip install 'holdfast[flashinfer]' installs it"
+        ) from error
+    wrapper: Callable[..., Any] = BatchPrefillWithPagedKVCacheWrapper
+    return wrapper
+
+
+def _for_gpu(dtype: torch.dtype, exactness: Exactness, flashinfer: Callable[..., Any] | None) -> Kernels[Any]:
     capability = torch.cuda.get_device_capability()
     if find_spec("triton") is None or capability < (8, 0):
         why = "triton is not installed" if capability >= (8, 0) else f"the GPU's compute capability is {capability}"
@@ -69,10 +93,13 @@ def _for_gpu(dtype: torch.dtype, exactness: Exactness) -> Kernels[Any]:
         return ReferenceKernels(dtype)
     # triton is imported with the first of these: a machine without GPUs need not have it
     from holdfast.kernels.cuda.close import CloseCudaKernels  # noqa: PLC0415
+    from holdfast.kernels.cuda.flash import FlashInferKernels  # noqa: PLC0415
     from holdfast.kernels.cuda.kernels import CudaKernels  # noqa: PLC0415
 
     little_shared_memory = capability in {(8, 6), (8, 9)} or capability[0] == 12  # 99 KB: GPUs for desks
     num_stages = 2 if little_shared_memory else 3
+    if flashinfer is not None:
+        return FlashInferKernels(flashinfer, dtype, num_stages=num_stages)
     if exactness == "off":
         return CloseCudaKernels(dtype, num_stages=num_stages)
     return CudaKernels(dtype, sharded=exactness == "plan", num_stages=num_stages)

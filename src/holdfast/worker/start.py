@@ -107,7 +107,14 @@ def start_runner(
     exactness = config.device.exactness
     shared = None if post.weights is None else SharedWeights(post.weights, post.replica, len(post.plan.replicas))
     kernels = select_kernels(
-        device.type, dtype, threads, pinned=pinned, activation_bits=bits, exactness=exactness, memory=shared
+        device.type,
+        dtype,
+        threads,
+        pinned=pinned,
+        activation_bits=bits,
+        exactness=exactness,
+        attention=config.device.attention_backend,
+        memory=shared,
     )
     if not isinstance(kernels, CpuKernels):
         _refuse_what_only_cpus_do(config, post, kernels)
