@@ -26,6 +26,7 @@ from holdfast.core.spec import DecoderSpec
 from holdfast.kernels.cpu import structs
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.kernels.interface import BatchLayout
+from holdfast.kernels.reference import ReferenceKernels
 from holdfast.models.inspect import inspect_model
 from holdfast.models.load import load_decoder
 from holdfast.parallel.cuts import make_plan
@@ -35,6 +36,15 @@ from holdfast.parallel.shards import tree_of
 from holdfast.parallel.shared import SharedCollectives
 from support.builds import builds
 from support.checkpoints import random_model, run_interleaved, save
+
+MOE = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 
 pytestmark = pytest.mark.skipif(not builds(), reason="Holdfast was installed without a C compiler")
 
@@ -224,6 +234,41 @@ def test_torch_distributed_gives_the_same_bits(options: dict[str, object], tmp_p
     (alone,) = everywhere(make_plan(info.spec))
     for logits in everywhere(plan):
         assert all(torch.equal(x, y) for x, y in zip(alone, logits, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"tensor": 2, "expert": 2}, {"tensor": 2}, {"tensor": 4, "expert": 2}])
+def test_torch_distributed_shares_out_experts(options: dict[str, int], tmp_path: Path):
+    """Torch's kernels, which are close and no more; ours are in tests/parity/test_cuda_plans.py."""
+    info = inspect_model(save(random_model(model_type="mixtral", **MOE), tmp_path))
+    store, held = dist.HashStore(), []
+
+    def run(place: Place) -> list[torch.Tensor]:
+        kernels, collectives = ReferenceKernels(), None
+        if not place.is_alone:
+            collectives = DistributedCollectives(kernels, info.spec, place, torch.device("cpu"), store, 30.0)
+            held.append(collectives)
+        decoder = load_decoder(info, kernels, torch.float32, "cpu", place=place, collectives=collectives)
+        return run_interleaved(decoder, [[5, 6, 7, 8, 9, 10, 11], [20] * 17])
+
+    (alone,) = [run(place) for place in places(make_plan(info.spec).replicas[0])]
+    ranks = places(make_plan(info.spec, **options).replicas[0])
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        for logits in pool.map(run, ranks):
+            torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_agree_on_what_all_can_do():
+    """What is captured together: with an answer that differs between ranks, a step would never end."""
+    store, ranks = dist.HashStore(), places(make_plan(spec(), tensor=3).replicas[0])
+
+    def run(place: Place) -> tuple[DistributedCollectives, int, bool, bool]:
+        some = DistributedCollectives(CpuKernels(threads=1), spec(), place, torch.device("cpu"), store, 30.0)
+        return some, some.least(7 + place.index), some.all_say(yes=True), some.all_say(yes=place.index != 1)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, ranks))
+    assert [answers for _, *answers in found] == [[7, True, False]] * 3
+    assert not any(some.can_be_captured for some, *_ in found), "by Gloo"
 
 
 def test_torch_distributed_ends_at_the_deadline():
