@@ -106,7 +106,9 @@ class DeviceConfig:
         "group, or one per rank where experts are too small to be cut.",
     )
     enable_eplb: bool = option(
-        False, "Measure how often each expert is chosen, and move experts between ranks, while serving, to spread it."
+        False,
+        "Measure how often each expert is chosen, and move experts between ranks, while serving, to spread it. On "
+        "CPUs.",
     )
     num_redundant_experts: int = option(
         0, "With --enable-eplb: so many extra copies of experts, of each layer, for those that are chosen most."
@@ -132,7 +134,9 @@ class DeviceConfig:
         "instead of once each. On CPUs.",
     )
     allow_shared_gpu: bool = option(
-        False, "Let copies of the model share GPUs, and their memory, when there are more of them than GPUs."
+        False,
+        "Let ranks share GPUs, and their memory, when there are more of them than GPUs. Those of one copy of the "
+        "model then exchange numbers by way of the host.",
     )
 
     exactness: Literal["plan", "batch", "off"] = option(
