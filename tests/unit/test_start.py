@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
+from test_shards import spec
 
 from holdfast.cluster import plans
 from holdfast.core.config import DeviceConfig, ModelConfig, SchedulerConfig, ServeConfig
 from holdfast.core.errors import ConfigError
+from holdfast.core.plan import places
 from holdfast.core.spec import RopeSpec
 from holdfast.hardware import host
 from holdfast.models.inspect import inspect_model
 from holdfast.models.rope import rope_table
 from holdfast.parallel.cuts import make_plan
 from holdfast.worker import start
-from holdfast.worker.start import largest_step, longest_request, start_runner
+from holdfast.worker.start import Post, largest_step, longest_request, start_runner
 from support.checkpoints import random_model, save
 from support.local import LocalEngine
 from support.tiny import tiny_model
@@ -109,3 +112,13 @@ def test_ranks_share_the_cores(cores: int, ranks: int, threads: int, monkeypatch
     shares = [start._share_of_cores(number, ranks) for number in range(ranks)]
     if cores >= ranks:
         assert sum(map(len, shares)) == len(set().union(*shares)) == cores
+
+
+def test_ranks_of_a_replica_that_share_a_gpu_are_known():
+    """NCCL refuses them; copies of the model that share one exchange nothing."""
+    plan = make_plan(spec(), tensor=2, data=2)
+    plan = msgspec.structs.replace(plan, devices=plan.devices_in_order)
+    posts = [Post(plan, replica, place) for replica in (0, 1) for place in places(plan.replicas[replica])]
+    assert [post.device for post in posts] == [0, 1, 2, 3]
+    assert all(post.shares_device(1) for post in posts)
+    assert not any(post.shares_device(2) or post.shares_device(4) for post in posts)
