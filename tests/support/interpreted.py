@@ -10,7 +10,7 @@ def sum_in_one_order() -> None:
     A device's instructions do not. In float64, rounded once, the order does not show."""
     from triton.runtime import interpreter  # noqa: PLC0415 - not on machines without triton
 
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    def create_dot(self, a, b, d, *how):
         products = np.matmul(a.data, b.data, dtype=np.float64)
         return interpreter.TensorHandle((products + d.data).astype(d.data.dtype), d.dtype.scalar)
 
