@@ -13,7 +13,7 @@ import torch
 from holdfast.cache.pages import KVPages
 from holdfast.cache.store import HASH_BYTES, StoreLayout, StoreMemory
 from holdfast.core.plan import places
-from holdfast.kernels.interface import AttentionOptions, BatchLayout, Heads
+from holdfast.kernels.interface import AttentionOptions, Heads
 from holdfast.kernels.reference import ReferenceKernels
 from holdfast.kernels.select import select_kernels
 from holdfast.models.inspect import inspect_model
@@ -83,26 +83,6 @@ def test_a_query_is_the_same_as_a_decode_and_in_a_chunk(heads: int, kv_heads: in
         assert same_bits(company[100], alone[0])
     expected = cached.expected([(0, 4990, 5000)], options)
     torch.testing.assert_close(chunk[990:].double().cpu(), expected, atol=2e-2, rtol=0)
-
-
-def test_offsets_beyond_2_to_the_31_numbers():
-    """As in the cache of a large card."""
-    heads, size = Heads(4, 2, 64), 16
-    blocks = (1 << 31) // (2 * size * 64) + 10
-    if torch.cuda.mem_get_info()[0] < 2.5 * 2 * blocks * 2 * size * 64:
-        pytest.skip("takes 9 GB")
-    k_pages, v_pages = (torch.zeros(blocks, 2, size, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    qkv = torch.randn(40, 8 * 64, generator=generator(0)).bfloat16().to(DEVICE)
-    positions = torch.arange(40, device=DEVICE)
-    outs = []
-    for first in (1, blocks - 5):
-        tables = torch.tensor([[first, first + 2, first + 1]], dtype=torch.int32, device=DEVICE)
-        slots = tables[0].long()[positions // size] * size + positions % size
-        batch = BatchLayout((40,), (40,), positions, slots, tables)
-        q = kernels().store_kv(qkv.clone(), heads, k_pages, v_pages, batch)
-        outs.append(kernels().attention(q, heads, k_pages, v_pages, batch, AttentionOptions(0.1)))
-    assert outs[0].any()
-    assert same_bits(*outs)
 
 
 @pytest.mark.parametrize("exactness", ["plan", "batch", "off"])
