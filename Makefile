@@ -30,7 +30,7 @@ serve: $(VENV)/.installed $(VENV)/.demo ## serve the demo model on http://127.0.
 test: $(VENV)/.installed-dev $(VENV)/.demo ## unit, parity and multi-process tests, without the slow ones
 	@$(PY) -m pytest -m "not slow and not gpu" tests/unit tests/parity tests/multiprocess $(ARGS)
 
-test-gpu: $(VENV)/.installed-dev ## the tests that need a CUDA device
+test-gpu: $(VENV)/.installed-dev $(VENV)/.demo ## the tests that need a CUDA device
 	@$(PY) -m pytest -m gpu tests $(ARGS)
 
 parity: $(VENV)/.installed-dev $(VENV)/.demo ## every model family against transformers, slow tests too

@@ -9,15 +9,23 @@ import torch
 
 from holdfast.kernels.interface import AttentionOptions, BatchLayout, Heads, Kernels
 
-from .limits import seconds_of
+from .limits import Roof, seconds_of
+from .models import to_fp8
 
 Row = dict[str, object]
 
 
 def products(
-    kernels: Kernels[Any], config: dict[str, Any], counts: list[int], limits: dict[str, float], device: torch.device
+    kernels: Kernels[Any],
+    config: dict[str, Any],
+    counts: list[int],
+    roof: Roof,
+    device: torch.device,
+    *,
+    fp8: bool = False,
 ) -> list[Row]:
-    """The matrices of one layer and the head, for a few numbers of rows."""
+    """The matrices of one layer and the head, for a few numbers of rows. `fp8`: against the time that cuBLAS takes
+    for bf16 weights."""
     hidden, mlp, heads, kv, dim = (
         config[name]
         for name in (
@@ -31,22 +39,22 @@ def products(
     shapes = {
         "qkv": ((heads + 2 * kv) * dim, hidden, ()),
         "o": (hidden, heads * dim, tuple(heads * dim * (i + 1) // kv for i in range(kv))),
-        "up": (mlp, hidden, ()),
+        "gate, up": (2 * mlp, hidden, ()),
         "down": (hidden, mlp, tuple(mlp * (i + 1) // 8 for i in range(8))),
         "head": (config["vocab_size"], hidden, ()),
     }
     rows: list[Row] = []
     for name, (n, k, shards) in shapes.items():
         weight = torch.randn(n, k, dtype=torch.bfloat16, device=device) * 0.02
-        packed = kernels.pack([weight], shards=shards)
+        gated = name == "gate, up"
+        parts = [to_fp8(part, 1.0) if fp8 else part for part in weight.chunk(1 + gated)]
+        packed = kernels.pack(parts, activation="silu" if gated else None, gated=gated, shards=shards)
         for count in counts:
             x = torch.randn(count, k, dtype=torch.bfloat16, device=device)
             ours = seconds_of(partial(kernels.linear, x, packed), device)
             cublas = seconds_of(partial(torch.matmul, x, weight.T), device)
-            limit = max(
-                2 * (n * k + count * (n + k)) / limits["copy_bytes_per_second"],
-                2 * count * n * k / limits["bf16_flop_per_second"],
-            )
+            num_bytes = n * k * (1 + 4 / 128 if fp8 else 2) + 2 * count * (n / (1 + gated) + k)
+            limit = roof.seconds(num_bytes, 2 * count * n * k)
             rows.append(
                 {
                     "product": name,
@@ -63,7 +71,7 @@ def attention(
     kernels: Kernels[Any],
     config: dict[str, Any],
     cases: list[tuple[int, int, int]],
-    limits: dict[str, float],
+    roof: Roof,
     device: torch.device,
 ) -> list[Row]:
     """(requests, tokens each, context) → time against reading the keys and values once, or the products' FLOP."""
@@ -81,8 +89,7 @@ def attention(
         ours = seconds_of(partial(kernels.attention, q, heads, k_pages, v_pages, batch, options), device)
         num_bytes = requests * context * 2 * heads.num_kv_heads * heads.head_dim * 2
         seen = requests * tokens * (2 * context - tokens + 1) // 2
-        flop = 4 * seen * heads.num_heads * heads.head_dim
-        limit = max(num_bytes / limits["copy_bytes_per_second"], flop / limits["bf16_flop_per_second"])
+        limit = roof.seconds(num_bytes, 4 * seen * heads.num_heads * heads.head_dim)
         rows.append(
             {
                 "attention": f"{requests} × {tokens} of {context}",

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
+from holdfast.core.plan import places
 from holdfast.core.spec import DecoderSpec
-from holdfast.kernels.interface import Kernels
+from holdfast.kernels.interface import FP8_GROUP, Kernels, Matrix, Quantized
 from holdfast.models.config import hf_config
 from holdfast.models.decoder import Decoder
 from holdfast.models.families.registry import FAMILIES
 from holdfast.models.layers import Weights
 from holdfast.models.parameters import packings, parameters
+from holdfast.parallel.cuts import make_plan
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -47,18 +49,21 @@ SMALL = LLAMA_8B | {
 """To try the benchmark itself."""
 
 
-def make_decoder(config: dict[str, Any], kernels: Kernels[Any], device: torch.device) -> Decoder:
-    """In bfloat16, norms of ones, matrices so small that the residual stream stays near 1."""
+def make_decoder(
+    config: dict[str, Any], kernels: Kernels[Any], device: torch.device, *, fp8: bool = False
+) -> Decoder:
+    """In bfloat16, or with the layers' matrices in FP8; norms of ones, matrices so small that the residual stream
+    stays near 1."""
     spec = spec_of(config)
     wanted = parameters(spec)
 
-    def draw(name: str) -> torch.Tensor:
-        return torch.randn(wanted[name].shape, dtype=torch.bfloat16, device=device) * 0.02
+    def draw(name: str) -> Matrix:
+        numbers = torch.randn(wanted[name].shape, dtype=torch.bfloat16, device=device)
+        return to_fp8(numbers, 0.02) if fp8 and name.startswith("layers.") else numbers * 0.02
 
     packed = {
         name: kernels.pack(
             [draw(f"{module}.weight") for module in packing.modules],
-            [draw(bias) for module in packing.modules if (bias := f"{module}.bias") in wanted],
             activation=packing.activation,
             gated=packing.gated,
             shards=packing.shards,
@@ -66,7 +71,15 @@ def make_decoder(config: dict[str, Any], kernels: Kernels[Any], device: torch.de
         for name, packing in packings(spec).items()
     }
     norms = {name: torch.ones(p.shape, device=device) for name, p in wanted.items() if p.norm}
-    return Decoder(Weights(spec, kernels, torch.bfloat16, device, packed, norms))
+    place = places(make_plan(spec).replicas[0])[0]
+    return Decoder(Weights(spec, kernels, torch.bfloat16, device, packed, norms, place))
+
+
+def to_fp8(numbers: torch.Tensor, scale: float) -> Quantized:
+    """Numbers [N, K] near 1, times `scale`."""
+    rows, columns = numbers.shape
+    scales = torch.full((rows, -(-columns // FP8_GROUP)), scale, device=numbers.device)
+    return Quantized("FP8", numbers.to(torch.float8_e4m3fn).view(torch.uint8), scales)
 
 
 def spec_of(config: dict[str, Any]) -> DecoderSpec:

@@ -28,10 +28,10 @@ from holdfast.models.load import load_decoder
 from holdfast.parallel.cuts import check_plan, make_plan
 from holdfast.parallel.distributed import DistributedCollectives, FileStore
 from support.checkpoints import random_model, run_interleaved, save
+from support.interpreted import sum_in_one_order
 
 MIXTRAL = {
     "model_type": "mixtral",
-    "vocab_size": 256,  # the interpreter's products are NumPy's, whose bits depend on the place in a tile of 64
     "hidden_size": 64,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -48,6 +48,7 @@ held: list[DistributedCollectives] = []
 
 def logits_of(path: str, replica: ReplicaPlan, rank: int, meeting: str) -> list[np.ndarray]:
     """What one rank makes of the requests; nothing, where the last stage is another's."""
+    sum_in_one_order()
     torch.set_num_threads(1)
     info, place = inspect_model(path), places(replica)[rank]
     kernels, collectives = CudaKernels(torch.bfloat16), None

@@ -14,9 +14,11 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 from holdfast.kernels.cuda.close import CloseCudaKernels
+from holdfast.kernels.cuda.formats import Codes
 from holdfast.kernels.cuda.graphs import DecodeInputs, step_tensors
 from holdfast.kernels.cuda.kernels import CudaKernels
-from holdfast.kernels.interface import AttentionOptions, Heads, Routing
+from holdfast.kernels.cuda.linear import DeviceMatrix
+from holdfast.kernels.interface import AttentionOptions, BatchLayout, Heads, Routing
 from holdfast.kernels.reference import ReferenceKernels
 from support.attention import Cached
 from support.cpu import generator, matrix, same_bits
@@ -226,6 +228,32 @@ def test_a_query_is_the_same_in_any_company(options: AttentionOptions, dtype: to
         assert same_bits(mixed[15 + row], chunk[start - 2040])
     assert same_bits(mixed[:15], cached.run([(1, 1000, 1030)], options)[15:])
     close(chunk, cached.expected([(0, 2040, 2060)], options), dtype)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 10e9, reason="takes 9 GB of the device")
+def test_offsets_beyond_2_to_the_31_numbers():
+    """In a large card's cache, and in a large vocabulary's table. On CPU the zeros take no memory until touched."""
+    kernels, heads, size, count = KERNELS[torch.bfloat16], Heads(2, 1, 64), 16, 20
+    blocks = (1 << 31) // (size * 64) + 10
+    k_pages, v_pages = (torch.zeros(blocks, 1, size, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    qkv = here(torch.randn(count, 4 * 64, generator=generator(0)).bfloat16())
+    positions, outs = torch.arange(count, device=DEVICE), []
+    for first in (1, blocks - 5):
+        tables = torch.tensor([[first + 2, first]], dtype=torch.int32, device=DEVICE)
+        slots = tables[0].long()[positions // size] * size + positions % size
+        for start, stop in ((0, count - 1), (count - 1, count)):
+            rows = slice(start, stop)
+            batch = BatchLayout((stop - start,), (stop,), positions[rows], slots[rows], tables)
+            q = kernels.store_kv(qkv[rows].clone(), heads, k_pages, v_pages, batch)
+            outs.append(kernels.attention(q, heads, k_pages, v_pages, batch, AttentionOptions(0.1)))
+        assert k_pages[first, 0, : count - size].any()
+    assert outs[0].any()
+    assert same_bits(outs[0], outs[2])
+    assert same_bits(outs[1], outs[3])
+    table = v_pages.view(-1, 64)
+    matrix = DeviceMatrix(Codes(0, table), len(table), 64, None, 0, False, torch.tensor([64]), 16)
+    ids = slots[[0, 5, 19]]
+    assert torch.equal(kernels.embedding(ids, matrix), table[ids].float())
 
 
 def test_rows_that_fill_up_a_batch_touch_nothing():

@@ -20,7 +20,7 @@ from holdfast.models.inspect import inspect_model
 from holdfast.models.rope import rope_table
 from holdfast.parallel.cuts import make_plan
 from holdfast.worker import start
-from holdfast.worker.start import Post, largest_step, longest_request, start_runner
+from holdfast.worker.start import Post, largest_step, longest_request, start_runner, trial_steps
 from support.checkpoints import random_model, save
 from support.local import LocalEngine
 from support.tiny import tiny_model
@@ -44,6 +44,22 @@ def test_the_largest_step_runs_on_a_model_shorter_than_it(tmp_path: Path):
     engine = LocalEngine(tiny_model(tmp_path), num_blocks=4, max_num_batched_tokens=2048)
     step = largest_step(ServeConfig(scheduler=SchedulerConfig(max_num_batched_tokens=2048)), 1024)
     assert len(engine.runner.run(step).sampled) == 128
+
+
+def test_the_steps_tried_at_the_start_of_a_gpu(tmp_path: Path):
+    """Numbers of rows whose kernels would be compiled while a request waits; memory that only a long context takes;
+    positions that the model does not have."""
+    engine = LocalEngine(tiny_model(tmp_path), num_blocks=4, max_num_batched_tokens=300)
+    config = ServeConfig(scheduler=SchedulerConfig(max_num_seqs=20, max_num_batched_tokens=300))
+    steps = list(trial_steps(config, 200))
+    assert [len(request.token_ids) for request in steps[1].new] == [200] + [1] * 19
+    for step in steps:
+        assert sum(step.num_tokens) <= 300
+        assert max(len(request.token_ids) for request in step.new) <= 200
+        assert len(engine.runner.run(step).sampled) == len(step.new) <= 20
+    for rows in (1, 16, 32, 64, 128, 256):  # up to so many share a compiled kernel
+        assert any(rows / 2 < sum(step.num_tokens) <= rows and len(step.new) == 1 for step in steps), rows
+    assert any(len(step.new) == 17 for step in steps), "logits of more than 16 rows"
 
 
 def test_more_threads_than_the_machine_has_are_refused(tmp_path: Path):

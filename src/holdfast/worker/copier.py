@@ -2,21 +2,27 @@
 
 On CPUs a copy is done when it is asked for, between two steps. On a GPU the blocks are gathered on the stream of the
 steps, so no later step can have changed them, and go to pinned memory on a stream beside; when they are there, a look
-in passing (`pump`) puts them into the store.
+in passing (`pump`) puts them into the store. A copy that the GPU has no memory for is left out: it is of use, and
+nobody waits for it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.cache.pages import KVPages
 from holdfast.cache.store import StoreMemory
 from holdfast.core.plan import Place
+from holdfast.worker.transfer import upload
+
+log = logging.getLogger(__name__)
 
 Entry = tuple[int, int, bytes]
 """Block, slot, prefix hash."""
@@ -50,7 +56,10 @@ class BlockCopier:
     def save(self, entries: list[Entry]) -> None:
         """Copy blocks into their slots; on a GPU: begin to."""
         if self._beside is not None:
-            self._send(entries)
+            try:
+                self._send(entries)
+            except torch.OutOfMemoryError:
+                log.warning("the device has no memory to send %d blocks to the store: not kept", len(entries))
             return
         for block, slot, prefix_hash in entries:
             cells = self._cells[:, :, block].permute(1, 2, 0, 3).contiguous()
@@ -62,11 +71,17 @@ class BlockCopier:
         broken = []
         for place, (block, slot, prefix_hash) in enumerate(entries):
             cells = self._memory.copy(slot, prefix_hash, self._layers, self._heads)
-            if cells is None:
+            if cells is None or not self._fill(block, cells):
                 broken.append(place)
-            else:
-                self._cells[:, :, block] = torch.from_numpy(cells).permute(2, 0, 1, 3).to(self._device)
         return broken
+
+    def _fill(self, block: int, cells: np.ndarray) -> bool:
+        """Whether the device had the memory."""
+        try:
+            self._cells[:, :, block] = upload(cells, self._device).permute(2, 0, 1, 3)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def pump(self) -> None:
         """Put what has arrived into the store."""
@@ -78,7 +93,7 @@ class BlockCopier:
     @torch.inference_mode()
     def _send(self, entries: list[Entry]) -> None:
         assert self._beside is not None
-        blocks = torch.tensor([block for block, _, _ in entries], device=self._device)
+        blocks = upload(np.array([block for block, _, _ in entries], dtype=np.int64), self._device)
         gathered = self._cells.index_select(2, blocks).permute(2, 1, 3, 0, 4).contiguous()
         self._beside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._beside):

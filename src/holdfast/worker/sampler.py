@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,24 +51,28 @@ class Sampler:
     def _adjust(self, row: Tensor, request: NewRequest) -> None:
         """min_tokens mask, logit_bias and penalties on one row [V], in place."""
         params = request.params
+
+        def there(values: Iterable[int]) -> Tensor:
+            return upload(np.array(list(values), dtype=np.int64), row.device)
+
         if len(request.token_ids) - request.num_prompt_tokens < params.min_tokens:
             ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
-            row[sorted(ends)] = -torch.inf
+            row.index_fill_(0, there(sorted(ends)), -torch.inf)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=row.device)
-            row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+            biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
+            row[there(params.logit_bias)] += upload(biases, row.device)
         if not params.needs_history:
             return
-        if params.repetition_penalty != 1.0:
-            seen = torch.unique(torch.tensor(request.token_ids, device=row.device))
+        if params.repetition_penalty != 1.0:  # sorted out on the host: how many they are, a device would have to tell
+            seen = there(np.unique(request.token_ids))
             values = row[seen]
             row[seen] = torch.where(
                 values > 0, values / params.repetition_penalty, values * params.repetition_penalty
             )
         output = request.token_ids[request.num_prompt_tokens :]
         if output:
-            seen, counts = torch.unique(torch.tensor(output, device=row.device), return_counts=True)
-            row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+            ids, counts = np.unique(output, return_counts=True)
+            row[there(ids)] -= params.presence_penalty + params.frequency_penalty * there(counts)
 
     def _perturb(self, logits: Tensor, requests: list[NewRequest]) -> Tensor:
         """Temperature, filters and noise on rows [R, V], in place: the argmax is then the sample (Gumbel-max)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ from holdfast.worker.sampler import Sampler
 PACE_VARIABLE = "HOLDFAST_STAGE_PACE"
 """Microseconds that a pipeline's stage takes beside its work, per step and per token, as in 2000,50. For measuring
 the pipeline where there are fewer cores than stages."""
+Progress = Callable[[str, float | None], None]
+"""Told what is being done, and how much of it is (None: no share of anything)."""
 CPU_CACHE_LIMIT = 4_000_000_000
 CPU_CACHE_SHARE = 0.4
 
@@ -85,7 +87,7 @@ class Post:
 def start_runner(
     config: ServeConfig,
     model: ModelInfo,
-    progress: Callable[[str, float | None], None],
+    progress: Progress,
     post: Post | None = None,
 ) -> Runner:
     """Load `model`, or the share of it that belongs to a post, on its device. `progress(text, fraction)` tells the
@@ -150,7 +152,7 @@ def start_runner(
         runs_ahead=device.type == "cuda" and config.scheduler.runs_ahead(device.type),
         moved=(lambda: None) if moves is None else moves.count,
     )
-    num_blocks = _num_blocks(config, model, runner, post)
+    num_blocks = _num_blocks(config, model, runner, post, progress)
     together = _captured_together(collectives)
     if together is not None:  # graphs are made for as long a context everywhere
         num_blocks = together.least(num_blocks)
@@ -265,7 +267,7 @@ def pick_dtype(wanted: str, model: ModelInfo, device: torch.device) -> torch.dty
     return dtype
 
 
-def _num_blocks(config: ServeConfig, model: ModelInfo, runner: Runner, post: Post) -> int:
+def _num_blocks(config: ServeConfig, model: ModelInfo, runner: Runner, post: Post, progress: Progress) -> int:
     spec, cache, device = model.spec, config.cache, runner.device
     (first, last), (first_head, last_head) = post.place.layers, post.place.shard.kv_heads
     per_block = bytes_per_block(
@@ -273,7 +275,8 @@ def _num_blocks(config: ServeConfig, model: ModelInfo, runner: Runner, post: Pos
     )
     longest = longest_request(config, model)
     enough = config.scheduler.max_num_seqs * -(-longest // cache.block_size)
-    free = _free_cuda_memory(config, model, runner, post) if device.type == "cuda" else available_memory()
+    on_gpu = device.type == "cuda"
+    free = _free_cuda_memory(config, model, runner, post, progress) if on_gpu else available_memory()
     if device.type == "cpu" and not post.place.is_alone:  # what is exchanged lies in memory as well
         free = max(free - layout_of(post.place.replica, spec, config.scheduler).num_bytes, 0)
     if cache.kv_cache_memory_bytes is not None:
@@ -292,23 +295,38 @@ def _num_blocks(config: ServeConfig, model: ModelInfo, runner: Runner, post: Pos
     return min(enough, budget // per_block)
 
 
-def _free_cuda_memory(config: ServeConfig, model: ModelInfo, runner: Runner, post: Post) -> int:
+def _free_cuda_memory(config: ServeConfig, model: ModelInfo, runner: Runner, post: Post, progress: Progress) -> int:
     """Bytes left for the KV cache: `--gpu-memory-utilization` of the card, less what others hold, less the weights
-    and the peak workspace of the largest step, measured by running one."""
+    and the peak workspace of a step, measured by running some; no more than is free beside that workspace."""
     device = runner.device
     torch.cuda.reset_peak_memory_stats(device)
-    runner.run(largest_step(config, longest_request(config, model)))
-    for tokens in (1, 2, 17, 33, 65):  # kernels are compiled for a few numbers of rows: now, not when a request waits
-        runner.run(largest_step(config, min(longest_request(config, model), tokens), tokens, max_num_seqs=1))
+    steps = list(trial_steps(config, longest_request(config, model)))
+    for done, step in enumerate(steps, 1):
+        runner.run(step)
+        progress("compiling kernels and measuring memory", done / len(steps))
     runner.requests = Requests()
     peak = torch.cuda.max_memory_allocated(device)
+    workspace = peak - torch.cuda.memory_allocated(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     sharing = -(-post.num_ranks // torch.cuda.device_count())
     if sharing > 1:  # what the others hold is theirs, and still growing
-        return min(int(total * config.cache.gpu_memory_utilization) // sharing - peak, free)
+        return min(int(total * config.cache.gpu_memory_utilization) // sharing - peak, free - workspace)
     others = total - free - torch.cuda.memory_reserved(device)
-    return int(total * config.cache.gpu_memory_utilization) - others - peak
+    return min(int(total * config.cache.gpu_memory_utilization) - others - peak, free - workspace)
+
+
+def trial_steps(config: ServeConfig, longest: int) -> Iterator[Step]:
+    """Those that take the most memory: the most tokens, and the longest context (its splits leave their states for
+    as many requests as there are). Then some of every number of rows that kernels are compiled for, as one prompt and
+    as decodes: now, not when a request waits, whose replica would seem to hang."""
+    scheduler = config.scheduler
+    yield largest_step(config, longest)
+    yield longest_decode(config, longest)
+    for tokens in (1, *(1 + (1 << i) for i in range((scheduler.max_num_batched_tokens - 1).bit_length()))):
+        yield largest_step(config, min(longest, tokens), tokens, 1)
+        if tokens <= scheduler.max_num_seqs:
+            yield largest_step(config, min(longest, tokens), tokens, tokens)
 
 
 def largest_step(
@@ -317,13 +335,25 @@ def largest_step(
     """As many tokens, and as many requests that sample, as a step can have (or as said); each prompt at most
     `max_positions` long, all of them written into block 0: right for memory, worthless as text."""
     num_tokens = num_tokens or config.scheduler.max_num_batched_tokens
-    params = SamplingParams(seed=0, max_tokens=1, top_p=0.5)
     lengths: list[int] = []
     for left in range(max_num_seqs or config.scheduler.max_num_seqs, 0, -1):
         length = min(num_tokens - sum(lengths) - (left - 1), max_positions)  # the others take one token at least
         lengths.append(length)
-    requests = [
-        NewRequest(str(i), [0] * length, length, params, [0] * -(-length // config.cache.block_size), 0)
-        for i, length in enumerate(lengths)
-    ]
+    return _trial(config, lengths, [0] * len(lengths))
+
+
+def longest_decode(config: ServeConfig, max_positions: int) -> Step:
+    """A decode that ends a context of `max_positions`, in the company of as many short ones as there can be."""
+    count = min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
+    return _trial(config, [1] * count, [max_positions - 1] + [0] * (count - 1))
+
+
+def _trial(config: ServeConfig, lengths: list[int], computed: list[int]) -> Step:
+    """Requests of so many tokens after those computed, in block 0, that sample by all that there is."""
+    params = SamplingParams(seed=0, max_tokens=1, top_p=0.5)
+    requests = []
+    for index, (length, before) in enumerate(zip(lengths, computed, strict=True)):
+        total = before + length
+        blocks = [0] * -(-total // config.cache.block_size)
+        requests.append(NewRequest(str(index), [0] * total, total, params, blocks, before))
     return Step(0, requests, [], lengths, [])

@@ -21,9 +21,31 @@ FORMATS = {"Q8_0": 1, "Q4_0": 2, "Q4_1": 3, "FP8": 4}
 
 
 @triton.jit
-def load_weights(codes, scales, minima, rows, inside, first, end, width, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
-    """Numbers [R, BLOCK] of the rows int64 [R] at columns `first` (of a whole group, if quantized) and following, as
-    stored if dense, else in float32; 0 where not `inside` [R] and from column `end` on."""
+def load_factors(
+    factors, rows, inside, first, end, width, GROUP_SIZE: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """float32 [HEIGHT, BLOCK]: what `load_weights` multiplies its numbers by, each factor loaded once, not once for
+    every number of its group. A block begins with a group, or lies within one."""
+    per_row = (width + GROUP_SIZE - 1) // GROUP_SIZE
+    NUM: tl.constexpr = BLOCK // GROUP_SIZE if BLOCK > GROUP_SIZE else 1
+    groups = first // GROUP_SIZE + tl.arange(0, NUM)
+    mask = inside[:, None] & (groups[None, :] * GROUP_SIZE < end)
+    some = tl.load(factors + rows[:, None] * per_row + groups[None, :], mask, 0.0).to(tl.float32)
+    if NUM == 1:
+        numbers = tl.broadcast_to(some, (HEIGHT, BLOCK))
+    else:
+        numbers = tl.reshape(tl.broadcast_to(some[:, :, None], (HEIGHT, NUM, BLOCK // NUM)), (HEIGHT, BLOCK))
+    return numbers
+
+
+@triton.jit
+def load_weights(
+    codes, scales, minima, rows, inside, first, end, width,
+    FORMAT: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Numbers [HEIGHT, BLOCK] of the rows int64 [HEIGHT] at columns `first` (of a whole group, if quantized; of FP8,
+    of a whole block) and following, as stored if dense, else in float32; 0 where not `inside` [HEIGHT] and from
+    column `end` on."""
     at = first + tl.arange(0, BLOCK)
     mask = inside[:, None] & (at[None, :] < end)
     if FORMAT == 0:
@@ -32,11 +54,10 @@ def load_weights(codes, scales, minima, rows, inside, first, end, width, FORMAT:
         bits = tl.load(codes + rows[:, None] * width + at[None, :], mask, 0).to(tl.uint16)
         # sign, 4 bits of exponent and 3 of fraction, put where a half has them: its exponents are 8 more
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        groups = rows[:, None] * ((width + 127) // 128) + at[None, :] // 128
-        numbers = half.to(tl.float32) * 256.0 * tl.load(scales + groups, mask, 0.0)
+        scale = load_factors(scales, rows, inside, first, end, width, 128, HEIGHT, BLOCK)
+        numbers = half.to(tl.float32) * 256.0 * scale
     else:
-        groups = rows[:, None] * (width // 32) + at[None, :] // 32
-        scale = tl.load(scales + groups, mask, 0.0).to(tl.float32)
+        scale = load_factors(scales, rows, inside, first, end, width, 32, HEIGHT, BLOCK)
         if FORMAT == 1:
             numbers = tl.load(codes + rows[:, None] * width + at[None, :], mask, 0).to(tl.float32) * scale
         else:
@@ -47,7 +68,7 @@ def load_weights(codes, scales, minima, rows, inside, first, end, width, FORMAT:
             if FORMAT == 2:
                 numbers = (code - 8.0) * scale
             else:
-                numbers = code * scale + tl.load(minima + groups, mask, 0.0).to(tl.float32)
+                numbers = code * scale + load_factors(minima, rows, inside, first, end, width, 32, HEIGHT, BLOCK)
     return numbers
 
 

@@ -69,9 +69,9 @@ log = logging.getLogger(__name__)
 FEW_REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of requests that have a graph; beyond them every `MORE_REQUESTS`."""
 MORE_REQUESTS = 32
-SPLITS = (1, 4)
-"""Numbers of splits that have a graph, beside the most there can be."""
-
+SPLITS = (1, 4, 16)
+"""Numbers of splits that have a graph, beside the most there can be: of a graph for many more than a batch has, most
+programs find nothing to do."""
 
 CAPTURE_SECONDS = 60
 """How long a start may take longer for them."""
@@ -108,10 +108,11 @@ class _Graph:
 
 
 class GraphProgram:
-    """`Forward`, by way of a graph where there is one. A result is valid until the next call."""
+    """`Forward`, by way of a graph where there is one. A result is valid until the next call. `read`: what graphs
+    read, beside inputs, weights and pages."""
 
-    def __init__(self, forward: Forward, device: torch.device) -> None:
-        self._forward, self._device = forward, device
+    def __init__(self, forward: Forward, device: torch.device, read: object = None) -> None:
+        self._forward, self._device, self._read = forward, device, read
         self._graphs: dict[tuple[int, int], _Graph] = {}
         """By the number of requests, and of splits."""
 

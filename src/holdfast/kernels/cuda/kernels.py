@@ -22,7 +22,17 @@ from holdfast.kernels.cuda.formats import Codes, split
 from holdfast.kernels.cuda.graphs import GraphProgram, prefill_tiles, step_tensors
 from holdfast.kernels.cuda.linear import ACTIVATIONS, FEW_ROWS, FUSED_SHARDS, MAX_SHARDS, DeviceMatrix
 from holdfast.kernels.dequantize import numbers_of
-from holdfast.kernels.interface import AttentionOptions, BatchLayout, Forward, Heads, Matrix, Quantized, Routing
+from holdfast.kernels.interface import (
+    FP8_GROUP,
+    GROUP,
+    AttentionOptions,
+    BatchLayout,
+    Forward,
+    Heads,
+    Matrix,
+    Quantized,
+    Routing,
+)
 
 TYPES = {
     torch.float32: tl.float32,
@@ -57,7 +67,8 @@ class CudaKernels:
         self._num_stages = num_stages
         self._sharded = sharded
         self._tables: dict[tuple[DeviceMatrix, ...], Tensor] = {}
-        """Where the experts of a layer are. Held with them, so that no address is of what is gone."""
+        """Where the experts of a layer are. Held with them, so that no address is of what is gone, and by the
+        program whose graphs read it, for experts may be moved."""
 
     # --- matrices ---
 
@@ -73,7 +84,8 @@ class CudaKernels:
         shards = shards if self._sharded else ()
         assert len(shards) <= MAX_SHARDS
         assert not (gated and shards), "gate and up are cut by columns"
-        if self.dtype == torch.float32 or any(end % 32 for end in shards):
+        group = FP8_GROUP if isinstance(parts[0], Quantized) and parts[0].format == "FP8" else GROUP
+        if self.dtype == torch.float32 or any(end % group for end in shards):
             parts = [numbers_of(part, self.dtype) for part in parts]
         total, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
         codes = _stack([_codes(part) for part in parts])
@@ -329,7 +341,8 @@ class CudaKernels:
     # --- running ---
 
     def record(self, forward: Forward, max_tokens: int) -> GraphProgram:
-        return GraphProgram(forward, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._tables = {}
+        return GraphProgram(forward, torch.device("cuda" if torch.cuda.is_available() else "cpu"), self._tables)
 
     @staticmethod
     def _new(like: Tensor, count: int, width: int, dtype: torch.dtype) -> Tensor:

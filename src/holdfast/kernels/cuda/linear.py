@@ -76,7 +76,7 @@ def product(
     sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for first in range(start, end, BLOCK_K):
         at = first + tl.arange(0, BLOCK_K)
-        w = load_weights(codes, scales, minima, rows, rows_inside, first, end, width, FORMAT, BLOCK_K)
+        w = load_weights(codes, scales, minima, rows, rows_inside, first, end, width, FORMAT, BLOCK_N, BLOCK_K)
         mask = (at[:, None] < end) & t_inside[None, :]
         numbers = tl.load(x + x_rows[None, :] * x_stride + at[:, None], mask, 0.0)
         sums = tl.dot(w.to(DOT), numbers.to(DOT), sums, input_precision="ieee")

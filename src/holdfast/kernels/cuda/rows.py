@@ -61,7 +61,7 @@ def embed_row(
     inside = at < width
     source = tl.load(ids + row) + offset + tl.zeros((1,), tl.int64)
     numbers = load_weights(
-        codes, scales, minima, source, (source >= 0) & (source < height), 0, width, width, FORMAT, BLOCK
+        codes, scales, minima, source, (source >= 0) & (source < height), 0, width, width, FORMAT, 1, BLOCK
     )
     numbers = tl.reshape(numbers.to(tl.float32), (BLOCK,)) * factor
     out = y + row * y_stride + at
