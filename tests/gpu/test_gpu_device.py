@@ -30,7 +30,11 @@ from support.service import wait_for
 from support.tiny import tiny_model
 from unit.test_runner import requests
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.timeout(900),  # kernels are compiled
+]
 DEVICE = torch.device("cuda")
 COUNTS = (1, 2, 16, 17, 33, 64, 65, 128, 129, 300)
 
@@ -119,6 +123,7 @@ def test_graphs_and_steps_ahead_change_no_token(engine: LocalEngine):
             assert [answer.content for answer in engine.run(requests(24, 256), depth)] == calm
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_launch_waits_for_the_device(engine: LocalEngine):
     """A copy from memory that is not pinned, a number that the host asks for."""
     launch = engine.runner.launch

@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 FLAGS = ("--device", "cuda", "--max-model-len", "2048", "--served-model-name", "m", "--log-level", "debug")
+START_SECONDS = 600.0
+"""The first start compiles every kernel."""
 
 
 @pytest.fixture(
@@ -27,7 +29,7 @@ FLAGS = ("--device", "cuda", "--max-model-len", "2048", "--served-model-name", "
 def service(request: pytest.FixtureRequest, tmp_path: Path):
     service = Service(demo_model(), *FLAGS, "--kv-cache-memory-bytes", "50M", *request.param, log=tmp_path / "log")
     try:
-        yield service.wait_ready()
+        yield service.wait_ready(START_SECONDS)
     finally:
         assert service.stop() == 0, service.text()[-3000:]
 
@@ -72,7 +74,7 @@ def test_memory_that_others_take_costs_no_request(tmp_path: Path):
     flags = ("--gpu-memory-utilization", "0.3", "--enforce-eager", "--max-num-batched-tokens", "4096")
     service = Service(demo_model(), *FLAGS, *flags, "--no-enable-prefix-caching", log=tmp_path / "log")
     try:
-        service.wait_ready()
+        service.wait_ready(START_SECONDS)
         calm = asyncio.run(answers(service.url, 48, at_once=1))
         held = take_all_memory()
         assert asyncio.run(answers(service.url, 48, at_once=48)) == calm
@@ -93,7 +95,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def served(log: Path, *flags: str) -> list[str]:
     service = Service(demo_model(), *FLAGS, "--kv-cache-memory-bytes", "200M", *flags, log=log)
     try:
-        return asyncio.run(answers(service.wait_ready().url, 24, at_once=24))
+        return asyncio.run(answers(service.wait_ready(START_SECONDS).url, 24, at_once=24))
     finally:
         assert service.stop() == 0, service.text()[-3000:]
 

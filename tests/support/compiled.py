@@ -6,7 +6,9 @@ each down to a cubin, and nothing is run. `all` takes a quarter of an hour.
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import defaultdict
 from itertools import product
 from typing import Any
 
@@ -34,8 +36,10 @@ PRODUCTS: list[tuple[Activation | None, bool, tuple[int, ...]]] = [
 """(activation, gated, shards)"""
 
 
-SHARED = {80: 166_912, 86: 101_376, 90: 232_448}
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory a program can have, by compute capability."""
+INSTRUCTION = re.compile(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.m(\d+)n\d+(k\d+)\.(?:row\.col\.)?([.\w]+)")
+"""A matrix instruction: its rows, its step along K, its types. How many columns it has, changes no sum."""
 
 
 class NoDriver:
@@ -122,9 +126,14 @@ class Launches:
                 self.kernels.attention(q, heads, k_pages, v_pages, batch, AttentionOptions(0.1, cap, window, slopes))
 
 
+def instructions(ptx: str) -> frozenset[tuple[str, ...]]:
+    return frozenset(INSTRUCTION.findall(ptx))
+
+
 def main() -> None:
     capability, few = int(sys.argv[1]), sys.argv[2] == "few"
     compiled: list[str] = []
+    products: defaultdict[tuple[Any, ...], set[frozenset[Any]]] = defaultdict(set)
 
     def compile_only(self: JITFunction[Any], grid: Any) -> Any:
         def launch(*args: Any, **options: Any) -> None:
@@ -135,6 +144,7 @@ def main() -> None:
                     "loads one number after the other"
                 )
             compiled.append(kernel.name)
+            products[kernel.name, options.get("FORMAT"), options.get("DOT")] |= {instructions(kernel.asm["ptx"])}
 
         return launch
 
@@ -142,6 +152,8 @@ def main() -> None:
     triton.runtime.driver.set_active(NoDriver(capability))
     for dtype in [torch.bfloat16] if few else [torch.bfloat16, torch.float16, torch.float32]:
         Launches(dtype, few, 3 if SHARED[capability] > 150_000 else 2).make()
+    for key, used in products.items():
+        assert len(used - {frozenset()}) <= 1, f"{key}: one tile sums otherwise than another: {used}"
     print(" ".join(sorted(set(compiled))))
 
 

@@ -62,14 +62,14 @@ class Service:
         with log.open("ab") as sink:
             self.process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
 
-    def wait_ready(self) -> Service:
+    def wait_ready(self, seconds: float = START_SECONDS) -> Service:
         """Until /health says 200; remembers the children's pids."""
 
         def ready() -> bool:
             assert self.process.poll() is None, f"ended while starting:\n{self.text()}"
             return self.health()[0] == 200
 
-        wait_for("ready", ready, START_SECONDS)
+        wait_for("ready", ready, seconds)
         self.children = psutil.Process(self.process.pid).children(recursive=True)
         return self
 

@@ -110,7 +110,7 @@ class CudaKernels:
         sums = x.new_empty(shards * count * weight.rows, dtype=torch.float32) if by_memory else x
         for stage in (linear.ONE_SHARD, linear.JOIN) if by_memory else (linear.WHOLE,):
             blocks = JOIN_BLOCKS if stage is linear.JOIN else _blocks(x, count, self._num_stages)
-            tiles = (triton.cdiv(weight.rows, blocks["BLOCK_N"]), triton.cdiv(count, blocks["BLOCK_T"]))
+            tiles = (triton.cdiv(count, blocks["BLOCK_T"]), triton.cdiv(weight.rows, blocks["BLOCK_N"]))
             linear.linear_kernel[(*tiles, shards if stage is linear.ONE_SHARD else 1)](
                 *_operands(weight), weight.shard_ends, x, x.stride(0), y, y.stride(0), sums, count, weight.rows,
                 weight.columns, STAGE=stage, **_constants(weight, x), GATED=weight.gated, ADD=add_to is not None,
@@ -387,7 +387,8 @@ def _constants(weight: DeviceMatrix, x: Tensor) -> dict[str, Any]:
 
 
 def _blocks(x: Tensor, count: int, num_stages: int) -> dict[str, int]:
-    """The size of a tile, by the number of rows; the step along K is the same for all."""
+    """The size of a tile, by the number of rows; the step along K is the same for all. Tiles of few rows wait for
+    memory alone: more of them are on their way."""
     block_t = min(max(16, triton.next_power_of_2(count)), 128)
     wide = block_t == 128
     return {
@@ -395,5 +396,5 @@ def _blocks(x: Tensor, count: int, num_stages: int) -> dict[str, int]:
         "BLOCK_T": block_t,
         "BLOCK_K": 32 if x.dtype == torch.float32 else 64,
         "num_warps": 8 if wide else 4,
-        "num_stages": num_stages,
+        "num_stages": num_stages * 2 if block_t <= 32 else num_stages,
     }

@@ -176,11 +176,12 @@ def linear_kernel(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x through one matrix. Grid: (tiles of N, tiles of rows, shards if `ONE_SHARD`)."""
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Rows of x through one matrix. Grid: (tiles of rows, tiles of N, shards if `ONE_SHARD`): programs that run at
+    the same time share weights, so that memory is read for them once, and rows come from the L2 cache."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     linear_tile(
         codes, scales, minima, bias, ends, x, rows, x_stride, y, rows, y_stride, rows < num_rows, partial, num_rows,
-        tl.program_id(0), tl.program_id(2), N, K,
+        tl.program_id(1), tl.program_id(2), N, K,
         STAGE, FORMAT, DOT, SHARDS, ALIGN, BIASED, ACTIVATION, GATED, ADD, BLOCK_N, BLOCK_T, BLOCK_K,
     )  # fmt: skip
 
