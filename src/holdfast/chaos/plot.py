@@ -34,12 +34,12 @@ def timeline(report: Report, path: Path) -> None:
         served.axvspan(fault.at - begin, until - begin, color=colours[fault.kind], alpha=0.25, label=label)
     good = "every reply as undisturbed" if not report.load.wrong else f"{len(report.load.wrong)} replies wrong"
     served.set(title=f"{len(report.faults)} faults, {report.load.num_done} requests: {good}", ylabel="characters/s")
-    seen = [fault for fault in report.faults if fault.was_noticed]
-    gone_on = [(fault.at, min(times)) for fault in seen if (times := fault.after("first_token"))]
+    seen = [(fault.at, fault.detected) for fault in report.faults if fault.detected is not None]
+    gone_on = [(fault.at, min(times)) for fault in report.faults if (times := fault.after("first_token"))]
     moments = (
-        ("noticed", "v", [(fault.at, fault.detected) for fault in seen]),
+        ("noticed", "v", seen),
         ("first request goes on", "o", gone_on),
-        ("whole again", "s", [(f.at, f.whole_again - f.at) for f in seen if f.whole_again is not None]),
+        ("whole again", "s", [(f.at, f.whole_again - f.at) for f in report.faults if f.whole_again is not None]),
     )
     for name, marker, points in moments:
         times = [at - begin for at, _ in points]
