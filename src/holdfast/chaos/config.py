@@ -90,16 +90,19 @@ class FaultConfig:
                 )
         return found
 
-    def phases(self, *, has_store: bool = True) -> list[str]:
-        """`--phase`, parsed, in the same way. Raises `ConfigError`."""
+    def phases(self, *, has_store: bool = True, num_ranks: int = 2) -> list[str]:
+        """`--phase`, parsed, in the same way; `num_ranks`: of a replica. Raises `ConfigError`."""
+        lacks = (
+            {} if has_store else dict.fromkeys(PHASES_OF_THE_STORE, "a checkpoint store (--checkpoint-memory-bytes)")
+        )
+        if num_ranks < 2:
+            lacks["reshape"] = "a replica of several ranks (--tensor-parallel-size, --pipeline-parallel-size)"
         if self.phase == ALL:
-            return [phase for phase in PHASES if has_store or phase not in PHASES_OF_THE_STORE]
+            return [phase for phase in PHASES if phase not in lacks]
         found = _among(PHASES, "--phase", self.phase)
-        if not has_store and (phase := next((each for each in found if each in PHASES_OF_THE_STORE), None)):
-            raise ConfigError(
-                f"--phase {self.phase}: {phase} needs a checkpoint store, and this service has none "
-                "(--checkpoint-memory-bytes)"
-            )
+        for phase in found:
+            if phase in lacks:
+                raise ConfigError(f"--phase {self.phase}: {phase} needs {lacks[phase]}, and this service has none")
         return found
 
 

@@ -22,7 +22,7 @@ _KINDS: tuple[Body, ...] = (
     {"temperature": 0.8, "logprobs": 1},
     {"temperature": 1.0, "top_p": 0.8, "n": 2},
     {"temperature": 0.7, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
-    {"temperature": 0.9, "top_k": 40, "stop": [" of", "zq"]},
+    {"temperature": 0.9, "top_k": 40, "stop": []},
     {"temperature": 0, "logprobs": 0, "ignore_eos": True},
 )
 _AT_THE_DOOR = {"recovering", "starting", "queue_full"}
@@ -31,18 +31,30 @@ SENTENCE = "The harbour lay quiet that morning, and the boats came in one by one
 
 
 def bodies(model: str, count: int, max_tokens: int, seed: int) -> list[Body]:
-    """Short and long prompts; some share their beginning; every second one is streamed."""
+    """Short and long prompts; some share their beginning; every second one is streamed. In four rounds each kind is
+    of each length, streamed and not. Where there is a list of stop strings, it wants some that occur."""
     return [
         {
             "model": model,
-            "prompt": SENTENCE * (1 + 5 * (index % 3)) + f"Number {index} of them",
+            "prompt": SENTENCE * (1 + 5 * ((index + index // len(_KINDS)) % 3)) + f"Number {index} of them",
             "max_tokens": max_tokens,
             "seed": seed * 10_000 + index,
-            "stream": index % 2 == 1,
+            "stream": (index + index // len(_KINDS)) % 2 == 1,
             **_KINDS[index % len(_KINDS)],
         }
         for index in range(count)
     ]
+
+
+def with_stops(asked: list[Body], calm: list[Choices]) -> list[Body]:
+    """The same, where each that wants stop strings has one from the middle of its undisturbed reply, and one that
+    does not occur."""
+    found = []
+    for body, choices in zip(asked, calm, strict=True):
+        text = choices[0]["text"]
+        middle = len(text) // 2
+        found.append(body | {"stop": [text[middle : middle + 3] or "zq", "zqzq"]} if "stop" in body else body)
+    return found
 
 
 class Unknown(Exception):

@@ -2,12 +2,13 @@
 (`core.points`), so it is that moment for certain, and lasts until the fault has struck. What makes it come:
 
 queued      a request of more choices than may run at once
-chunk       long prompts
+chunk, checkpoint
+            long prompts that nobody asked before
 restore, recovery, loading
             a worker was killed, of the replica that has most to do
 reshape     the same, by the loss of its device for good: the replica is cut anew without it, and a worker of it loads
 drain       the replica that has most to do is started anew, as by `holdfast drain`, and a worker of it loads
-prefill, decode, sampled, logged, checkpoint
+prefill, decode, sampled, logged
             the load
 """
 
@@ -68,6 +69,7 @@ class Moments:
     probes: list[tuple[Body, asyncio.Task[Choices]]] = field(default_factory=list)
     """What was asked beside the load; the replies are still to be held against undisturbed ones."""
     _long_prompt: str | None = None
+    _long_tokens: int = 0
 
     async def wait(self, phase: str) -> Moment:
         """Raises `StartupError` when it does not come, `ConfigError` when it cannot."""
@@ -77,7 +79,7 @@ class Moments:
         try:
             async with asyncio.timeout(PATIENCE):
                 match phase:
-                    case "queued" | "chunk":
+                    case "queued" | "chunk" | "checkpoint":
                         return await self._asked_for(phase)
                     case "restore" | "recovery" | "loading":
                         return await self._after(phase, "kill-worker")
@@ -142,20 +144,21 @@ class Moments:
             most = self.service.number("--max-num-seqs", SchedulerConfig().max_num_seqs)
             return shared | {"prompt": SENTENCE, "n": most + 4, "temperature": 0.8, "seed": len(self.probes)}
         if self._long_prompt is None:
-            self._long_prompt = await self._make_long_prompt(shared["model"])
+            self._long_prompt, self._long_tokens = await self._make_long_prompt(shared["model"])
+        budget = self.service.number("--max-num-batched-tokens", SchedulerConfig().max_num_batched_tokens)
+        if point == "chunk" and self._long_tokens <= budget:
+            raise ConfigError(
+                f"--phase chunk: a prompt of {self._long_tokens} tokens is read in one step; "
+                f"--max-num-batched-tokens {budget} must be less"
+            )
         return shared | {"prompt": f"Log {len(self.probes)}. {self._long_prompt}", "temperature": 0}
 
-    async def _make_long_prompt(self, model: str) -> str:
-        """Three quarters of what a request may hold. Raises `ConfigError` when that is read in one step."""
+    async def _make_long_prompt(self, model: str) -> tuple[str, int]:
+        """Three quarters of what a request may hold; tokens."""
         reply = (await self.client.post("/tokenize", json={"model": model, "prompt": SENTENCE * 8})).json()
         most = min(reply["max_model_len"] * 3 // 4, _LONGEST_PROMPT)
-        budget = self.service.number("--max-num-batched-tokens", SchedulerConfig().max_num_batched_tokens)
-        if most <= budget:
-            raise ConfigError(
-                f"--phase chunk: a prompt of {most} tokens is read in one step; --max-num-batched-tokens {budget} "
-                "must be less"
-            )
-        return SENTENCE * max(1, int(most / (reply["count"] / 8)))
+        repeats = max(1, int(most / (reply["count"] / 8)))
+        return SENTENCE * repeats, repeats * reply["count"] // 8
 
     async def _after(self, point: str, kind: str) -> Moment:
         """Something happened to a worker of the replica that has most to do, as often as it takes."""

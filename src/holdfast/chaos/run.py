@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from holdfast.chaos.config import ChaosConfig, kinds_at
 from holdfast.chaos.faults import PATIENCE, Fault, aim, get_over, strike
-from holdfast.chaos.load import Body, Choices, Load, Refused, Visit, bodies
+from holdfast.chaos.load import Body, Choices, Load, Refused, Visit, bodies, with_stops
 from holdfast.chaos.phases import NEEDS_ALL, Moments
 from holdfast.chaos.report import Report, as_json, show
 from holdfast.chaos.service import Service, value_of
@@ -24,13 +25,15 @@ from holdfast.core.errors import ConfigError, StartupError
 
 _UNLESS_GIVEN = {"--max-restarts": "1000000", "--leak-window": "2", "--regrow-interval": "20"}
 """Flags of the service: it is to be disturbed for long."""
+_WIDTH = 150
+"""Characters of a line that goes to a file."""
 
 
 def run(model: str, config: ChaosConfig, flags: Sequence[str]) -> int:
     """0 when every request ended as it would have undisturbed, and nothing is left of the service; else 1. Raises
     `ConfigError` for faults that this service cannot have."""
     report = asyncio.run(_run(model, config, flags))
-    show(report, Console())
+    show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
     try:
         if config.report.json is not None:
             Path(config.report.json).write_bytes(msgspec.json.format(as_json(report)))
@@ -54,8 +57,11 @@ async def _run(model: str, config: ChaosConfig, flags: Sequence[str]) -> Report:
         try:
             await service.start()
             has_store = "store" in service.processes()
-            kinds, phases = config.fault.kinds(has_store=has_store), config.fault.phases(has_store=has_store)
+            kinds = config.fault.kinds(has_store=has_store)
             async with httpx.AsyncClient(base_url=service.url, timeout=PATIENCE, trust_env=False) as client:
+                replicas = (await client.get("/cluster")).json()["replicas"]
+                num_ranks = max(replica["ranks"] for replica in replicas)
+                phases = config.fault.phases(has_store=has_store, num_ranks=num_ranks)
                 load, faults, seconds = await _disturb(service, client, config, kinds, phases)
         finally:
             status, left = await service.stop()
@@ -66,6 +72,7 @@ async def _disturb(
     service: Service, client: httpx.AsyncClient, config: ChaosConfig, kinds: list[str], phases: list[str]
 ) -> tuple[Load, list[Fault], float]:
     asked = bodies("chaos", config.load.requests, config.load.max_tokens, config.fault.seed)
+    asked = with_stops(asked, await _calm(client, asked, config.load.streams))
     expected = await _calm(client, asked, config.load.streams)
     load, begun = Load(client, asked, expected), time.monotonic()
     running = asyncio.create_task(load.run(config.load.streams))
