@@ -3,7 +3,7 @@
 python -m benchmarks.chaos [--kills N] [--seed S] [--phase PHASES] [--plans NAMES] [--out FOLDER]
 
 TP2xPP2      one replica of 4 ranks: requests wait for it to come back
-DP2-of-TP2   two replicas of 2 ranks: requests go on in the other, and faults need not wait: it gets half of them
+DP2-of-TP2   two replicas of 2 ranks: requests go on in the other, and faults need not wait: it gets most of them
 EP4          a Mixtral with 16 experts on 4 ranks, which move to where the load is meanwhile
 """
 
@@ -25,9 +25,9 @@ BALANCED = ("--enable-eplb", "--num-redundant-experts", "4", "--eplb-step-interv
 SMALL = ("--max-model-len", "2048", "--max-num-seqs", "8", "--max-num-batched-tokens", "128")
 """Requests have to queue, and prompts take several steps."""
 PLANS = {
-    "TP2xPP2": ("llama", 0.25, (TP, "2", PP, "2")),
-    "DP2-of-TP2": ("llama", 0.5, (TP, "2", DP, "2")),
-    "EP4": ("mixtral", 0.25, (TP, "4", EP, "4", *BALANCED)),
+    "TP2xPP2": ("llama", 0.2, (TP, "2", PP, "2")),
+    "DP2-of-TP2": ("llama", 0.6, (TP, "2", DP, "2")),
+    "EP4": ("mixtral", 0.2, (TP, "4", EP, "4", *BALANCED)),
 }
 """Model, share of the faults, flags."""
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,6 +31,8 @@ from holdfast.core.config import SchedulerConfig
 from holdfast.core.errors import ConfigError, StartupError
 
 _POLL_SECONDS = 0.005
+_LOOK_SECONDS = 0.1
+_AGAIN_SECONDS = 5.0
 _LONGEST_PROMPT = 6000
 """Tokens: of a long prompt, if the service takes so many."""
 _PROBE_TOKENS = 16
@@ -170,16 +173,16 @@ class Moments:
                 aimed = await aim(self.service, kind, self.dice, where=f" {number}.")
                 before.append(strike(self.service, aimed, self.dice))
                 while not holding.done() and not await self._is_over(before[-1]):
-                    await asyncio.wait([holding], timeout=_POLL_SECONDS)
+                    await asyncio.wait([holding], timeout=_LOOK_SECONDS)
             return Moment(before, holding.result())
         finally:
             holding.cancel()
 
     async def _is_over(self, fault: Fault) -> bool:
-        """Whether all that it hit goes on, so that what is waited for will not come of it."""
+        """Whether all that it hit has gone on for a while, so that what is waited for will not come of it."""
         fault.learn((await self.client.get("/cluster")).json()["incidents"])
-        return any(
-            incident["back"] is not None and incident["resumed"] >= incident["requests"]
+        return fault.was_late or any(
+            incident["back"] is not None and time.time() - incident["back"] > _AGAIN_SECONDS
             for incident in fault.incidents
         )
 
