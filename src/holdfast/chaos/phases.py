@@ -174,6 +174,8 @@ class Moments:
                 before.append(strike(self.service, aimed, self.dice))
                 while not holding.done() and not await self._is_over(before[-1]):
                     await asyncio.wait([holding], timeout=_LOOK_SECONDS)
+            while not before[-1].was_noticed:  # a gateway that is struck takes with it what it knows
+                await self._is_over(before[-1])
             return Moment(before, holding.result())
         finally:
             holding.cancel()

@@ -103,8 +103,11 @@ class Engine:
                 self._tell_workers(placement)
             waits = self.scheduler.num_in_flight or (self.keeper is not None and self.keeper.is_busy)
             assert waits or not self.scheduler.has_work, "work that is never scheduled"
+            stats = self._stats()
+            if stats.num_waiting and stats.num_running == self.boot.config.scheduler.max_num_seqs:
+                self.points.reach("queued")
             self.gateway.send(
-                wire.encode(wire.Outputs(self.replica, self.epoch, outputs, self._stats(), self._gateway_epoch))
+                wire.encode(wire.Outputs(self.replica, self.epoch, outputs, stats, self._gateway_epoch))
             )
             if not waits and log.isEnabledFor(logging.DEBUG):
                 self.scheduler.check_integrity()  # every reference to every block, whenever we fall idle
@@ -199,8 +202,6 @@ class Engine:
 
     def _stats(self) -> wire.EngineStats:
         stats = self.scheduler.stats()
-        if stats.num_waiting and stats.num_running == self.boot.config.scheduler.max_num_seqs:
-            self.points.reach("queued")
         if self.keeper is not None:
             stats = msgspec.structs.replace(
                 stats,
