@@ -22,7 +22,7 @@ from holdfast.core.points import VARIABLE
 
 _START_SECONDS = 600.0
 _STOP_SECONDS = 60.0
-_ORPHAN_SECONDS = 10.0
+_ORPHAN_SECONDS = 60.0
 """Once the supervisor is gone, its children end at once; a loaded machine may need a while for it."""
 _SPOILT_EVERY = 100_000
 """Bytes."""
