@@ -79,7 +79,7 @@ async def _disturb(
     dice, faults, unfinished = random.Random(config.fault.seed), list[Fault](), list[Fault]()
     moments = Moments(service, client, load, dice)
     try:
-        for number in range(config.fault.kills):
+        while len(faults) < config.fault.kills:
             phase = dice.choice(phases)
             if phase in NEEDS_ALL:
                 unfinished = await get_over(service, client, unfinished)
@@ -91,11 +91,11 @@ async def _disturb(
             new = [*moment.before, strike(service, aimed, dice)]
             new[-1].phase, new[-1].in_phase = phase, in_phase
             faults += new
-            last = number + 1 == config.fault.kills
+            last = len(faults) >= config.fault.kills
             unfinished = await get_over(service, client, [*unfinished, *new], whole=last)
             if load.wrong or service.orphans:
                 break
-            if (number + 1) % 10 == 0:
+            if len(faults) // 10 > (len(faults) - len(new)) // 10:
                 print(f"{len(faults)} faults, {load.num_done} requests, all as they should be", flush=True)
         load.over.set()
         await _all_end([running, *(reply for _, reply in moments.probes)], service)
