@@ -17,7 +17,7 @@ import psutil
 from holdfast.chaos.service import SUPERVISOR, Held, Service
 from holdfast.core.errors import StartupError
 
-PATIENCE = 120.0
+PATIENCE = 240.0
 """Seconds that getting over a fault may take."""
 _LASTING_SECONDS = 1.0
 _POLL_SECONDS = 0.02
