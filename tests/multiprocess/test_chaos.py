@@ -19,7 +19,7 @@ SMALL = ("--cpu-threads", "1", "--kv-cache-memory-bytes", "8M")
 
 def chaos(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "holdfast.cli.main", "chaos", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_faults_are_got_over_and_reported(tmp_path: Path):
