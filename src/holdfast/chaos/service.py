@@ -129,7 +129,9 @@ class Service:
 
     def afflict(self, worker: str, fault: str) -> None:
         """Let a worker have a fault with its next step."""
-        (self._faults / worker.removeprefix("worker ")).write_text(fault)
+        new = self._faults / "new"
+        new.write_text(fault)
+        new.rename(self._faults / worker.removeprefix("worker "))  # with all that is in it
 
     def relieve(self, worker: str) -> None:
         """End a fault that lasts."""
