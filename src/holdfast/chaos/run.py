@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ _WIDTH = 150
 def run(model: str, config: ChaosConfig, flags: Sequence[str]) -> int:
     """0 when every request ended as it would have undisturbed, and nothing is left of the service; else 1. Raises
     `ConfigError` for faults that this service cannot have."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the service would outlive us
     report = asyncio.run(_run(model, config, flags))
     show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
     try:
