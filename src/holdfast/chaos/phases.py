@@ -168,15 +168,19 @@ class Moments:
         before: list[Fault] = []
         holding = asyncio.create_task(self._held(point))
         try:
-            while not holding.done():
-                number = await self._busiest(least_ranks=1 + (kind == "gone-worker"))
-                aimed = await aim(self.service, kind, self.dice, where=f" {number}.")
-                before.append(strike(self.service, aimed, self.dice))
-                while not holding.done() and not await self._is_over(before[-1]):
-                    await asyncio.wait([holding], timeout=_LOOK_SECONDS)
-            while not before[-1].was_noticed:  # a gateway that is struck takes with it what it knows
-                await self._is_over(before[-1])
-            return Moment(before, holding.result())
+            while True:
+                if not before or await self._is_over(before[-1]):
+                    number = await self._busiest(least_ranks=1 + (kind == "gone-worker"))
+                    aimed = await aim(self.service, kind, self.dice, where=f" {number}.")
+                    before.append(strike(self.service, aimed, self.dice))
+                await asyncio.wait([holding], timeout=_LOOK_SECONDS)
+                if not holding.done():
+                    continue
+                await self._is_over(before[-1])  # a gateway that is struck takes with it what it knows
+                if not holding.result().is_held:  # it came to the point before, and went with the one that was struck
+                    holding = asyncio.create_task(self._held(point))
+                elif before[-1].was_noticed:
+                    return Moment(before, holding.result())
         finally:
             holding.cancel()
 
