@@ -1,10 +1,10 @@
 """`make chaos`: `holdfast chaos` on three plans of tiny models; ends with 1 unless all replies were as undisturbed.
 
-python -m benchmarks.chaos [--kills N] [--seed S] [--phase PHASES] [--out FOLDER]
+python -m benchmarks.chaos [--kills N] [--seed S] [--phase PHASES] [--plans NAMES] [--out FOLDER]
 
-TP2 x PP2            one replica of 4 ranks: requests wait for it to come back
-DP2 of TP2           two replicas of 2 ranks: requests go on in the other
-EP4                  a Mixtral with 16 experts on 4 ranks, which move to where the load is meanwhile
+TP2xPP2      one replica of 4 ranks: requests wait for it to come back
+DP2-of-TP2   two replicas of 2 ranks: requests go on in the other, and faults need not wait: it gets most of them
+EP4          a Mixtral with 16 experts on 4 ranks, which move to where the load is meanwhile
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-from holdfast.chaos.config import PHASES
+from holdfast.chaos.config import ALL
 from support.checkpoints import random_model, save
 from support.skewed import EXPERTS, SHAPE, skewed_mixtral
 from support.tiny import byte_tokenizer
 
 TP, PP, DP, EP = (f"--{kind}-parallel-size" for kind in ("tensor", "pipeline", "data", "expert"))
 BALANCED = ("--enable-eplb", "--num-redundant-experts", "4", "--eplb-step-interval", "100")
+SMALL = ("--max-model-len", "2048", "--max-num-seqs", "8", "--max-num-batched-tokens", "128")
+"""Requests have to queue, and prompts take several steps."""
 PLANS = {
-    "TP2 x PP2": ("llama", (TP, "2", PP, "2")),
-    "DP2 of TP2": ("llama", (TP, "2", DP, "2")),
-    "EP4": ("mixtral", (TP, "4", EP, "4", *BALANCED)),
+    "TP2xPP2": ("llama", 0.2, (TP, "2", PP, "2")),
+    "DP2-of-TP2": ("llama", 0.6, (TP, "2", DP, "2")),
+    "EP4": ("mixtral", 0.2, (TP, "4", EP, "4", *BALANCED)),
 }
+"""Model, share of the faults, flags."""
 
 
 def write_models(folder: Path) -> dict[str, str]:
@@ -43,24 +46,27 @@ def write_models(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100, help="of each plan")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="of all plans together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--phase", default=",".join(PHASES), help="as for holdfast chaos")
+    parser.add_argument("--phase", default=ALL, help="as for holdfast chaos")
+    parser.add_argument("--plans", default=",".join(PLANS), help="with commas between")
     parser.add_argument("--out", default="benchmarks/out/chaos", help="folder for reports and timelines")
     chosen = parser.parse_args()
     out = Path(chosen.out)
     out.mkdir(parents=True, exist_ok=True)
+    plans = {name: PLANS[name] for name in chosen.plans.split(",")}
+    shares = sum(share for _, share, _ in plans.values())
     bad = []
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(Path(folder))
-        for name, (model, flags) in PLANS.items():
+        for name, (model, share, flags) in plans.items():
             print(f"==> {name}", flush=True)
-            file = out / name.replace(" ", "-")
+            kills = max(1, round(chosen.kills * share / shares))
             command = [sys.executable, "-m", "holdfast.cli.main", "chaos", models[model]]
-            command += ["--kills", str(chosen.kills), "--seed", str(chosen.seed), "--max-tokens", "60"]
+            command += ["--kills", str(kills), "--seed", str(chosen.seed), "--max-tokens", "60"]
             command += ["--phase", chosen.phase]
-            command += ["--json", f"{file}.json", "--plot", f"{file}.png", "--", *flags, "--max-model-len", "2048"]
+            command += ["--json", f"{out / name}.json", "--plot", f"{out / name}.png", "--", *flags, *SMALL]
             if subprocess.run(command, check=False).returncode:
                 bad.append(name)
     sys.exit(f"failed: {', '.join(bad)}" if bad else 0)

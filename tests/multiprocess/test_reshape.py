@@ -83,6 +83,24 @@ def test_rank_after_rank_is_lost_until_none_is_left(model: str, tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_rank_whose_device_is_gone_is_not_waited_for(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However often others may be started again."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    monkeypatch.setenv("HOLDFAST_FAULTS", str(folder))
+    flags = ("--tensor-parallel-size", "2", "--max-restarts", "100", "--regrow-interval", "0")
+    service = Service(model, *FLAGS, *flags, log=tmp_path / "log").wait_ready()
+    try:
+        expected = asyncio.run(ask(service.url, 0))
+        (folder / "0.0.1").write_text("gone")  # with its next step
+        assert asyncio.run(ask(service.url, 0)) == expected
+        assert [incident["rung"] for incident in service.incidents()] == ["reshape"]
+        assert ranks(service) == [1]
+    finally:
+        assert service.stop() == 0, service.text()[-3000:]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "victims"),
     [

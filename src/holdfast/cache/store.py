@@ -20,6 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from holdfast.core.config import ServeConfig
 from holdfast.core.plan import Range
+from holdfast.core.points import Points
 from holdfast.core.spec import DecoderSpec, ModelInfo
 
 HASH_BYTES = 16
@@ -75,10 +76,11 @@ class StoreLayout:
 class StoreMemory:
     """The memory behind a descriptor. Nobody locks: whoever reads a slot copies it first and checks the copy."""
 
-    def __init__(self, descriptor: int, layout: StoreLayout) -> None:
+    def __init__(self, descriptor: int, layout: StoreLayout, points: Points | None = None) -> None:
         assert os.fstat(descriptor).st_size == layout.num_bytes, "the store is made for another layout"
         self.layout = layout
         self._descriptor = descriptor
+        self._points = points or Points("store")
         data = np.frombuffer(mmap.mmap(descriptor, layout.num_bytes), np.uint8)
         count, cells = layout.num_slots, layout.num_cells
         names_end = count * 2 * HASH_BYTES
@@ -109,6 +111,7 @@ class StoreMemory:
                 os.pwrite(self._descriptor, part.data, start + first * size)
         except OSError:
             return False
+        self._points.reach("checkpoint")
         sums = _sums(cells.data.cast("B"), range(0, cells.size, size), size, prefix_hash, numbers)
         target = self.checksums[slot, slice(*layers), slice(*heads)]
         target[...] = np.array(sums, np.uint64).reshape(target.shape)
@@ -119,6 +122,7 @@ class StoreMemory:
         checksums = self.checksums[slot, slice(*layers), slice(*heads)].ravel().tolist()
         found = self.slots[slot, slice(*layers), slice(*heads)].copy()
         cells, size = _cells(layers, heads, self.layout), 2 * self.layout.cell_bytes
+        self._points.reach("restore")
         sums = _sums(found.data.cast("B"), range(0, found.size, size), size, prefix_hash, cells)
         return found if sums == checksums else None
 

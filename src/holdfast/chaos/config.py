@@ -21,19 +21,39 @@ FAULTS = (
     "stop-store",
     "spoil-worker",
     "error-worker",
+    "gone-worker",
     "slow-worker",
     "leak-worker",
     "corrupt-worker",
 )
 """SIGKILL or SIGSTOP of a worker, an engine, the gateway, the checkpoint store; SIGKILL of the supervisor, and the
-service started again. `spoil`: bytes of the store's memory are changed, then the worker is killed. `error`, `slow`,
-`leak`, `corrupt`: as `worker.faults` has it."""
+service started again. `spoil`: bytes of the store's memory are changed, then the worker is killed. `error`, `gone`,
+`slow`, `leak`, `corrupt`: as `worker.faults` has it."""
 
 OF_THE_STORE = ("kill-store", "kill-worker+store", "stop-store", "spoil-worker")
 """Those that a service without a checkpoint store cannot have."""
 
-PHASES = ("any", "prefill", "decode", "loading", "recovery")
+POINTS = {
+    "queued": ("engine",),
+    "prefill": ("worker",),
+    "chunk": ("worker",),
+    "decode": ("worker",),
+    "sampled": ("worker", "engine"),
+    "logged": ("gateway",),
+    "checkpoint": ("worker",),
+    "restore": ("worker",),
+    "loading": ("worker",),
+    "recovery": ("engine",),
+}
+"""Points of the code (`core.points`), each a moment of its own, and whose code it is."""
+
+PHASES = ("any", *POINTS, "reshape", "drain")
 """See `chaos.phases`."""
+
+PHASES_OF_THE_STORE = ("checkpoint", "restore")
+
+_OF_ONE = ("sampled", "logged", "checkpoint", "restore")
+"""Moments that matter to the process that is held, to the store, and when all are gone."""
 
 ALL = "all"
 
@@ -42,15 +62,17 @@ ALL = "all"
 class FaultConfig:
     """Faults"""
 
-    kills: int = option(20, "How many faults; each waits until the one before has been got over.")
+    kills: int = option(20, "How many faults; each waits until some replica serves after the one before.")
     faults: str = option(
         ALL, f"Kinds to draw from, with commas between: {', '.join(FAULTS)}. all: those this service can have."
     )
     phase: str = option(
         "any",
-        "Moments to draw from, with commas between. any: a random one; prefill: a long prompt is being read; decode: "
-        "a stream is between two tokens; loading: a worker was killed, and the one started for it begins to load; "
-        "recovery: a worker was killed, and its requests are about to go on.",
+        "Moments to draw from, with commas between; all: those this service can have. any: a random one; queued: a "
+        "request waits for a place; prefill, chunk, decode: a worker begins a prompt, is in its midst, gets on; "
+        "sampled: the token is not in the log; logged: it is, and not sent; checkpoint, restore: a block is "
+        "being copied into the store, or back; loading: a worker starts again; recovery: requests are going on "
+        "elsewhere; reshape: a replica is cut anew without a rank; drain: one is started anew on demand.",
     )
     seed: int = option(0, "Of the draw: which fault, of which process, when; and of the requests.")
     pair_percent: int = option(10, "Of the faults, so many in 100 come with a second one at the same moment.")
@@ -68,9 +90,28 @@ class FaultConfig:
                 )
         return found
 
-    def phases(self) -> list[str]:
-        """`--phase`, parsed. Raises `ConfigError`."""
-        return _among(PHASES, "--phase", self.phase)
+    def phases(self, *, has_store: bool = True, num_ranks: int = 2) -> list[str]:
+        """`--phase`, parsed, in the same way; `num_ranks`: of a replica. Raises `ConfigError`."""
+        lacks = (
+            {} if has_store else dict.fromkeys(PHASES_OF_THE_STORE, "a checkpoint store (--checkpoint-memory-bytes)")
+        )
+        if num_ranks < 2:
+            lacks["reshape"] = "a replica of several ranks (--tensor-parallel-size, --pipeline-parallel-size)"
+        if self.phase == ALL:
+            return [phase for phase in PHASES if phase not in lacks]
+        found = _among(PHASES, "--phase", self.phase)
+        for phase in found:
+            if phase in lacks:
+                raise ConfigError(f"--phase {self.phase}: {phase} needs {lacks[phase]}, and this service has none")
+        return found
+
+
+def kinds_at(phase: str, kinds: list[str], role: str) -> list[str]:
+    """Those of `kinds` that make sense at a moment in which a process of this role is held."""
+    if phase not in _OF_ONE:
+        return kinds
+    roles = {role, "store", "supervisor"}
+    return [kind for kind in kinds if roles & set(kind.partition("-")[2].split("+"))] or kinds
 
 
 def _among(known: tuple[str, ...], flag: str, given: str) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ _KINDS: tuple[Body, ...] = (
     {"temperature": 0.8, "logprobs": 1},
     {"temperature": 1.0, "top_p": 0.8, "n": 2},
     {"temperature": 0.7, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
-    {"temperature": 0.9, "top_k": 40, "stop": [" of", "zq"]},
+    {"temperature": 0.9, "top_k": 40, "stop": []},
     {"temperature": 0, "logprobs": 0, "ignore_eos": True},
 )
 _AT_THE_DOOR = {"recovering", "starting", "queue_full"}
@@ -30,18 +31,30 @@ SENTENCE = "The harbour lay quiet that morning, and the boats came in one by one
 
 
 def bodies(model: str, count: int, max_tokens: int, seed: int) -> list[Body]:
-    """Short and long prompts; some share their beginning; every second one is streamed."""
+    """Short and long prompts; some share their beginning; every second one is streamed. In four rounds each kind is
+    of each length, streamed and not. Where there is a list of stop strings, it wants some that occur."""
     return [
         {
             "model": model,
-            "prompt": SENTENCE * (1 + 5 * (index % 3)) + f"Number {index} of them",
+            "prompt": SENTENCE * (1 + 5 * ((index + index // len(_KINDS)) % 3)) + f"Number {index} of them",
             "max_tokens": max_tokens,
             "seed": seed * 10_000 + index,
-            "stream": index % 2 == 1,
+            "stream": (index + index // len(_KINDS)) % 2 == 1,
             **_KINDS[index % len(_KINDS)],
         }
         for index in range(count)
     ]
+
+
+def with_stops(asked: list[Body], calm: list[Choices]) -> list[Body]:
+    """The same, where each that wants stop strings has one from the middle of its undisturbed reply, and one that
+    does not occur."""
+    found = []
+    for body, choices in zip(asked, calm, strict=True):
+        text = choices[0]["text"]
+        middle = len(text) // 2
+        found.append(body | {"stop": [text[middle : middle + 3] or "zq", "zqzq"]} if "stop" in body else body)
+    return found
 
 
 class Unknown(Exception):
@@ -59,14 +72,11 @@ class Unheard(Exception):
 class Visit:
     """One request to its end, however many connections that takes."""
 
-    def __init__(self, client: httpx.AsyncClient, body: Body, heard: Callable[[int], None] = lambda _: None) -> None:
-        """`heard`: told how many events of a streamed reply have come, with each of them; 0 when it is accepted."""
+    def __init__(self, client: httpx.AsyncClient, body: Body) -> None:
         self.num_returns = 0
         """Connections that broke, for which it came back."""
         self.is_accepted = False
         """Known of a streamed request only."""
-        self._num_events = 0
-        self._heard = heard
         self._client = client
         self._id = uuid.uuid4().hex
         self._streams = body["stream"]
@@ -116,9 +126,7 @@ class Visit:
         async with self._client.stream(method, path, **more) as reply:
             if reply.status_code != 200:
                 _check(reply.status_code, (await reply.aread()).decode())
-            if not self.is_accepted:
-                self.is_accepted = True
-                self._heard(0)
+            self.is_accepted = True
             coming = None
             async for line in reply.aiter_lines():
                 if line == "data: [DONE]":
@@ -132,8 +140,6 @@ class Visit:
                     for choice in event["choices"]:
                         _extend(self._choices, choice)
                     self._last_id = coming or self._last_id
-                    self._num_events += 1
-                    self._heard(self._num_events)
         raise ValueError("the stream ended without [DONE]")
 
 
@@ -179,10 +185,15 @@ class Wrong:
     """A request that did not end as it would have undisturbed."""
 
     index: int
-    """Of `Load.asked`; the long prompts that `phases` asks come after those."""
+    """Of `Load.asked`; what `phases` asks comes after those."""
     began: float
     """Seconds since 1970."""
     what: str
+    lost: int = 0
+    """Characters that are missing from the reply; all of it, if the request is lost."""
+    duplicated: int = 0
+    """That are in it once more, or should not be there."""
+    changed: int = 0
 
 
 @dataclass(slots=True)
@@ -200,20 +211,6 @@ class Load:
     wrong: list[Wrong] = field(default_factory=list)
     tokens_at: list[tuple[float, int]] = field(default_factory=list)
     """When each request ended, and how many characters it had: for the timeline."""
-    waiting: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list)
-    """For a stream to have told so many events."""
-
-    async def told(self, num_events: int) -> None:
-        """Until one of the streams has told so many events."""
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.append((num_events, future))
-        await future
-
-    def _heard(self, num_events: int) -> None:
-        for each in [each for each in self.waiting if each[0] == num_events]:
-            self.waiting.remove(each)
-            if not each[1].done():  # whoever waited has given up
-                each[1].set_result(None)
 
     async def run(self, streams: int) -> None:
         await asyncio.gather(*[self._stream(first, streams) for first in range(streams)])
@@ -224,7 +221,7 @@ class Load:
             index += step
 
     async def _once(self, index: int) -> None:
-        visit = Visit(self.client, self.asked[index], self._heard)
+        visit = Visit(self.client, self.asked[index])
         try:
             await self.compare(index, visit.reply(), self.expected[index])
         except (Refused, Unheard) as error:
@@ -240,9 +237,24 @@ class Load:
         try:
             found = await reply
         except (httpx.HTTPError, ValueError) as error:
-            self.wrong.append(Wrong(index, began, f"lost: {type(error).__name__}: {error}"))
+            lost = sum(len(choice["text"]) for choice in expected.values())
+            self.wrong.append(Wrong(index, began, f"lost: {type(error).__name__}: {error}", lost))
             return
         self.num_done += 1
         self.tokens_at.append((time.time(), sum(len(choice["text"]) for choice in found.values())))
         if found != expected:
-            self.wrong.append(Wrong(index, began, f"changed: {expected} became {found}"))
+            what = f"changed: {expected} became {found}"
+            self.wrong.append(Wrong(index, began, what, *differences(expected, found)))
+
+
+def differences(expected: Choices, found: Choices) -> tuple[int, int, int]:
+    """Characters of the text that were lost, that are there once too often, and that are others."""
+    lost = duplicated = changed = 0
+    for index, choice in expected.items():
+        text = found[index]["text"] if index in found else ""
+        for what, *ends in SequenceMatcher(None, choice["text"], text, autojunk=False).get_opcodes():
+            there, here = ends[1] - ends[0], ends[3] - ends[2]
+            lost += there if what == "delete" else 0
+            duplicated += here if what == "insert" else 0
+            changed += max(there, here) if what == "replace" else 0
+    return lost, duplicated, changed

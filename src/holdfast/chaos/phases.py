@@ -1,46 +1,64 @@
-"""The moments at which faults strike. Each but `any` is known by what the service tells, however long that takes:
+"""The moments at which faults strike. At each but `any` a process of the service is held at a point of its code
+(`core.points`), so it is that moment for certain, and lasts until the fault has struck. What makes it come:
 
-any        at once
-prefill    a request with a long prompt that nobody asked before is accepted, and has not got a token
-decode     a stream has told so many events, and goes on
-loading    a worker was killed, and one that was started for it begins to load: it has got its name
-recovery   a worker was killed, and the gateway has just sent its requests to other replicas, or to the new one
-
-The worker that is killed first belongs to the replica that has most to do.
+queued      a request of more choices than may run at once
+chunk, checkpoint
+            long prompts that nobody asked before
+restore, recovery, loading
+            a worker was killed, of the replica that has most to do
+reshape     the same, by the loss of its device for good: the replica is cut anew without it, and a worker of it loads
+drain       the replica that has most to do is started anew, as by `holdfast drain`, and a worker of it loads
+prefill, decode, sampled, logged
+            the load
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPResponse
-from urllib.parse import urlsplit
 
 import httpx
-import msgspec
+import psutil
 
+from holdfast.chaos.config import POINTS
 from holdfast.chaos.faults import PATIENCE, Fault, aim, strike
-from holdfast.chaos.load import SENTENCE, Body, Choices, Load, Visit
-from holdfast.chaos.service import Service
-from holdfast.core.errors import StartupError
+from holdfast.chaos.load import SENTENCE, Body, Choices, Load, Refused, Unheard, Visit
+from holdfast.chaos.service import Held, Service
+from holdfast.core.config import SchedulerConfig
+from holdfast.core.errors import ConfigError, StartupError
 
 _POLL_SECONDS = 0.005
-AFTER_A_KILL = ("loading", "recovery")
-"""Moments that a fault of their own comes before: who lives by then is not known yet."""
+_LOOK_SECONDS = 0.1
+_AGAIN_SECONDS = 5.0
 _LONGEST_PROMPT = 6000
 """Tokens: of a long prompt, if the service takes so many."""
 _PROBE_TOKENS = 16
+NEEDS_ALL = ("restore", "recovery", "loading", "reshape", "drain")
+"""Moments that come of a loss: of one when nothing else is lost."""
+_RESHAPES = "it goes on with the "
+"""In what the supervisor says of a replica that is cut anew."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """It is now. `before`: the fault that it takes, if it does. `still`: whether it has not passed yet."""
+    """It is now. `before`: the faults that it takes. `held`: who is held; None at any moment."""
 
     before: list[Fault] = field(default_factory=list)
-    still: Callable[[], bool] = lambda: True
+    held: Held | None = None
+    is_it: Callable[[], bool] = lambda: True
+    """Whether it is what was asked for."""
+
+    @property
+    def role(self) -> str:
+        """Of who is held."""
+        return "" if self.held is None else self.held.name.partition(" ")[0]
+
+    @property
+    def is_now(self) -> bool:
+        return self.is_it() and (self.held is None or self.held.is_held)
 
 
 @dataclass(slots=True)
@@ -52,125 +70,144 @@ class Moments:
     load: Load
     dice: random.Random
     probes: list[tuple[Body, asyncio.Task[Choices]]] = field(default_factory=list)
-    """Long prompts that were asked; their replies are still to be held against undisturbed ones."""
-    _prompt_repeats: int | None = None
-    """Of the sentence, in a long prompt."""
+    """What was asked beside the load; the replies are still to be held against undisturbed ones."""
+    _long_prompt: str | None = None
+    _long_tokens: int = 0
 
     async def wait(self, phase: str) -> Moment:
-        """Raises `StartupError` when it does not come."""
+        """Raises `StartupError` when it does not come, `ConfigError` when it cannot."""
+        if phase == "any":
+            await asyncio.sleep(self.dice.uniform(0.0, 1.0))  # anywhere in the load
+            return Moment()
         try:
             async with asyncio.timeout(PATIENCE):
                 match phase:
-                    case "prefill":
-                        return await self._prefill()
-                    case "decode":
-                        await self.load.told(self.dice.randrange(1, 20))
-                    case "loading":
-                        return await self._loading()
-                    case "recovery":
-                        return await self._recovery()
-                return Moment()
+                    case "queued" | "chunk" | "checkpoint":
+                        return await self._asked_for(phase)
+                    case "restore" | "recovery" | "loading":
+                        return await self._after(phase, "kill-worker")
+                    case "reshape":
+                        begin = self.service.said_bytes
+                        moment = await self._after("loading", "gone-worker")
+                        return Moment(moment.before, moment.held, lambda: _RESHAPES in self.service.said(begin))
+                    case "drain":
+                        return await self._drained()
+                    case _:
+                        return Moment(held=await self._held(phase))
         except TimeoutError as error:
             raise StartupError(
                 f"--phase {phase} did not come in {PATIENCE:g} s:\n{self.service.said()[-3000:]}"
             ) from error
+        finally:
+            self.service.hold_nobody()
 
-    async def _prefill(self) -> Moment:
-        if self._prompt_repeats is None:
-            self._prompt_repeats = await _repeats(self.client, self.load.asked[0]["model"])
-        body = {
-            "model": self.load.asked[0]["model"],
-            "prompt": f"Log {len(self.probes)}. " + SENTENCE * self._prompt_repeats,
-            "max_tokens": _PROBE_TOKENS,
-            "temperature": 0,
-            "stream": True,
-        }
+    async def _held(self, point: str) -> Held:
+        """The first process that comes to the point, and is held there."""
+        role = self.dice.choice(POINTS[point])
+        self.service.hold(role, point)
         while True:
-            visit = Visit(self.client, body)
-            if (probe := ask(self.service.url, visit.body)) is not None:
-                visit.is_accepted = True
-                self.probes.append((body, asyncio.create_task(visit.rest())))
-                return Moment(still=probe.leave)
+            try:
+                held = self.service.held()
+                while held is not None:
+                    if held.process.status() == psutil.STATUS_STOPPED:
+                        return held
+                    await asyncio.sleep(0)  # it is about to be
+            except psutil.NoSuchProcess:
+                self.service.hold(role, point)
             await asyncio.sleep(_POLL_SECONDS)
 
-    async def _loading(self) -> Moment:
-        begin, (first, replica) = self.service.said_bytes, await self._kill_worker()
-        await self._told(first)  # then the one that was killed is gone
-        while True:
-            if first.victims[0] in self.service.processes():
-                break
-            await asyncio.sleep(_POLL_SECONDS)
-        serves = f"replica {replica} serves again"
-        return Moment([first], lambda: serves not in self.service.said(begin))
+    async def _asked_for(self, point: str) -> Moment:
+        """The load alone may never come to it."""
+        holding = asyncio.create_task(self._held(point))
+        try:
+            while not holding.done():
+                reply = self._ask(await self._body_of(point))
+                await asyncio.wait([holding, reply], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.sleep(_POLL_SECONDS)  # it may have been refused
+            return Moment(held=holding.result())
+        finally:
+            holding.cancel()
 
-    async def _recovery(self) -> Moment:
-        first, _ = await self._kill_worker()
-        while True:
-            await self._told(first)
-            incident = first.incidents[0]
-            if incident["rung"] != "restart" or incident["back"] is not None:
-                return Moment([first], partial(bool, incident["resumed"] < incident["requests"]))
-            await asyncio.sleep(_POLL_SECONDS)
+    def _ask(self, body: Body) -> asyncio.Task[Choices]:
+        """Its reply is compared in the end; one that is refused was not asked."""
+        visit = Visit(self.client, body)
+        reply = asyncio.create_task(visit.reply())
+        self.probes.append((body, reply))
 
-    async def _kill_worker(self) -> tuple[Fault, int]:
-        """Of the replica that has most to do. The fault, and the number of the replica."""
+        def settle(done: asyncio.Task[Choices]) -> None:
+            if not done.cancelled() and isinstance(done.exception(), Refused | Unheard):
+                self.probes.remove((body, done))
+
+        reply.add_done_callback(settle)
+        return reply
+
+    async def _body_of(self, point: str) -> Body:
+        shared = {"model": self.load.asked[0]["model"], "max_tokens": _PROBE_TOKENS, "stream": True}
+        if point == "queued":
+            most = self.service.number("--max-num-seqs", SchedulerConfig().max_num_seqs)
+            return shared | {"prompt": SENTENCE, "n": most + 4, "temperature": 0.8, "seed": len(self.probes)}
+        if self._long_prompt is None:
+            self._long_prompt, self._long_tokens = await self._make_long_prompt(shared["model"])
+        budget = self.service.number("--max-num-batched-tokens", SchedulerConfig().max_num_batched_tokens)
+        if point == "chunk" and self._long_tokens <= budget:
+            raise ConfigError(
+                f"--phase chunk: a prompt of {self._long_tokens} tokens is read in one step; "
+                f"--max-num-batched-tokens {budget} must be less"
+            )
+        return shared | {"prompt": f"Log {len(self.probes)}. {self._long_prompt}", "temperature": 0}
+
+    async def _make_long_prompt(self, model: str) -> tuple[str, int]:
+        """Three quarters of what a request may hold; tokens."""
+        reply = (await self.client.post("/tokenize", json={"model": model, "prompt": SENTENCE * 8})).json()
+        most = min(reply["max_model_len"] * 3 // 4, _LONGEST_PROMPT)
+        repeats = max(1, int(most / (reply["count"] / 8)))
+        return SENTENCE * repeats, repeats * reply["count"] // 8
+
+    async def _after(self, point: str, kind: str) -> Moment:
+        """Something happened to a worker of the replica that has most to do, as often as it takes."""
+        before: list[Fault] = []
+        holding = asyncio.create_task(self._held(point))
+        try:
+            while True:
+                if not before or await self._is_over(before[-1]):
+                    number = await self._busiest(least_ranks=1 + (kind == "gone-worker"))
+                    aimed = await aim(self.service, kind, self.dice, where=f" {number}.")
+                    before.append(strike(self.service, aimed, self.dice))
+                await asyncio.wait([holding], timeout=_LOOK_SECONDS)
+                if not holding.done():
+                    continue
+                await self._is_over(before[-1])  # a gateway that is struck takes with it what it knows
+                if not holding.result().is_held:  # it came to the point before, and went with the one that was struck
+                    holding = asyncio.create_task(self._held(point))
+                elif before[-1].was_noticed:
+                    return Moment(before, holding.result())
+        finally:
+            holding.cancel()
+
+    async def _is_over(self, fault: Fault) -> bool:
+        """Whether all that it hit has gone on for a while, so that what is waited for will not come of it."""
+        fault.learn((await self.client.get("/cluster")).json()["incidents"])
+        return fault.was_late or any(
+            incident["back"] is not None and time.time() - incident["back"] > _AGAIN_SECONDS
+            for incident in fault.incidents
+        )
+
+    async def _drained(self) -> Moment:
+        await self._restart(await self._busiest())
+        return Moment(held=await self._held("loading"))
+
+    async def _restart(self, number: int) -> None:
+        (await self.client.post(f"/cluster/replicas/{number}/restart")).raise_for_status()
+
+    async def _busiest(self, least_ranks: int = 1) -> int:
+        """Number of the replica that has most to do, and so many ranks; if all have fewer, one is made whole."""
         while True:
             replicas = (await self.client.get("/cluster")).json()["replicas"]
-            busiest = max(replicas, key=lambda replica: replica["requests"])
-            if busiest["requests"]:
-                break
+            large = [replica for replica in replicas if (replica["ranks"] or 0) >= least_ranks]
+            if not large and all(replica["status"] == "ready" for replica in replicas):
+                await self._restart(0)
+            busiest = max(large, key=lambda replica: replica["requests"], default=None)
+            if busiest is not None and busiest["requests"]:
+                number: int = busiest["replica"]
+                return number
             await asyncio.sleep(_POLL_SECONDS)
-        number: int = busiest["replica"]
-        aimed = await aim(self.service, "kill-worker", self.dice, pair_percent=0, where=f" {number}.")
-        return strike(self.service, aimed, self.dice), number
-
-    async def _told(self, fault: Fault) -> None:
-        """Until the service tells of it."""
-        while True:
-            fault.learn((await self.client.get("/cluster")).json()["incidents"])
-            if fault.incidents:
-                return
-            await asyncio.sleep(_POLL_SECONDS)
-
-
-class Probe:
-    """A streamed request that was just accepted; the client has not looked for tokens yet."""
-
-    def __init__(self, connection: HTTPConnection, reply: HTTPResponse) -> None:
-        self._connection = connection
-        self._reply = reply
-
-    def leave(self) -> bool:
-        """Whether no token has come so far. The connection is closed: somebody else comes back for them."""
-        assert self._connection.sock is not None, "it is to be read on"
-        self._connection.sock.setblocking(False)
-        nothing = not self._reply.fp.peek(1)
-        self._connection.close()
-        return nothing
-
-
-def ask(url: str, body: Body) -> Probe | None:
-    """None: it is refused now. The loop stands still until that is known, on purpose: with all the streams there are,
-    one of its turns may be longer than a prompt is read."""
-    address = urlsplit(url)
-    connection = HTTPConnection(address.hostname or "", address.port, timeout=PATIENCE)
-    try:
-        connection.request("POST", "/v1/completions", msgspec.json.encode(body), {"Content-Type": "application/json"})
-        reply = connection.getresponse()
-        if reply.status == 200:
-            return Probe(connection, reply)
-        text = reply.read().decode(errors="replace")
-    except (OSError, HTTPException):  # nobody is there
-        connection.close()
-        return None
-    connection.close()
-    if reply.status in {429, 503}:
-        return None
-    raise StartupError(f"a request was not taken: HTTP {reply.status}: {text}")
-
-
-async def _repeats(client: httpx.AsyncClient, model: str) -> int:
-    """How often the sentence fits into a long prompt: one that takes three quarters of what a request may hold."""
-    reply = (await client.post("/tokenize", json={"model": model, "prompt": SENTENCE * 8})).json()
-    most = min(reply["max_model_len"] * 3 // 4, _LONGEST_PROMPT)
-    return max(1, int(most / (reply["count"] / 8)))

@@ -14,11 +14,11 @@ from holdfast.chaos.report import Report
 
 
 def timeline(report: Report, path: Path) -> None:
-    """A PNG with two panels: text served over time, with faults as spans until all is whole again; and how long each
-    took to be noticed, to get the first request going on, and to be whole."""
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    """A PNG with three panels: text served over time, with faults as spans until all is whole again; how long each
+    took to be noticed, to get the first request going on, and to be whole; and the moments at which they struck."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    served, delays = figure.subplots(2, 1, sharex=True)
+    served, delays, moments = figure.subplots(3, 1, sharex=True)
     colours = {kind: colormaps["tab20"](index) for index, kind in enumerate(FAULTS)}
     ends = [at for at, _ in report.load.tokens_at] + [fault.at for fault in report.faults]
     begin = min(ends, default=0.0)
@@ -34,21 +34,25 @@ def timeline(report: Report, path: Path) -> None:
         served.axvspan(fault.at - begin, until - begin, color=colours[fault.kind], alpha=0.25, label=label)
     good = "every reply as undisturbed" if not report.load.wrong else f"{len(report.load.wrong)} replies wrong"
     served.set(title=f"{len(report.faults)} faults, {report.load.num_done} requests: {good}", ylabel="characters/s")
-    seen = [fault for fault in report.faults if fault.was_noticed]
-    gone_on = [(fault.at, min(times)) for fault in seen if (times := fault.after("first_token"))]
-    moments = (
-        ("noticed", "v", [(fault.at, fault.detected) for fault in seen]),
+    seen = [(fault.at, fault.detected) for fault in report.faults if fault.detected is not None]
+    gone_on = [(fault.at, min(times)) for fault in report.faults if (times := fault.after("first_token"))]
+    points_by_name = (
+        ("noticed", "v", seen),
         ("first request goes on", "o", gone_on),
-        ("whole again", "s", [(f.at, f.whole_again - f.at) for f in seen if f.whole_again is not None]),
+        ("whole again", "s", [(f.at, f.whole_again - f.at) for f in report.faults if f.whole_again is not None]),
     )
-    for name, marker, points in moments:
+    for name, marker, points in points_by_name:
         times = [at - begin for at, _ in points]
         delays.scatter(times, [delay for _, delay in points], s=18, marker=marker, alpha=0.7, label=name)
-    delays.set(xlabel="s", ylabel="s after the fault")
+    delays.set(ylabel="s after the fault")
+    for fault in report.faults:
+        colour = colours[fault.kind]
+        moments.scatter(fault.at - begin, fault.phase, color=colour if fault.in_phase else "none", edgecolors=colour)
+    moments.set(xlabel="s", ylabel="moment (hollow: missed)")
     if report.faults:
         delays.set_yscale("log")
         for panel in (served, delays):
             panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    for panel in (served, delays):
+    for panel in (served, delays, moments):
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from rich.box import SIMPLE_HEAD
@@ -12,6 +15,16 @@ from rich.table import Table
 
 from holdfast.chaos.faults import Fault, key_of
 from holdfast.chaos.load import Load
+
+_MOMENTS: dict[str, Callable[[Fault], float | None]] = {
+    "detected": lambda fault: fault.detected,
+    "decided": lambda fault: min(fault.after("decided"), default=None),
+    "first token": lambda fault: min(fault.after("first_token"), default=None),
+    "all go on": lambda fault: max(fault.after("last_token"), default=None),
+    "restored": lambda fault: None if fault.whole_again is None else fault.whole_again - fault.at,
+}
+"""Seconds from a fault to: its detection; what is done was decided; the first of the requests it hit got a token
+again; the last of them did; all that it hit served again."""
 
 
 @dataclass(slots=True)
@@ -23,57 +36,76 @@ class Report:
     seconds: float
     status: int
     left: list[int]
+    """Pids."""
+    files_left: list[str]
 
     @property
     def is_good(self) -> bool:
-        return not self.load.wrong and not self.left and self.status == 0
+        return not self.load.wrong and not self.left and not self.files_left and self.status == 0
+
+    def sums(self) -> dict[str, Any]:
+        """Of all faults, by kind and by the moment they were to hit."""
+        kinds, phases = {fault.kind for fault in self.faults}, {fault.phase for fault in self.faults}
+        return {
+            "by_kind": {kind: _sums_of([f for f in self.faults if f.kind == kind]) for kind in sorted(kinds)},
+            "by_phase": {phase: _sums_of([f for f in self.faults if f.phase == phase]) for phase in sorted(phases)},
+        }
+
+
+def _sums_of(faults: list[Fault]) -> dict[str, Any]:
+    incidents = list({key_of(each): each for fault in faults for each in fault.incidents}.values())
+    return {
+        "faults": len(faults),
+        "struck_in_phase": sum(fault.in_phase for fault in faults),
+        "seconds": {name: _median_and_p99(map(of, faults)) for name, of in _MOMENTS.items()},
+        "requests_hit": sum(incident["requests"] for incident in incidents),
+        "recomputed_tokens": sum(incident["recomputed"] for incident in incidents),
+        "recomputed_tokens_most": max((incident["recomputed_most"] for incident in incidents), default=0),
+        "rungs": dict(Counter(incident["rung"] for incident in incidents)),
+    }
+
+
+def _median_and_p99(seconds: Iterable[float | None]) -> list[float] | None:
+    ordered = sorted(each for each in seconds if each is not None)
+    return [statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]] if ordered else None
 
 
 def show(report: Report, console: Console) -> None:
     """Tables, and the verdict."""
-    title = "seconds after the fault: median, 99th percentile"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.add_column("fault", no_wrap=True)
-    for column in ("n", "detected", "first token", "all go on", "whole again"):
-        table.add_column(column)
-    for kind in sorted({fault.kind for fault in report.faults}):
-        faults = [fault for fault in report.faults if fault.kind == kind]
-        table.add_row(
-            kind,
-            str(len(faults)),
-            _times([fault.detected for fault in faults if fault.was_noticed]),
-            _times([min(found) for fault in faults if (found := fault.after("first_token"))]),
-            _times([max(found) for fault in faults if (found := fault.after("last_token"))]),
-            _times([fault.whole_again - fault.at for fault in faults if fault.whole_again is not None]),
-        )
-    console.print(table)
-    incidents = {key_of(incident): incident for fault in report.faults for incident in fault.incidents}.values()
-    recomputed = [incident["recomputed_most"] for incident in incidents]
-    tokens = sum(incident["recomputed"] for incident in incidents)
-    hit = sum(incident["requests"] for incident in incidents)
-    rungs = [incident["rung"] for incident in incidents]
-    counts = ", ".join(f"{rung} {rungs.count(rung)} times" for rung in sorted(set(rungs)))
+    sums, load = report.sums(), report.load
+    for title, rows in (("fault", sums["by_kind"]), ("--phase", sums["by_phase"])):
+        console.print(_table(title, rows))
+    every = _sums_of(report.faults)
+    rungs = ", ".join(f"{rung} {count} times" for rung, count in sorted(every["rungs"].items()))
     console.print(
-        f"{len(report.faults)} faults in {report.seconds:.0f} s; {report.load.num_done} requests served, "
-        f"{report.load.num_refused} refused at the door, {report.load.num_unheard} never heard of; {hit} were hit; "
-        f"{report.load.num_returns} came back for the rest; {counts or 'no incident'}"
+        f"{len(report.faults)} faults in {report.seconds:.0f} s; {load.num_done} requests served, "
+        f"{load.num_refused} refused at the door, {load.num_unheard} never heard of; {every['requests_hit']} were "
+        f"hit; {load.num_returns} came back for the rest; {rungs or 'no incident'}"
     )
-    for phase in sorted({fault.phase for fault in report.faults} - {"any"}):
-        met = [fault.in_phase for fault in report.faults if fault.phase == phase]
-        console.print(f"--phase {phase}: {sum(met)} of {len(met)} faults hit in it")
-    console.print(f"tokens computed again: {tokens}; of one request at most {max(recomputed, default=0)}")
-    lost = sum(wrong.what.startswith("lost") for wrong in report.load.wrong)
-    console.print(f"lost requests: {lost}; changed replies: {len(report.load.wrong) - lost}")
-    console.print(f"exit status {report.status}, processes left: {len(report.left)}")
-    for wrong in report.load.wrong[:5]:
+    tokens, most = every["recomputed_tokens"], every["recomputed_tokens_most"]
+    console.print(f"tokens computed again: {tokens}; of one request at most {most}")
+    lost = sum(wrong.what.startswith("lost") for wrong in load.wrong)
+    console.print(f"lost requests: {lost}; changed replies: {len(load.wrong) - lost}")
+    texts = [sum(getattr(wrong, name) for wrong in load.wrong) for name in ("lost", "duplicated", "changed")]
+    console.print("characters lost: {}; duplicated: {}; changed: {}".format(*texts))
+    console.print(
+        f"exit status {report.status}, processes left: {len(report.left)}, files left: {len(report.files_left)}"
+    )
+    for wrong in load.wrong[:5]:
         console.print(f"request {wrong.index}: {wrong.what[:600]}", markup=False)
 
 
-def _times(seconds: list[float]) -> str:
-    if not seconds:
-        return "-"
-    ordered = sorted(seconds)
-    return f"{statistics.median(ordered):.2f}, {ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]:.2f}"
+def _table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="seconds after the fault: median, 99th percentile", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column(title, no_wrap=True)
+    for column in ("n", "in it", *_MOMENTS, "computed again", "rungs"):
+        table.add_column(column)
+    for name, row in rows.items():
+        times = ["-" if pair is None else "{:.2f}, {:.2f}".format(*pair) for pair in row["seconds"].values()]
+        rungs = ", ".join(f"{rung} {count}" for rung, count in sorted(row["rungs"].items()))
+        counts = (str(row["faults"]), str(row["struck_in_phase"]))
+        table.add_row(name, *counts, *times, str(row["recomputed_tokens"]), rungs or "-")
+    return table
 
 
 def as_json(report: Report) -> bytes:
@@ -81,6 +113,7 @@ def as_json(report: Report) -> bytes:
     return msgspec.json.encode(
         {
             "faults": report.faults,
+            **report.sums(),
             "seconds": report.seconds,
             "requests": report.load.num_done,
             "refused": report.load.num_refused,
@@ -89,5 +122,6 @@ def as_json(report: Report) -> bytes:
             "wrong": report.load.wrong,
             "exit_status": report.status,
             "processes_left": report.left,
+            "files_left": report.files_left,
         }
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,26 @@ import httpx
 import msgspec
 from rich.console import Console
 
-from holdfast.chaos.config import ChaosConfig
-from holdfast.chaos.faults import PATIENCE, Fault, aim, get_over, key_of, strike
-from holdfast.chaos.load import Body, Choices, Load, Refused, Visit, bodies
-from holdfast.chaos.phases import AFTER_A_KILL, Moments
+from holdfast.chaos.config import ChaosConfig, kinds_at
+from holdfast.chaos.faults import PATIENCE, Fault, aim, get_over, strike
+from holdfast.chaos.load import Body, Choices, Load, Refused, Visit, bodies, with_stops
+from holdfast.chaos.phases import NEEDS_ALL, Moments
 from holdfast.chaos.report import Report, as_json, show
 from holdfast.chaos.service import Service, value_of
 from holdfast.core.errors import ConfigError, StartupError
 
-_UNLESS_GIVEN = {"--max-restarts": "1000000", "--leak-window": "2"}
+_UNLESS_GIVEN = {"--max-restarts": "1000000", "--leak-window": "2", "--regrow-interval": "20"}
 """Flags of the service: it is to be disturbed for long."""
+_WIDTH = 150
+"""Characters of a line that goes to a file."""
 
 
 def run(model: str, config: ChaosConfig, flags: Sequence[str]) -> int:
     """0 when every request ended as it would have undisturbed, and nothing is left of the service; else 1. Raises
     `ConfigError` for faults that this service cannot have."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the service would outlive us
     report = asyncio.run(_run(model, config, flags))
-    show(report, Console())
+    show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
     try:
         if config.report.json is not None:
             Path(config.report.json).write_bytes(msgspec.json.format(as_json(report)))
@@ -54,38 +58,46 @@ async def _run(model: str, config: ChaosConfig, flags: Sequence[str]) -> Report:
         status = 1
         try:
             await service.start()
-            kinds = config.fault.kinds(has_store="store" in service.processes())
+            has_store = "store" in service.processes()
+            kinds = config.fault.kinds(has_store=has_store)
             async with httpx.AsyncClient(base_url=service.url, timeout=PATIENCE, trust_env=False) as client:
-                load, faults, seconds = await _disturb(service, client, config, kinds)
+                replicas = (await client.get("/cluster")).json()["replicas"]
+                num_ranks = max(replica["ranks"] for replica in replicas)
+                phases = config.fault.phases(has_store=has_store, num_ranks=num_ranks)
+                load, faults, seconds = await _disturb(service, client, config, kinds, phases)
         finally:
             status, left = await service.stop()
-        return Report(faults, load, seconds, status, left)
+        return Report(faults, load, seconds, status, left, service.files_left())
 
 
 async def _disturb(
-    service: Service, client: httpx.AsyncClient, config: ChaosConfig, kinds: list[str]
+    service: Service, client: httpx.AsyncClient, config: ChaosConfig, kinds: list[str], phases: list[str]
 ) -> tuple[Load, list[Fault], float]:
     asked = bodies("chaos", config.load.requests, config.load.max_tokens, config.fault.seed)
+    asked = with_stops(asked, await _calm(client, asked, config.load.streams))
     expected = await _calm(client, asked, config.load.streams)
     load, begun = Load(client, asked, expected), time.monotonic()
     running = asyncio.create_task(load.run(config.load.streams))
-    dice, faults = random.Random(config.fault.seed), list[Fault]()
-    moments, phases = Moments(service, client, load, dice), config.fault.phases()
+    dice, faults, unfinished = random.Random(config.fault.seed), list[Fault](), list[Fault]()
+    moments = Moments(service, client, load, dice)
     try:
-        for number in range(config.fault.kills):
+        while len(faults) < config.fault.kills:
             phase = dice.choice(phases)
-            await asyncio.sleep(dice.uniform(0.0, 1.5))  # anywhere in the load
+            if phase in NEEDS_ALL:
+                unfinished = await get_over(service, client, unfinished)
             await _learn_more(client, faults)  # a gateway that goes takes with it what it knows
-            choose = partial(aim, service, dice.choice(kinds), dice, config.fault.pair_percent)
-            aimed = None if phase in AFTER_A_KILL else await choose()  # the moment may be short
             moment = await moments.wait(phase)
-            fault = strike(service, aimed or await choose(), dice, moment.still)
-            fault.phase = phase
-            faults += [*moment.before, fault]
-            await get_over(service, client, [*moment.before, fault])
+            kind = dice.choice(kinds_at(phase, kinds, moment.role))
+            aimed = await aim(service, kind, dice, config.fault.pair_percent, held=moment.held)
+            in_phase = moment.is_now
+            new = [*moment.before, strike(service, aimed, dice)]
+            new[-1].phase, new[-1].in_phase = phase, in_phase
+            faults += new
+            last = len(faults) >= config.fault.kills
+            unfinished = await get_over(service, client, [*unfinished, *new], whole=last)
             if load.wrong or service.orphans:
                 break
-            if (number + 1) % 10 == 0:
+            if len(faults) // 10 > (len(faults) - len(new)) // 10:
                 print(f"{len(faults)} faults, {load.num_done} requests, all as they should be", flush=True)
         load.over.set()
         await _all_end([running, *(reply for _, reply in moments.probes)], service)
@@ -94,9 +106,9 @@ async def _disturb(
         for task in (running, *(reply for _, reply in moments.probes)):
             task.cancel()
     seconds = time.monotonic() - begun
-    for number, (body, reply) in enumerate(moments.probes, start=len(asked)):
-        [calm] = await _calm(client, [body], 1)
-        await load.compare(number, reply, calm)
+    calm = await _calm(client, [body for body, _ in moments.probes], config.load.streams)
+    for number, ((_, reply), undisturbed) in enumerate(zip(moments.probes, calm, strict=True), start=len(asked)):
+        await load.compare(number, reply, undisturbed)
     await _learn_more(client, faults)
     return load, faults, seconds
 
@@ -107,9 +119,8 @@ async def _learn_more(client: httpx.AsyncClient, faults: list[Fault]) -> None:
         told = (await client.get("/cluster")).json()["incidents"]
     except httpx.HTTPError:  # it is gone or hangs: whoever waits for it will say so
         return
-    now = {key_of(incident): incident for incident in told}
     for fault in faults:
-        fault.incidents = [now.get(key_of(incident), incident) for incident in fault.incidents]
+        fault.learn(told)
 
 
 async def _all_end(tasks: Sequence[asyncio.Task[Any]], service: Service) -> None:

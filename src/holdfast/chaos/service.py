@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -10,16 +11,18 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 
 from holdfast.core.errors import StartupError
+from holdfast.core.points import VARIABLE
 
 _START_SECONDS = 600.0
 _STOP_SECONDS = 60.0
-_ORPHAN_SECONDS = 10.0
+_ORPHAN_SECONDS = 60.0
 """Once the supervisor is gone, its children end at once; a loaded machine may need a while for it."""
 _SPOILT_EVERY = 100_000
 """Bytes."""
@@ -27,13 +30,35 @@ _TITLE = re.compile(r"holdfast (worker [\d.]+|engine \d+|gateway|store)")
 SUPERVISOR = "supervisor"
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A process that is held at a point of its code."""
+
+    name: str
+    process: psutil.Process
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is, and lives."""
+        try:
+            return bool(self.process.status() == psutil.STATUS_STOPPED)
+        except psutil.NoSuchProcess:
+            return False
+
+    def let_go(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.process.send_signal(signal.SIGCONT)
+
+
 class Service:
     """Started with `flags` in `folder`, which holds what it says, its faults, and the token log unless the flags have
     it elsewhere. Started again, it has the port it had."""
 
     def __init__(self, model: str, flags: Sequence[str], folder: Path) -> None:
-        self._faults = folder / "faults"
+        self._faults, self._temporary = folder / "faults", folder / "tmp"
         self._faults.mkdir()
+        self._temporary.mkdir()
+        self._flags = flags
         self._log = folder / "log"
         self._token_log = Path(value_of("--token-log-dir", flags) or folder / "tokens")
         level = (
@@ -55,7 +80,7 @@ class Service:
                 *port,
                 stdout=sink,
                 stderr=sink,
-                env={**os.environ, "HOLDFAST_FAULTS": str(self._faults)},
+                env={**os.environ, VARIABLE: str(self._faults), "TMPDIR": str(self._temporary)},
                 start_new_session=True,
             )
         for _ in range(int(_START_SECONDS / 0.1)):
@@ -104,11 +129,39 @@ class Service:
 
     def afflict(self, worker: str, fault: str) -> None:
         """Let a worker have a fault with its next step."""
-        (self._faults / worker.removeprefix("worker ")).write_text(fault)
+        new = self._faults / "new"
+        new.write_text(fault)
+        new.rename(self._faults / worker.removeprefix("worker "))  # with all that is in it
 
     def relieve(self, worker: str) -> None:
         """End a fault that lasts."""
         (self._faults / worker.removeprefix("worker ")).unlink(missing_ok=True)
+
+    def hold(self, role: str, point: str) -> None:
+        """Have the first process of this role that comes to a point stop there, see `core.points`."""
+        (self._faults / f"{role}-at-{point}").touch()
+
+    def held(self) -> Held | None:
+        """Who is held, or just about to be. Raises `psutil.NoSuchProcess` if it has died of something else."""
+        for file in self._faults.glob("held-*"):
+            file.unlink()
+            _, pid, name = file.name.split("-")
+            return Held(name, psutil.Process(int(pid)))
+        return None
+
+    def hold_nobody(self) -> None:
+        """Any more."""
+        for file in self._faults.glob("*-at-*"):
+            file.unlink(missing_ok=True)
+
+    def number(self, flag: str, default: int) -> int:
+        """Of one of its flags."""
+        return int(value_of(flag, self._flags) or default)
+
+    def files_left(self) -> list[str]:
+        """Of its private folders, once it has ended. The memory it shares has no names: it goes with the last process
+        that has it."""
+        return sorted(str(path.relative_to(self._temporary)) for path in self._temporary.rglob("*"))
 
     def spoil(self, dice: random.Random) -> None:
         """Change bytes of the checkpoint store's memory, here and there where there is something."""

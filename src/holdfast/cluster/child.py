@@ -27,7 +27,7 @@ import zmq
 
 from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
-from holdfast.core.errors import CollectiveFailed, ReplicaHangs, UserError
+from holdfast.core.errors import CollectiveFailed, DeviceGone, ReplicaHangs, UserError
 from holdfast.core.logs import setup_logging
 
 Control = zmq.Socket[bytes]
@@ -67,7 +67,8 @@ def run_child(body: Body) -> None:
         status = 1
         follows = isinstance(error, CollectiveFailed)
         hangs = isinstance(error, ReplicaHangs)
-        failed = lifecycle.Failed(str(error), isinstance(error, UserError), traceback.format_exc(), follows, hangs)
+        user_error, gone = isinstance(error, UserError), isinstance(error, DeviceGone)
+        failed = lifecycle.Failed(str(error), user_error, traceback.format_exc(), follows, hangs, gone)
         control.send(wire.encode(failed))
     context.destroy()
     sys.exit(status)

@@ -22,6 +22,7 @@ from holdfast.core.boot import Boot
 from holdfast.core.checkpoints import Find, Forget, FromStore, Keep, Kept
 from holdfast.core.errors import ReplicaHangs
 from holdfast.core.plan import places
+from holdfast.core.points import Points
 from holdfast.parallel.segment import RankTally, attach, layout_of, read_chosen, read_tally
 from holdfast.schedule.batching import batching_of
 from holdfast.schedule.fit import fit_model_len
@@ -40,6 +41,7 @@ class Engine:
         self.boot = boot
         self.replica = replica
         self.epoch = epoch()
+        self.points = Points(f"engine {replica}")
         self.control = control
         endpoints = boot.endpoints
         self.requests = self._socket(zmq.PULL)
@@ -101,8 +103,11 @@ class Engine:
                 self._tell_workers(placement)
             waits = self.scheduler.num_in_flight or (self.keeper is not None and self.keeper.is_busy)
             assert waits or not self.scheduler.has_work, "work that is never scheduled"
+            stats = self._stats()
+            if stats.num_waiting and stats.num_running == self.boot.config.scheduler.max_num_seqs:
+                self.points.reach("queued")
             self.gateway.send(
-                wire.encode(wire.Outputs(self.replica, self.epoch, outputs, self._stats(), self._gateway_epoch))
+                wire.encode(wire.Outputs(self.replica, self.epoch, outputs, stats, self._gateway_epoch))
             )
             if not waits and log.isEnabledFor(logging.DEBUG):
                 self.scheduler.check_integrity()  # every reference to every block, whenever we fall idle
@@ -227,6 +232,8 @@ class Engine:
             elif message.gateway != self._gateway_epoch:
                 continue  # of a gateway that is gone
             elif isinstance(message, wire.Submit):
+                if message.output_token_ids:
+                    self.points.reach("recovery")
                 sequence = self.scheduler.add(message)
                 if self.keeper is not None:
                     self.keeper.look_up(sequence)
@@ -259,6 +266,8 @@ class Engine:
                 self._tell_workers(message)
             return []
         outputs = settle(self.scheduler, result)
+        if outputs:
+            self.points.reach("sampled")
         if self.balancer is not None:
             self.balancer.step_done()
         return outputs

@@ -19,6 +19,7 @@ from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
 from holdfast.core.errors import ModelError
 from holdfast.core.plan import Place
+from holdfast.core.points import Points
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.models.inspect import stamp_of
 from holdfast.worker.copier import BlockCopier
@@ -37,8 +38,11 @@ def run(boot: Boot, control: Control) -> None:
     place, meeting = Place(boot.plan.replicas[replica], stage, index), boot.endpoints.meeting(replica, epoch())
     post = Post(boot.plan, replica, place, inherited("replica"), inherited("weights"), meeting, again=epoch() > 0)
 
+    points = Points(f"worker {rank}")
+
     def progress(text: str, fraction: float | None) -> None:
         control.send(wire.encode(lifecycle.Progress(text, fraction)))
+        points.reach("loading")
 
     steps = control.context.socket(zmq.PULL)
     steps.bind(boot.endpoints.worker(rank))
@@ -59,7 +63,8 @@ def run(boot: Boot, control: Control) -> None:
     mover = ExpertMover(boot.model, boot.stamp, runner, rank)
     copier = None
     if (store := inherited("store")) is not None:
-        copier = BlockCopier(runner.pages, StoreMemory(store, StoreLayout.of(boot.config, boot.model)), place)
+        memory = StoreMemory(store, StoreLayout.of(boot.config, boot.model), points)
+        copier = BlockCopier(runner.pages, memory, place)
     try:
         serve(control, steps, results, runner, mover, copier)
     finally:
@@ -71,6 +76,7 @@ def serve(  # noqa: PLR0917
 ) -> None:
     """Take steps and give results until told to stop."""
     rank, speaks, faults = mover.rank, runner.decoder.place.speaks, Faults(mover.rank)
+    points = Points(f"worker {rank}")
     decode = wire.decoder(wire.ToWorker).decode
     launched: deque[tuple[wire.Step, Launched | wire.StepResult | wire.StepError]] = deque()
     poller = zmq.Poller()
@@ -104,12 +110,13 @@ def serve(  # noqa: PLR0917
         if isinstance(state, Launched):
             state = attempt(runner, step, rank, partial(runner.finish, state))
         if speaks:
+            points.reach("sampled")
             results.send(wire.encode(state))
 
 
 def launch(runner: Runner, step: wire.Step, faults: Faults) -> Launched:
     """Begin a step; raises what that raises, and what was asked for."""
-    faults.before_step(runner)
+    faults.before_step(runner, step)
     return runner.launch(step)
 
 

@@ -2,7 +2,8 @@
 
     its requests go on in other replicas, or wait            (the gateway decides: `gateway.router`)
     the member is started again, as it was                   up to --max-restarts times in a row
-    the replica is started again without the lost rank       as often as that, and as long as any rank is left
+    the replica is started again without the lost rank       as often as that, at once if its device is gone for good,
+                                                             and as long as any rank is left
     definite errors, and the end of the service
 
 A member is fenced before it is replaced: all its processes are killed. What is lost with a process, `plans.impact_of`
@@ -192,14 +193,16 @@ class Recovery:
         ladder. Raises `ProcessDied` when there is nobody left to serve."""
         detected: float = time.time()
         kind: lifecycle.LossKind = "hang" if hangs else "death"
+        gone = False
         if member.failure is not None:  # the first to fail is the cause, whoever was the first to end
             process, failed = member.failure
             reason, kind = f"{process} died ({failed.error})", "hang" if failed.hangs else "error"
+            gone = failed.for_good
         loss = impact_of(self.starter.boot.plan, process, kind, detected)
         epoch = self.children.by_name[member.speaker].epoch
         self.children.kill(member.processes)
         deaths, most = member.count_death(), self.config.server.max_restarts
-        reshapes = deaths > most and self._reshape(member, process)
+        reshapes = (deaths > most or gone) and self._reshape(member, process)
         comes_back = deaths <= most or reshapes
         if not comes_back and self._nobody_without(member):
             raise ProcessDied(reason)

@@ -16,6 +16,7 @@ HoldfastError
     ├── ProcessDied         a process ended that should not have
     ├── CollectiveFailed    ranks did not meet: one gave up, or was late
     ├── StepFailed          a step raised on a device
+    ├── DeviceGone          a device is lost, and does not come back
     └── ReplicaHangs        no rank comes further
 """
 
@@ -118,6 +119,10 @@ class CollectiveFailed(MachineError):
 
 class StepFailed(MachineError):
     """A step raised on a device; the requests in it end with this error."""
+
+
+class DeviceGone(MachineError):
+    """A device is lost and does not come back: nobody need try to start its rank again."""
 
 
 class ReplicaHangs(MachineError):

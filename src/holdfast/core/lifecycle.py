@@ -39,6 +39,8 @@ class Failed(Message, frozen=True):
     """Only because another process did."""
     hangs: bool = False
     """Not this process: the replica it speaks for."""
+    for_good: bool = False
+    """Its device does not come back."""
 
 
 class Replace(Message, frozen=True):

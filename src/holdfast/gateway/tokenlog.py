@@ -18,6 +18,7 @@ from typing import Literal
 import msgspec
 
 from holdfast.core.errors import ConfigError, TokenLogGap
+from holdfast.core.points import Points
 from holdfast.core.request import TokenLogprobs
 from holdfast.core.wire import FinishReason, Submit, TokenOutput
 from holdfast.gateway.logfile import LogFile
@@ -183,6 +184,7 @@ class TokenLog:
         self.calls: dict[str, Accepted] = {}
         self._entries: dict[str, LogEntry] = {}
         self._file, self._model = file, model
+        self._points = Points("gateway")
         self.failure: str | None = None
         """Why the file does not hold everything."""
         self._retry_at = 0.0
@@ -217,6 +219,7 @@ class TokenLog:
         new = [each for output in outputs if (each := self._new_in(output)) is not None]
         if new:
             self._write(Came(new))  # first: then the client may have it
+            self._points.reach("logged")
             for output in new:
                 self._entries[output.request_id].add(output)
         return new

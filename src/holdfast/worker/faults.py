@@ -3,9 +3,12 @@
 HOLDFAST_FAULTS names a folder. A file in it that is called like a worker ("0.0.1") holds one of
 
     error      its next step raises what a broken device raises
+    gone       the same, and the device does not come back
     corrupt    keys and values of the requests it has are no numbers any more
     slow       its steps take ten times as long, as long as the file is there
     leak       it keeps more and more memory, 100 MB a second while it runs steps, as long as it lives
+
+`core.points` has what strikes at a point in the code.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import os
 import time
 from pathlib import Path
 
+from holdfast.core.errors import DeviceGone
+from holdfast.core.points import VARIABLE, Points
+from holdfast.core.wire import Step
 from holdfast.worker.runner import Runner
 
-VARIABLE = "HOLDFAST_FAULTS"
 _LEAK_BYTES = 10_000_000
 _LEAK_SECONDS = 0.1
 """Between two of these."""
@@ -31,15 +36,17 @@ class Faults:
     def __init__(self, rank: str) -> None:
         folder = os.environ.get(VARIABLE)
         self._file = Path(folder) / rank if folder else None
+        self._points = Points(f"worker {rank}")
         self._kept: list[bytes] = []
         self._leaked: float | None = None
         """When it last did; None: it does not."""
         self._last = 0.0
 
-    def before_step(self, runner: Runner) -> None:
-        """Raises `RuntimeError` when the device is to break."""
+    def before_step(self, runner: Runner, step: Step) -> None:
+        """Raises `RuntimeError` when the device is to break, `DeviceGone` when it is to be lost."""
         if self._file is None:
             return
+        self._reach(step)
         now, taken, self._last = time.monotonic(), time.monotonic() - self._last, time.monotonic()
         if self._leaked is not None and now - self._leaked > _LEAK_SECONDS:
             self._leaked = now
@@ -60,3 +67,15 @@ class Faults:
                 runner.pages.data[:, :, request.block_ids] = float("nan")
         if fault == "error":
             raise RuntimeError("CUDA error: a device error that was asked for")
+        if fault == "gone":
+            raise DeviceGone("CUDA error: the loss of a device that was asked for")
+
+    def _reach(self, step: Step) -> None:
+        begun, going_on = step.num_tokens[: len(step.new)], step.num_tokens[len(step.new) :]
+        for point, is_here in (
+            ("prefill", any(count > 1 for count in begun)),
+            ("chunk", any(count > 1 for count in going_on)),
+            ("decode", 1 in going_on),
+        ):
+            if is_here:
+                self._points.reach(point)
