@@ -61,6 +61,8 @@ SERVE_FLAGS = [
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
     "--checkpoint-memory-bytes",
+    "--checkpoint-disk",
+    "--checkpoint-disk-bytes",
     "--max-num-seqs",
     "--max-num-batched-tokens",
     "--max-queued-seqs",

@@ -65,6 +65,8 @@ class Recovery:
         match event:
             case Said(_, lifecycle.Beat()):
                 member.heard = time.monotonic()
+            case Said(_, lifecycle.DiskTier() as state):
+                self.children.send(GATEWAY, state)
             case Said(name, lifecycle.Ready() as ready):
                 self.watch_memory(name, ready)
                 self._welcome_back(member, name)

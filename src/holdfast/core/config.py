@@ -206,6 +206,14 @@ class CacheConfig:
         "memory, taken as it is filled; none without prefix caching.",
         bytes=True,
     )
+    checkpoint_disk: str | None = option(
+        None,
+        "Folder on a disk for copies of these blocks: prefixes that had no room in memory come back from it, and it "
+        "outlives the service. It belongs to one service, model and machine. Needs --checkpoint-disk-bytes.",
+    )
+    checkpoint_disk_bytes: int | None = option(
+        None, "Most that --checkpoint-disk takes; the oldest blocks make way.", bytes=True
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +311,7 @@ class ServeConfig:
             ("--block-size", self.cache.block_size, 1),
             ("--kv-cache-memory-bytes", self.cache.kv_cache_memory_bytes, 1),
             ("--checkpoint-memory-bytes", self.cache.checkpoint_memory_bytes, 0),
+            ("--checkpoint-disk-bytes", self.cache.checkpoint_disk_bytes, 1),
             ("--max-num-seqs", self.scheduler.max_num_seqs, 1),
             ("--max-num-batched-tokens", self.scheduler.max_num_batched_tokens, 1),
             ("--max-queued-seqs", self.scheduler.max_queued_seqs, 0),
@@ -331,6 +340,11 @@ class ServeConfig:
         ):
             if value is not None and value > most:
                 raise ConfigError(f"{flag} {value}: must be at most {most}")
+        if (self.cache.checkpoint_disk is None) != (self.cache.checkpoint_disk_bytes is None):
+            given, other = "--checkpoint-disk", "--checkpoint-disk-bytes"
+            if self.cache.checkpoint_disk is None:
+                given, other = other, given
+            raise ConfigError(f"{given}: needs {other}")
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"--gpu-memory-utilization {self.cache.gpu_memory_utilization}: must be above 0 and at most 1"

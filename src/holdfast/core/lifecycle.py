@@ -54,7 +54,22 @@ class Beat(Message, frozen=True):
 
 BEAT_SECONDS = 1.0
 
-ToSupervisor = Progress | Ready | Failed | Replace | Beat
+
+class DiskTier(Message, frozen=True):
+    """From the checkpoint store with every beat, and on to the gateway: how it is with the blocks on disk. Counters
+    begin anew with the store's process."""
+
+    blocks: int
+    """That are there now."""
+    written: int
+    read: int
+    broken: int
+    """That were not what was written."""
+    failure: str | None
+    """Why the disk is not used, or takes no more."""
+
+
+ToSupervisor = Progress | Ready | Failed | Replace | Beat | DiskTier
 
 
 # --- from the supervisor ---------------------------------------------------------------------------
@@ -123,4 +138,4 @@ class Stop(Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 
-ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | Stop
+ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | DiskTier | Stop

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from holdfast import __version__
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, InvalidRequest, MachineError, NotFound, Unavailable
-from holdfast.core.lifecycle import Replace
+from holdfast.core.lifecycle import DiskTier, Replace
 from holdfast.gateway import schema
 from holdfast.gateway.calls import Call, Calls
 from holdfast.gateway.door import Door, error_response, unless_disconnected
@@ -55,6 +55,8 @@ class Service:
     tell: Callable[[Replace], Awaitable[None]]
     """The supervisor."""
     model: ServedModel | None = None
+    disk: DiskTier | None = None
+    """Of the checkpoint store, as it was last heard of."""
 
     @property
     def status(self) -> Status:
@@ -92,6 +94,8 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
         body: dict[str, Any] = {"status": status, "requests": service.router.num_live}
         if service.calls.log_failure is not None:
             body["token_log"] = service.calls.log_failure
+        if service.disk is not None and service.disk.failure is not None:
+            body["checkpoint_disk"] = service.disk.failure
         return _json(body, 200 if status == "ready" else 503, None if status == "ready" else {"Retry-After": "1"})
 
     @app.get("/cluster", responses=schema.responses(schema.Cluster, statuses=(401, 405, 500)))

@@ -23,6 +23,7 @@ from holdfast.core.config import ServerConfig
 from holdfast.core.lifecycle import (
     BEAT_SECONDS,
     Beat,
+    DiskTier,
     Drain,
     Ready,
     Replace,
@@ -134,7 +135,7 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
             asyncio.create_task(_announce(boot, name, service, control)),
             asyncio.create_task(calls.sweep()),
             asyncio.create_task(_beat(control)),
-            asyncio.create_task(_obey(control, router)),
+            asyncio.create_task(_obey(control, service)),
         ]
         try:
             await _until_told(tasks)
@@ -165,9 +166,9 @@ async def _until_told(tasks: list[asyncio.Task[None]]) -> None:
             task.result()
 
 
-async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
+async def _obey(control: zmq.asyncio.Socket, service: Service) -> None:
     """Do as the supervisor says; return when it is time to leave. A later `Drain` replaces an earlier one."""
-    decode = decoder(ToChild).decode
+    decode, router = decoder(ToChild).decode, service.router
     draining: asyncio.Task[None] | None = None
     receiving = asyncio.ensure_future(control.recv())
     try:
@@ -187,6 +188,9 @@ async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
                     router.incidents.begin("store", reason, loss, "none")
                 case StoreBack():
                     router.incidents.came_back("store")
+                case DiskTier() as state:
+                    service.disk = state
+                    service.metrics.disk_tier(state)
                 case Drain(deadline):
                     if draining is not None:
                         draining.cancel()

@@ -33,6 +33,8 @@ class Health(BaseModel):
     requests: int
     token_log: str | None = None
     """Why it is not written, if it is not."""
+    checkpoint_disk: str | None = None
+    """Why the disk tier does without its disk, or takes no more, if so."""
 
 
 class Version(BaseModel):
