@@ -78,6 +78,7 @@ SERVE_FLAGS = [
     "--max-restarts",
     "--regrow-interval",
     "--leak-window",
+    "--check-weights-interval",
     "--token-log-dir",
     "--token-log-sync",
     "--resume-window",

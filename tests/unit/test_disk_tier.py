@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +48,8 @@ def content(number: int) -> tuple[np.ndarray, bytes]:
     return np.array(sums, np.uint64), cells
 
 
-def opened(folder: Path, num_segments: int = 3, owner: str = "a model") -> DiskFile:
-    return DiskFile(folder, owner, LAYOUT, 4096 + num_segments * SEGMENT)
+def opened(folder: Path, num_segments: int = 3, owner: str = "a model", *, is_distrusted: bool = False) -> DiskFile:
+    return DiskFile(folder, owner, LAYOUT, 4096 + num_segments * SEGMENT, is_distrusted)
 
 
 def put(file: DiskFile, number: int, before: int = 0) -> None:
@@ -214,10 +213,10 @@ def test_a_folder_belongs_to_one_model_and_one_service(tmp_path: Path):
 @contextmanager
 def store_over(folder: Path, num_segments: int = 3) -> Iterator[Store]:
     descriptor = create(LAYOUT.num_bytes)
-    store = Store(descriptor, LAYOUT, partial(opened, folder, num_segments))
+    store = Store(descriptor, LAYOUT, lambda anew: opened(folder, num_segments, is_distrusted=anew))
     assert store.tier is not None
-    store.tier.start()
     try:
+        store.tier.start()
         yield store
     finally:
         store.close()
@@ -247,9 +246,8 @@ def keep(store: Store, number: int, before: int) -> None:
 def find(store: Store, numbers: list[int]) -> Found:
     """The answer, when it comes; what it names is right."""
     answer = store.answer(Find("x", [name(number) for number in numbers]))
+    assert store.tier is not None
     while answer is None:
-        [answer, *_] = settle(store, lambda: True) or [None]
-        assert store.tier is not None
         select.select([store.tier.fd], [], [], 0.01)
         [answer, *_] = [found for _, found in store.look()] or [None]
     assert isinstance(answer, Found)
@@ -319,6 +317,26 @@ def test_a_block_that_was_spoilt_on_disk_is_not_found(tmp_path: Path):
         keep(store, 3, 2)
         settle(store, lambda: on_disk(store) == 4)
         assert len(find(store, [1, 2, 3, 4]).slots) == 4, "it was computed again"
+
+
+def test_what_is_distrusted_is_nowhere_any_more(tmp_path: Path):
+    """In memory, on disk, or on its way; what comes after it is kept."""
+    with store_over(tmp_path) as store:
+        for number in range(1, 5):
+            keep(store, number, number - 1)
+        settle(store, lambda: on_disk(store) == 4)
+        keep(store, 5, 4)
+        store.look()
+        store.forget_all()
+        assert find(store, [1, 2, 3, 4, 5]).slots == []
+        settle(store, lambda: store.tier.is_open)
+        assert on_disk(store) == 0
+        assert find(store, [1, 2, 3, 4, 5]).slots == []
+        keep(store, 1, 0)
+        settle(store, lambda: on_disk(store) == 1)
+        assert store.tier.state.failure is None
+    with store_over(tmp_path) as store:
+        assert len(find(store, [1, 2, 3]).slots) == 1
 
 
 def test_a_full_disk_takes_no_more_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -44,9 +44,11 @@ class DiskFile:
     take long, and raises `OSError` when the disk does not do it.
     """
 
-    def __init__(self, folder: Path, owner: str, layout: StoreLayout, num_bytes: int) -> None:
-        """Takes up what is there, `num_bytes` at most. Raises `ConfigError` when the file cannot be had, or holds
-        something else."""
+    def __init__(
+        self, folder: Path, owner: str, layout: StoreLayout, num_bytes: int, is_distrusted: bool = False
+    ) -> None:
+        """Takes up what is there, `num_bytes` at most; nothing if it is distrusted. Raises `ConfigError` when the
+        file cannot be had, or holds something else."""
         self._layout = layout
         self._owner = owner[:_MOST_OWNER].encode()
         self._seed = xxh3_64_intdigest(owner.encode())
@@ -61,12 +63,12 @@ class DiskFile:
         except OSError as error:
             raise ConfigError(f"--checkpoint-disk {folder}: {error.strerror}") from error
         try:
-            self._begin(folder)
+            self._begin(folder, is_distrusted)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, folder: Path) -> None:
+    def _begin(self, folder: Path, is_distrusted: bool) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -77,8 +79,8 @@ class DiskFile:
         if found.rstrip(b"\0") and not found.startswith(_MAGIC):
             raise ConfigError(f"--checkpoint-disk {folder}: {self.path} is no file of blocks")
         if len(found) == _HEAD_BYTES and (whose := _owner_in(found)) is not None:
-            is_ours = found == head
-            if not is_ours:
+            is_ours = found == head and not is_distrusted
+            if found != head:
                 raise ConfigError(
                     f"--checkpoint-disk {folder}: holds blocks of another model or other settings ({whose}); give "
                     "another folder, or remove the file"

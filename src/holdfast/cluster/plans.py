@@ -94,6 +94,8 @@ def planned(config: ServeConfig, model: ModelInfo, machine: Cluster | None) -> P
 
 def check_balancing(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
     """That there is something for `--enable-eplb` to do. Raises `ConfigError`."""
+    if config.server.check_weights_interval and plan.shard_weights:
+        raise ConfigError("--check-weights-interval: weights that replicas hold together cannot be checked yet")
     redundant = config.device.num_redundant_experts
     if config.device.enable_eplb and plan.shard_weights:
         raise ConfigError("--enable-eplb: experts that replicas hold together (--shard-weights) cannot move yet")

@@ -61,7 +61,9 @@ class _Fetch:
 class Store:
     """The slots, and the memory they have. `open_disk`: makes the file of the disk tier, if there is one."""
 
-    def __init__(self, descriptor: int, layout: StoreLayout, open_disk: Callable[[], DiskFile] | None = None) -> None:
+    def __init__(
+        self, descriptor: int, layout: StoreLayout, open_disk: Callable[[bool], DiskFile] | None = None
+    ) -> None:
         self.layout = layout
         self._descriptor = descriptor
         self.memory = StoreMemory(descriptor, layout)
@@ -102,6 +104,14 @@ class Store:
             self._free.append(slot)
         if self.tier is not None:
             self.tier.forget(block)
+
+    def forget_all(self) -> None:
+        """Nothing that is here is to be trusted."""
+        log.warning("all blocks are forgotten: %d", len(self.index))
+        self._free += [slot for block in list(self.index) if (slot := self.index.remove(block)) is not None]
+        self._unsaved.clear()
+        if self.tier is not None:
+            self.tier.forget_all()
 
     def _keep(self, block: bytes, before: bytes) -> int:
         """Where to write it. One that was begun, perhaps by somebody who has died, may be written again: it is the
@@ -273,7 +283,7 @@ def run(boot: Boot, control: Control) -> None:
 
 def serve(store: Store, control: Control, engines: zmq.Socket[bytes]) -> None:
     """Until told to stop."""
-    decode = wire.decoder(ToStore).decode
+    decode, told = wire.decoder(ToStore).decode, wire.decoder(lifecycle.ToChild).decode
     poller = zmq.Poller()
     poller.register(control, zmq.POLLIN)
     poller.register(engines, zmq.POLLIN)
@@ -283,7 +293,9 @@ def serve(store: Store, control: Control, engines: zmq.Socket[bytes]) -> None:
     while True:
         readable = dict(poller.poll(int(1000 * store.patience)))
         if control in readable:
-            return  # the only word it is sent is Stop
+            if isinstance(told(control.recv()), lifecycle.Stop):
+                return
+            store.forget_all()
         if engines in readable:
             engine, data = engines.recv_multipart()
             if (answer := store.answer(decode(data), engine)) is not None:

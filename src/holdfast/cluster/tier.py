@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,11 +39,11 @@ class Copied(NamedTuple):
 
 
 class Tier:
-    """`open` makes the file. `holds` says whether a block is in this slot of the memory. `fd` is readable when `look`
-    has something to do; it is to be called now and then in any case."""
+    """`open` makes the file, anew if its argument says so. `holds` says whether a block is in this slot of the
+    memory. `fd` is readable when `look` has something to do; it is to be called now and then in any case."""
 
     def __init__(
-        self, open: Callable[[], DiskFile], memory: StoreMemory, holds: Callable[[bytes, int], bool]
+        self, open: Callable[[bool], DiskFile], memory: StoreMemory, holds: Callable[[bytes, int], bool]
     ) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._open = open
@@ -62,13 +63,13 @@ class Tier:
         self._copied: list[Copied] = []
         self._failure = ""
         self._retry_at = 0.0
-        self._is_growing = self._is_full = False
+        self._is_growing = self._is_full = self._is_distrusted = False
         self._num_written = self._num_read = self._num_broken = 0
 
     def start(self) -> None:
         """Open the file now. Raises `ConfigError` for a folder that must not be used."""
         try:
-            self._opened(self._open())
+            self._opened(self._open(False))
         except OSError as error:
             self._fail(error)
 
@@ -153,6 +154,12 @@ class Tier:
         if self._file is not None and (there := self._file.index.remove(block)) is not None:
             self._clear(there)
 
+    def forget_all(self) -> None:
+        """Nothing on disk is to be trusted: the file is begun anew once nobody is at it."""
+        self._forgotten |= self.reading | self.writing
+        self._is_distrusted, self._retry_at = True, 0.0
+        self._failed, self._file = self._failed or self._file, None
+
     # --- what comes of it ---
 
     def look(self) -> list[Copied]:
@@ -179,7 +186,7 @@ class Tier:
             self._failed.close()
             self._failed = None
         if now >= self._retry_at:
-            self._submit(self._writer, self._open, self._opened)
+            self._submit(self._writer, partial(self._open, self._is_distrusted), self._opened)
 
     def _submit(self, pool: ThreadPoolExecutor, do: Callable[[], Any], then: Callable[[Any], None]) -> None:
         job = pool.submit(do)
@@ -189,7 +196,7 @@ class Tier:
     def _opened(self, file: DiskFile) -> None:
         if self._failure:
             log.warning("the disk tier of the checkpoint store is there: %s", file.path)
-        self._file, self._failure, self._is_full = file, "", False
+        self._file, self._failure, self._is_full, self._is_distrusted = file, "", False, False
         if len(file.index):
             log.info("%d blocks are on disk: %s", len(file.index), file.path)
 

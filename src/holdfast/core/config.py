@@ -270,6 +270,11 @@ class ServerConfig:
         "Seconds through which a worker's memory must have grown, beyond what it is to have, before that is taken "
         "for a leak and its replica is started anew; 0: never.",
     )
+    check_weights_interval: float = option(
+        0.0,
+        "Seconds between two looks at whether the weights in memory are still what was loaded, as holdfast check "
+        "does it; 0: never.",
+    )
     token_log_dir: str | None = option(
         None,
         "Folder for the log of accepted requests and their tokens. When all of the service was killed, the next one "
@@ -323,6 +328,7 @@ class ServeConfig:
             ("--max-restarts", self.server.max_restarts, 0),
             ("--resume-window", self.server.resume_window, 0),
             ("--regrow-interval", self.server.regrow_interval, 0),
+            ("--check-weights-interval", self.server.check_weights_interval, 0),
             ("--leak-window", self.server.leak_window, 0),
         ):
             if value is not None and not least <= value <= MOST:

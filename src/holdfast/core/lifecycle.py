@@ -26,6 +26,8 @@ class Ready(Message, frozen=True):
 
     may_take: int = 0
     """Bytes of memory that it does not have yet and is to have: what a KV cache takes as it is filled."""
+    gpu: str = ""
+    """UUID of the GPU that it runs on."""
 
 
 class Failed(Message, frozen=True):
@@ -41,11 +43,19 @@ class Failed(Message, frozen=True):
     """Not this process: the replica it speaks for."""
 
 
+LossKind = Literal["death", "error", "hang", "leak", "corruption", "device", "planned"]
+"""A process was killed or left; it said why it cannot go on; nobody came further; its memory grew and grew; its
+weights have changed; the driver says that its GPU is broken; somebody wanted it."""
+
+
 class Replace(Message, frozen=True):
-    """From the gateway: somebody wants this replica started anew."""
+    """From the gateway: this replica is to be started anew."""
 
     replica: int
     reason: str
+    kind: LossKind = "planned"
+    process: str | None = None
+    """That it is because of."""
 
 
 class Beat(Message, frozen=True):
@@ -79,11 +89,6 @@ class Drain(Message, frozen=True):
     """To the gateway: take no new request, finish the live ones within `deadline` seconds, exit."""
 
     deadline: float
-
-
-LossKind = Literal["death", "error", "hang", "leak", "planned"]
-"""A process was killed or left; it said why it cannot go on; nobody came further; its memory grew and grew; somebody
-wanted it."""
 
 
 class Loss(msgspec.Struct, frozen=True):
@@ -134,8 +139,12 @@ class StoreBack(Message, frozen=True):
     """To the gateway: it is there again."""
 
 
+class Distrust(Message, frozen=True):
+    """To the checkpoint store: forget every block, on disk too."""
+
+
 class Stop(Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 
-ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | DiskTier | Stop
+ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | DiskTier | Distrust | Stop

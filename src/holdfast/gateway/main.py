@@ -38,6 +38,7 @@ from holdfast.core.message import decoder, encode
 from holdfast.gateway.app import Service, build_app
 from holdfast.gateway.calls import Calls
 from holdfast.gateway.chat import ChatTemplate, template_source
+from holdfast.gateway.checks import WeightChecks
 from holdfast.gateway.logfile import LogFile
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.openai import ServedModel, check_sampling_defaults
@@ -115,7 +116,8 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
         async def tell(message: Replace) -> None:
             await control.send(encode(message))
 
-        service = Service(router, calls, metrics, config, tell)
+        checks = WeightChecks(router, metrics, tell, shared=boot.plan.shard_weights)
+        service = Service(router, calls, metrics, config, tell, checks)
         server = _Server(
             uvicorn.Config(
                 build_app(service),
@@ -135,6 +137,7 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
             asyncio.create_task(_announce(boot, name, service, control)),
             asyncio.create_task(calls.sweep()),
             asyncio.create_task(_beat(control)),
+            asyncio.create_task(checks.run(config.server.check_weights_interval)),
             asyncio.create_task(_obey(control, service)),
         ]
         try:

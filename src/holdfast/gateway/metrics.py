@@ -119,6 +119,10 @@ class Metrics:
             now, before = getattr(state, field), getattr(last, field, 0)
             counter.inc(now - before if now >= before else now)
 
+    def restoring(self) -> set[int]:
+        """Replicas that have taken blocks from the checkpoint store."""
+        return {replica for replica, stats in self._last_stats.items() if stats.restored_blocks}
+
     def replica_lost(self, kind: str, rung: str) -> None:
         self._losses.labels(self._model_name, kind, rung).inc()
 
