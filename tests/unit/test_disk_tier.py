@@ -174,7 +174,8 @@ def test_a_writer_that_is_killed_leaves_whole_blocks(tmp_path: Path):
         file.close()
 
 
-def test_a_folder_belongs_to_one_model_and_one_service(tmp_path: Path):
+def test_a_folder_belongs_to_one_model_and_one_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(disk, "LOCK_SECONDS", 0.1)
     file = opened(tmp_path)
     put(file, 1)
     with pytest.raises(ConfigError, match=r"--checkpoint-disk .*another service writes it"):
@@ -317,6 +318,18 @@ def test_a_block_that_was_spoilt_on_disk_is_not_found(tmp_path: Path):
         keep(store, 3, 2)
         settle(store, lambda: on_disk(store) == 4)
         assert len(find(store, [1, 2, 3, 4]).slots) == 4, "it was computed again"
+
+
+def test_what_is_used_from_memory_stays_on_disk(tmp_path: Path):
+    """It is asked for again and again, while others come and go."""
+    with store_over(tmp_path, num_segments=2) as store:
+        keep(store, 1, 0)
+        for number in range(2, 20):
+            assert len(find(store, [1]).slots) == 1
+            keep(store, number, 0)
+            settle(store, lambda number=number: store.tier.state.written == number)
+        assert name(1) in store.index
+        assert name(1) in store.tier
 
 
 def test_what_is_distrusted_is_nowhere_any_more(tmp_path: Path):

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from holdfast.core.errors import ConfigError
 
 SEGMENT_BYTES = 64_000_000
 """About: whole slots."""
+LOCK_SECONDS = 2.0
+"""That the file is waited for when another service has it."""
 _PAGE = 4096
 _HEAD_BYTES = _PAGE
 _MAGIC = b"holdfast blocks 1\n"
@@ -69,10 +72,7 @@ class DiskFile:
             raise
 
     def _begin(self, folder: Path, is_distrusted: bool) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"--checkpoint-disk {folder}: another service writes it") from None
+        self._lock(folder)
         os.fchmod(self._fd, 0o600)
         head, is_ours = self._head(), False
         found = os.pread(self._fd, _HEAD_BYTES, 0)
@@ -91,6 +91,17 @@ class DiskFile:
         if not is_ours:
             _write(self._fd, head, 0)
         self._read_names()
+
+    def _lock(self, folder: Path) -> None:
+        """A service that was killed may still be about to end."""
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"--checkpoint-disk {folder}: another service writes it") from None
+            time.sleep(0.05)
 
     def _head(self) -> bytes:
         shape = (self._layout.num_cells, 2 * self._layout.cell_bytes, self.segment_slots)

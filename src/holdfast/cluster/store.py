@@ -144,8 +144,11 @@ class Store:
 
     def _found(self, fetch: _Fetch) -> Found:
         slots = self._complete(fetch.blocks)
+        if self.tier is None or not slots:
+            return Found(fetch.key, slots)
+        self.tier.touch(fetch.blocks[len(slots) - 1])  # else what is used from memory would be the oldest on disk
         rest = fetch.blocks[len(slots) : len(slots) + 1]
-        return Found(fetch.key, slots, bool(slots and rest and self.tier is not None and rest[0] in self.tier))
+        return Found(fetch.key, slots, bool(rest and rest[0] in self.tier))
 
     def _advance(self, fetch: _Fetch) -> bool:
         """Have the next of its blocks read; whether there is nothing to wait for."""

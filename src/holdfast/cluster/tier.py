@@ -98,6 +98,11 @@ class Tier:
         assert self._file is not None
         return self._file.index.before(block)
 
+    def touch(self, block: bytes) -> None:
+        """It has been asked for."""
+        if self._file is not None:
+            self._file.index.find([block])
+
     # --- what is wanted ---
 
     @property
@@ -134,7 +139,7 @@ class Tier:
         file = self._file
         assert file is not None
         self.reading |= {block for block, _ in blocks}
-        file.index.find([blocks[-1][0]])  # it has been asked for
+        self.touch(blocks[-1][0])
         entries = [(file.index.find([block])[0], block, slot) for block, slot in blocks]
 
         def copy() -> list[tuple[bytes, int, np.ndarray | None, bool]]:
