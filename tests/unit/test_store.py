@@ -252,5 +252,14 @@ def test_the_size_of_a_store_is_known_before_anything_starts(monkeypatch: pytest
         size(checkpoint_memory_bytes=100)
     with pytest.raises(ConfigError, match="prefix caching"):
         size(checkpoint_memory_bytes=10**8, enable_prefix_caching=False)
+    disk = {"checkpoint_disk": "/d", "checkpoint_disk_bytes": 10**6}
+    with pytest.raises(ConfigError, match=r"--checkpoint-disk-bytes 1000000: must be at least 64\d{6} "):
+        size(**disk)
+    assert size(**disk | {"checkpoint_disk_bytes": 65_000_000})
+    with pytest.raises(ConfigError, match=r"--checkpoint-disk: .*--checkpoint-memory-bytes"):
+        size(**disk, checkpoint_memory_bytes=0)
+    for given in disk.items():
+        with pytest.raises(ConfigError, match=r"--checkpoint-disk.*: needs --checkpoint-disk"):
+            ServeConfig(cache=CacheConfig(**dict([given]))).check()
     monkeypatch.setattr(plans, "available_memory", lambda: 1000)
     assert size() == 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,7 +104,7 @@ class StoreMemory:
 
         They go through the file, not through the mapping: the first touch of mapped memory costs twice the copy."""
         numbers, size = _cells(layers, heads, self.layout), 2 * self.layout.cell_bytes
-        start, per_layer = self.layout.slots_at + slot * self.layout.slot_bytes, self.layout.num_kv_heads
+        start, per_layer = self._start(slot), self.layout.num_kv_heads
         parts = [cells] if heads == (0, per_layer) else list(cells)
         try:
             for part, first in zip(parts, numbers[:: len(numbers) // len(parts)], strict=True):
@@ -112,10 +112,25 @@ class StoreMemory:
         except OSError:
             return False
         self._points.reach("checkpoint")
-        sums = _sums(cells.data.cast("B"), range(0, cells.size, size), size, prefix_hash, numbers)
+        sums = sums_of(cells.data.cast("B"), range(0, cells.size, size), size, prefix_hash, numbers)
         target = self.checksums[slot, slice(*layers), slice(*heads)]
         target[...] = np.array(sums, np.uint64).reshape(target.shape)
         return True
+
+    def cells_of(self, slot: int) -> bytes:
+        """All cells of a slot, whatever they are."""
+        return os.pread(self._descriptor, self.layout.slot_bytes, self._start(slot))
+
+    def fill(self, slot: int, cells: bytes) -> bool:
+        """All cells of a slot; they count once its `checksums` are set. False: the system has no memory for them."""
+        try:
+            os.pwrite(self._descriptor, cells, self._start(slot))
+        except OSError:
+            return False
+        return True
+
+    def _start(self, slot: int) -> int:
+        return self.layout.slots_at + slot * self.layout.slot_bytes
 
     def copy(self, slot: int, prefix_hash: bytes, layers: Range, heads: Range) -> np.ndarray | None:
         """These cells, uint8 [layers, heads, K and V, bytes], if they are what was sealed as this block."""
@@ -123,7 +138,7 @@ class StoreMemory:
         found = self.slots[slot, slice(*layers), slice(*heads)].copy()
         cells, size = _cells(layers, heads, self.layout), 2 * self.layout.cell_bytes
         self._points.reach("restore")
-        sums = _sums(found.data.cast("B"), range(0, found.size, size), size, prefix_hash, cells)
+        sums = sums_of(found.data.cast("B"), range(0, found.size, size), size, prefix_hash, cells)
         return found if sums == checksums else None
 
 
@@ -132,7 +147,9 @@ def _cells(layers: Range, heads: Range, layout: StoreLayout) -> list[int]:
     return [layer * layout.num_kv_heads + head for layer in range(*layers) for head in range(*heads)]
 
 
-def _sums(data: memoryview, starts: Iterable[int], size: int, prefix_hash: bytes, cells: Iterable[int]) -> list[int]:
+def sums_of(
+    data: memoryview, starts: Iterable[int], size: int, prefix_hash: bytes, cells: Iterable[int]
+) -> list[int]:
     """Checksums (XXH3) of `size` bytes from each start, as these cells of the block."""
     seed = int.from_bytes(prefix_hash[:8], "little")
     return [
@@ -148,19 +165,20 @@ class StoreIndex:
     or followed longest ago. For a block is of use only with all that come before it.
     """
 
-    def __init__(self, names: np.ndarray) -> None:
+    def __init__(self, names: np.ndarray, oldest_first: Iterable[int] | None = None) -> None:
+        """`names`: what is here already, in these slots; by default in any."""
         self._names = names
         self._slots: dict[bytes, int] = {}
         self._followers: dict[bytes, int] = {}
         """Of blocks that are here: how many that are here come next."""
         self._last: OrderedDict[bytes, None] = OrderedDict()
         """Those without followers, the next to go first."""
-        for slot in np.flatnonzero(names.any(axis=(1, 2))).tolist():
+        for slot in np.flatnonzero(names.any(axis=(1, 2))).tolist() if oldest_first is None else oldest_first:
             self._slots[self._name(slot)[0]] = slot
-        for block, slot in self._slots.items():
-            self._followers.setdefault(block, 0)
+            self._followers[self._name(slot)[0]] = 0
+        for slot in self._slots.values():
             if (before := self._name(slot)[1]) in self._slots:
-                self._followers[before] = self._followers.get(before, 0) + 1
+                self._followers[before] += 1
         self._last = OrderedDict.fromkeys(block for block, count in self._followers.items() if not count)
 
     def __len__(self) -> int:
@@ -191,9 +209,20 @@ class StoreIndex:
     def __contains__(self, block: bytes) -> bool:
         return block in self._slots
 
-    def drop_last(self) -> int | None:
-        """Free the slot of the block that is to go; None when nothing is here."""
-        return self.remove(next(iter(self._last))) if self._last else None
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._slots)
+
+    def slot_of(self, block: bytes) -> int | None:
+        return self._slots.get(block)
+
+    def before(self, block: bytes) -> bytes:
+        """The one before a block that is here."""
+        return self._name(self._slots[block])[1]
+
+    def drop_last(self, keep: Container[bytes] = ()) -> int | None:
+        """Free the slot of the block that is to go, but for those that are to be kept; None when nothing is."""
+        block = next((block for block in self._last if block not in keep), None)
+        return None if block is None else self.remove(block)
 
     def remove(self, block: bytes) -> int | None:
         """Free its slot, if it is here."""

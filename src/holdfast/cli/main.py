@@ -15,7 +15,7 @@ from holdfast.cli.help import PanelHelp
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, UserError
 from holdfast.hardware.config import TopoConfig
-from holdfast.operate.config import DrainConfig
+from holdfast.operate.config import CheckConfig, DrainConfig
 from holdfast.planner.config import PlanConfig, PredictConfig
 from holdfast.probe.config import ProbeConfig
 
@@ -105,6 +105,24 @@ def drain(
     """
     config.check()
     from holdfast.operate.drain import run  # noqa: PLC0415 — keeps --help fast
+
+    raise typer.Exit(run(url, config))
+
+
+@app.command(cls=PanelHelp)
+@with_flags(CheckConfig)
+def check(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Of the service, as http://127.0.0.1:8000.", show_default=False)
+    ],
+    config: CheckConfig,
+) -> None:
+    """Compare the weights that a running service has in memory with what it loaded, while it serves on.
+
+    A replica with a rank whose weights have changed is started anew. Exit code 0 when none have, else 1.
+    """
+    config.check()
+    from holdfast.operate.check import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(url, config))
 

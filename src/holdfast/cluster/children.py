@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 STOP_SECONDS = 5.0
 """How long a child may take to leave after Stop before it is killed."""
+LAST_WORD_SECONDS = 0.5
+"""That a child's last word may take once it has ended with status 1."""
 
 
 class Said(NamedTuple):
@@ -66,6 +68,8 @@ class Children:
         self._happened: deque[Event] = deque()
         self._watched: dict[int, Child] = {}
         """By pidfd."""
+        self._failed: set[str] = set()
+        """Identities of those that have said why they cannot go on."""
         self._poller = zmq.Poller()
         self._decode = wire.decoder(lifecycle.ToSupervisor).decode
 
@@ -169,9 +173,9 @@ class Children:
                 numbers = self._wake_read.recv(64)
                 self._happened += [Signalled(number) for number in numbers if number in STOP_SIGNALS]
             for child in [self._watched[pidfd] for pidfd in readable.keys() & self._watched.keys()]:
-                self._hear()
                 self._forget(child)
                 child.process.wait()
+                self._hear_last_word(child)
                 child.close()
                 self._happened.append(Ended(child.name))
         return self._happened.popleft()
@@ -182,7 +186,18 @@ class Children:
                 identity, data = self._control.recv_multipart(zmq.NOBLOCK)
                 name, _, epoch = identity.decode().rpartition("@")
                 if name in self.by_name and self.by_name[name].epoch == int(epoch):
-                    self._happened.append(Said(name, self._decode(data)))
+                    message = self._decode(data)
+                    self._happened.append(Said(name, message))
+                    if isinstance(message, lifecycle.Failed):
+                        self._failed.add(identity.decode())
+
+    def _hear_last_word(self, child: Child) -> None:
+        """Who fails says why; where processors are busy that may still be on its way when its end is known."""
+        self._hear()
+        deadline = time.monotonic() + LAST_WORD_SECONDS
+        while child.process.returncode == 1 and child.identity not in self._failed and time.monotonic() < deadline:
+            self._control.poll(10)
+            self._hear()
 
     def send(self, name: str, message: lifecycle.ToChild) -> None:
         with contextlib.suppress(zmq.ZMQError):  # it never connected, or is gone: then its pidfd tells

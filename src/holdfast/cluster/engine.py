@@ -231,6 +231,8 @@ class Engine:
                 self._greet(message.gateway)
             elif message.gateway != self._gateway_epoch:
                 continue  # of a gateway that is gone
+            elif isinstance(message, wire.CheckWeights):
+                self._tell_workers(message)
             elif isinstance(message, wire.Submit):
                 if message.output_token_ids:
                     self.points.reach("recovery")
@@ -259,6 +261,9 @@ class Engine:
         if isinstance(result, wire.BlocksLoaded):
             assert self.keeper is not None, result
             self.keeper.loaded(result)
+            return []
+        if isinstance(result, wire.WeightsChecked):
+            self.gateway.send(wire.encode(msgspec.structs.replace(result, gateway=self._gateway_epoch)))
             return []
         if isinstance(result, wire.ExpertsLoaded):
             assert self.balancer is not None, result

@@ -21,6 +21,8 @@ from holdfast.schedule.sequence import Sequence
 
 PATIENCE_SECONDS = 0.25
 """That the store may take for an answer; then it is not asked for anything, until it is heard again."""
+MOST_SECONDS = 5.0
+"""That a sequence may wait, all in all, for blocks that the store has on disk, as long as each answer brings some."""
 _AGAIN_SECONDS = 1.0
 """After which slots that were not given are asked for again."""
 _MOST_WANTED = 4096
@@ -38,6 +40,10 @@ class _Missing:
     slots: list[int]
     num_had: int
     """Blocks that were in either."""
+    since: float
+    """When it was first asked for them."""
+    more: bool = False
+    """Others come from disk: worth asking again."""
 
 
 @dataclass(slots=True)
@@ -148,9 +154,11 @@ class Keeper:
         num_blocks = (sequence.num_tokens - 1) // self.pool.block_size
         hashes = [] if sequence.wants_prompt_logprobs else sequence.hashes(num_blocks)
         first, known = len(self.pool.match(hashes, sequence.token_ids)), self._missing.get(sequence)
-        if known is not None and known.life == sequence.life and first >= known.num_had:
+        is_same = known is not None and known.life == sequence.life
+        if known is not None and is_same and first >= known.num_had and not known.more:
             return
-        missing = self._missing[sequence] = _Missing(sequence.life, first, [], num_had=first)
+        since = known.since if known is not None and is_same and known.more else self._now()
+        missing = self._missing[sequence] = _Missing(sequence.life, first, [], num_had=first, since=since)
         if first == len(hashes) or self._is_silent:
             return
         self._num_finds += 1
@@ -165,6 +173,7 @@ class Keeper:
         if message.key in self._finding:
             sequence, missing, _ = self._finding.pop(message.key)
             missing.slots, missing.num_had = message.slots, missing.first + len(message.slots)
+            missing.more = message.more and self._now() - missing.since < MOST_SECONDS
             sequence.held_back = bool(message.slots)
 
     def prepare(self, upcoming: Iterable[Sequence], num_running: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from holdfast.cache.disk import least_bytes
 from holdfast.cache.store import StoreLayout
 from holdfast.core import lifecycle
 from holdfast.core.config import ServeConfig
@@ -92,6 +93,8 @@ def planned(config: ServeConfig, model: ModelInfo, machine: Cluster | None) -> P
 
 def check_balancing(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
     """That there is something for `--enable-eplb` to do. Raises `ConfigError`."""
+    if config.server.check_weights_interval and plan.shard_weights:
+        raise ConfigError("--check-weights-interval: weights that replicas hold together cannot be checked yet")
     redundant = config.device.num_redundant_experts
     if config.device.enable_eplb and plan.shard_weights:
         raise ConfigError("--enable-eplb: experts that replicas hold together (--shard-weights) cannot move yet")
@@ -120,7 +123,14 @@ def with_checkpoint_memory(config: ServeConfig, model: ModelInfo) -> ServeConfig
     if given and not layout.num_slots:
         needed = replace(layout, num_slots=1).num_bytes
         raise ConfigError(f"--checkpoint-memory-bytes {given}: a block needs {needed}")
-    return config if layout.num_slots else replace(config, cache=replace(config.cache, checkpoint_memory_bytes=0))
+    if not layout.num_slots:
+        config = replace(config, cache=replace(config.cache, checkpoint_memory_bytes=0))
+    if config.cache.checkpoint_disk is not None and not config.cache.checkpoint_memory_bytes:
+        raise ConfigError("--checkpoint-disk: works with blocks in memory only (--checkpoint-memory-bytes)")
+    disk = config.cache.checkpoint_disk_bytes
+    if disk is not None and disk < (least := least_bytes(layout)):
+        raise ConfigError(f"--checkpoint-disk-bytes {disk}: must be at least {least} for this model")
+    return config
 
 
 def impact_of(plan: Plan, process: str, kind: lifecycle.LossKind, detected: float) -> lifecycle.Loss:

@@ -8,7 +8,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import zmq
@@ -27,6 +27,7 @@ from holdfast.worker.experts import ExpertMover
 from holdfast.worker.faults import Faults
 from holdfast.worker.runner import Launched, Runner
 from holdfast.worker.start import Post, start_runner
+from holdfast.worker.weights import WeightCheck
 
 log = logging.getLogger(__name__)
 
@@ -58,21 +59,33 @@ def run(boot: Boot, control: Control) -> None:
         )
     )
     on_host = runner.device.type == "cpu"
-    control.send(wire.encode(lifecycle.Ready(runner.pages.data.nbytes if on_host else 0)))
+    control.send(wire.encode(lifecycle.Ready(runner.pages.data.nbytes if on_host else 0, gpu_of(runner.device))))
 
-    mover = ExpertMover(boot.model, boot.stamp, runner, rank)
+    mover, check = ExpertMover(boot.model, boot.stamp, runner, rank), WeightCheck(runner, rank)
     copier = None
     if (store := inherited("store")) is not None:
         memory = StoreMemory(store, StoreLayout.of(boot.config, boot.model), points)
         copier = BlockCopier(runner.pages, memory, place)
     try:
-        serve(control, steps, results, runner, mover, copier)
+        serve(control, steps, results, runner, mover, check, copier)
     finally:
+        check.close()
         mover.close()
 
 
+def gpu_of(device: torch.device) -> str:
+    """Its UUID, as the driver names it; "" for a CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+
+
 def serve(  # noqa: PLR0917
-    control: Control, steps: Socket, results: Socket, runner: Runner, mover: ExpertMover, copier: BlockCopier | None
+    control: Control,
+    steps: Socket,
+    results: Socket,
+    runner: Runner,
+    mover: ExpertMover,
+    check: WeightCheck,
+    copier: BlockCopier | None,
 ) -> None:
     """Take steps and give results until told to stop."""
     rank, speaks, faults = mover.rank, runner.decoder.place.speaks, Faults(mover.rank)
@@ -83,12 +96,12 @@ def serve(  # noqa: PLR0917
     poller.register(steps, zmq.POLLIN)
     poller.register(control, zmq.POLLIN)
     poller.register(mover.fd, zmq.POLLIN)
+    poller.register(check.fd, zmq.POLLIN)
     while True:
         readable = dict(poller.poll(_patience(copier) if not launched else 0))
         if copier is not None:
             copier.pump()
-        if mover.fd in readable:
-            results.send(wire.encode(mover.report()))
+        report(readable, results, mover, check)
         if control in readable:
             runner.abort()  # others may wait for us in a step
             return  # the only word a worker is sent is Stop
@@ -99,7 +112,7 @@ def serve(  # noqa: PLR0917
                 case wire.ClearBlocks() | wire.SaveBlocks() | wire.LoadBlocks() as message:
                     tend_blocks(message, runner, copier, results)
                 case message:
-                    move_experts(message, mover)
+                    work_beside(message, mover, check)
             continue
         if not launched:
             continue
@@ -139,13 +152,27 @@ def tend_blocks(
     runner.moved()
 
 
-def move_experts(message: wire.PlaceExperts | wire.UseExperts | wire.DropExperts, mover: ExpertMover) -> None:
-    """Between two steps."""
+def report(readable: dict[Any, int], results: Socket, *beside: ExpertMover | WeightCheck) -> None:
+    """What threads have done."""
+    for each in beside:
+        if each.fd in readable:
+            results.send(wire.encode(each.report()))
+
+
+def work_beside(
+    message: wire.PlaceExperts | wire.UseExperts | wire.DropExperts | wire.CheckWeights,
+    mover: ExpertMover,
+    check: WeightCheck,
+) -> None:
+    """Between two steps: what threads begin, or have done."""
     match message:
+        case wire.CheckWeights(key):
+            check.ask(key)
         case wire.PlaceExperts():
             mover.place(message)
         case wire.UseExperts():
             mover.use()
+            check.learn()
         case wire.DropExperts():
             mover.drop()
 

@@ -16,8 +16,9 @@ import logging
 import time
 
 from holdfast.cluster.children import Children, Ended, Said
+from holdfast.cluster.gpus import GpuEvent, GpuWatch
 from holdfast.cluster.leak import LeakWatch, private_memory
-from holdfast.cluster.members import GATEWAY, Member
+from holdfast.cluster.members import GATEWAY, STORE, Member
 from holdfast.cluster.plans import impact_of
 from holdfast.cluster.starter import Starter
 from holdfast.core import lifecycle
@@ -51,6 +52,9 @@ class Recovery:
         self.drain_until: float | None = None
         self._leaks: dict[str, LeakWatch] = {}
         """Of each worker, as it is now."""
+        self._gpu_watch = GpuWatch()
+        self._gpus: dict[str, str] = {}
+        """Of each worker that has one: the UUID."""
         self._stopped: dict[str, float] = {}
         """Processes that are held by the system: since when."""
 
@@ -66,11 +70,13 @@ class Recovery:
         match event:
             case Said(_, lifecycle.Beat()):
                 member.heard = time.monotonic()
+            case Said(_, lifecycle.DiskTier() as state):
+                self.children.send(GATEWAY, state)
             case Said(name, lifecycle.Ready() as ready):
                 self.watch_memory(name, ready)
                 self._welcome_back(member, name)
-            case Said(_, lifecycle.Replace(number, reason)):
-                self.replace(self.replicas[number], reason)
+            case Said(_, lifecycle.Replace(number, reason, kind, process)):
+                self.replace(self.replicas[number], reason, kind, process)
             case Said(name, lifecycle.Failed() as failed):  # others fail because of it, perhaps before it
                 log.error("%s failed: %s", name, failed.traceback)
                 if not failed.follows:
@@ -87,6 +93,8 @@ class Recovery:
                 self._lose_late(member)
             elif member.state != "lost":
                 self._lose_stopped(member, now)
+        for event in self._gpu_watch.look():
+            self._lose_gpu(event)
         for member in self.replicas:
             due, waited = self._regrows.get(member.name, (0.0, 0.0))
             if due and member.state == "serving" and now >= due:
@@ -95,7 +103,10 @@ class Recovery:
             self._look_for_leaks(member, now)
 
     def watch_memory(self, name: str, ready: lifecycle.Ready) -> None:
-        """A worker is ready: from now on it is to take no more than it says."""
+        """A worker is ready: from now on it is to take no more than it says, and its GPU is to work."""
+        self._gpus[name] = ready.gpu
+        if ready.gpu:
+            self._gpu_watch.watch(ready.gpu)
         if name.startswith("worker") and self.config.server.leak_window:
             expected = private_memory(self.children.by_name[name].process.pid) + ready.may_take
             self._leaks[name] = LeakWatch(expected, self.config.server.leak_window)
@@ -160,6 +171,8 @@ class Recovery:
         loss = impact_of(self.starter.boot.plan, process or member.speaker, kind, time.time())
         epoch = self.children.by_name[member.speaker].epoch
         self.children.kill(member.processes)
+        if kind == "corruption" and STORE in self.children.by_name:
+            self.children.send(STORE, lifecycle.Distrust())
         if self._is_smaller(member):
             self.starter.use(member, self._whole.replicas[member.number], self._whole.devices[member.number])
         log.warning("%s is started anew: %s", member.name, reason)
@@ -188,13 +201,28 @@ class Recovery:
                 self._lose(member, name, f"{name} was stopped (SIGSTOP)", hangs=True)
                 return
 
-    def _lose(self, member: Member, process: str, reason: str, *, hangs: bool = False) -> None:
+    def _lose_gpu(self, event: GpuEvent) -> None:
+        """Who serves with this GPU has lost it. One that starts will fail by itself."""
+        for member in self.replicas:
+            hit = [name for name in member.processes if self._gpus.get(name) == event.uuid]
+            if hit and member.state == "serving":
+                self._lose(member, hit[0], f"{hit[0]}: {event.reason}", kind="device")
+
+    def _lose(
+        self,
+        member: Member,
+        process: str,
+        reason: str,
+        *,
+        hangs: bool = False,
+        kind: lifecycle.LossKind = "death",
+    ) -> None:
         """A process of it has ended that should not. The rest is killed: nobody waits for the dead. Then, down the
         ladder. Raises `ProcessDied` when there is nobody left to serve."""
         detected: float = time.time()
-        kind: lifecycle.LossKind = "hang" if hangs else "death"
+        kind = "hang" if hangs else kind
         gone = False
-        if member.failure is not None:  # the first to fail is the cause, whoever was the first to end
+        if member.failure is not None and kind != "device":  # who failed first is the cause, whoever ended first
             process, failed = member.failure
             reason, kind = f"{process} died ({failed.error})", "hang" if failed.hangs else "error"
             gone = failed.for_good

@@ -44,6 +44,8 @@ class Found(Message, frozen=True):
 
     key: str
     slots: list[int]
+    more: bool = False
+    """Others of them are on disk: it is worth asking again for what is missing, once these have been fetched."""
 
 
 FromStore = Kept | Found

@@ -215,6 +215,14 @@ class CacheConfig:
         "memory, taken as it is filled; none without prefix caching.",
         bytes=True,
     )
+    checkpoint_disk: str | None = option(
+        None,
+        "Folder on a disk for copies of these blocks: prefixes that had no room in memory come back from it, and it "
+        "outlives the service. It belongs to one service, model and machine. Needs --checkpoint-disk-bytes.",
+    )
+    checkpoint_disk_bytes: int | None = option(
+        None, "Most that --checkpoint-disk takes; the oldest blocks make way.", bytes=True
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +279,11 @@ class ServerConfig:
         "Seconds through which a worker's memory must have grown, beyond what it is to have, before that is taken "
         "for a leak and its replica is started anew; 0: never.",
     )
+    check_weights_interval: float = option(
+        0.0,
+        "Seconds between two looks at whether the weights in memory are still what was loaded, as holdfast check "
+        "does it; 0: never.",
+    )
     token_log_dir: str | None = option(
         None,
         "Folder for the log of accepted requests and their tokens. When all of the service was killed, the next one "
@@ -312,6 +325,7 @@ class ServeConfig:
             ("--block-size", self.cache.block_size, 1),
             ("--kv-cache-memory-bytes", self.cache.kv_cache_memory_bytes, 1),
             ("--checkpoint-memory-bytes", self.cache.checkpoint_memory_bytes, 0),
+            ("--checkpoint-disk-bytes", self.cache.checkpoint_disk_bytes, 1),
             ("--max-num-seqs", self.scheduler.max_num_seqs, 1),
             ("--max-num-batched-tokens", self.scheduler.max_num_batched_tokens, 1),
             ("--max-queued-seqs", self.scheduler.max_queued_seqs, 0),
@@ -323,6 +337,7 @@ class ServeConfig:
             ("--max-restarts", self.server.max_restarts, 0),
             ("--resume-window", self.server.resume_window, 0),
             ("--regrow-interval", self.server.regrow_interval, 0),
+            ("--check-weights-interval", self.server.check_weights_interval, 0),
             ("--leak-window", self.server.leak_window, 0),
         ):
             if value is not None and not least <= value <= MOST:
@@ -340,6 +355,11 @@ class ServeConfig:
         ):
             if value is not None and value > most:
                 raise ConfigError(f"{flag} {value}: must be at most {most}")
+        if (self.cache.checkpoint_disk is None) != (self.cache.checkpoint_disk_bytes is None):
+            given, other = "--checkpoint-disk", "--checkpoint-disk-bytes"
+            if self.cache.checkpoint_disk is None:
+                given, other = other, given
+            raise ConfigError(f"{given}: needs {other}")
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"--gpu-memory-utilization {self.cache.gpu_memory_utilization}: must be above 0 and at most 1"

@@ -26,6 +26,8 @@ class Ready(Message, frozen=True):
 
     may_take: int = 0
     """Bytes of memory that it does not have yet and is to have: what a KV cache takes as it is filled."""
+    gpu: str = ""
+    """UUID of the GPU that it runs on."""
 
 
 class Failed(Message, frozen=True):
@@ -43,11 +45,19 @@ class Failed(Message, frozen=True):
     """Its device does not come back."""
 
 
+LossKind = Literal["death", "error", "hang", "leak", "corruption", "device", "planned"]
+"""A process was killed or left; it said why it cannot go on; nobody came further; its memory grew and grew; its
+weights have changed; the driver says that its GPU is broken; somebody wanted it."""
+
+
 class Replace(Message, frozen=True):
-    """From the gateway: somebody wants this replica started anew."""
+    """From the gateway: this replica is to be started anew."""
 
     replica: int
     reason: str
+    kind: LossKind = "planned"
+    process: str | None = None
+    """That it is because of."""
 
 
 class Beat(Message, frozen=True):
@@ -56,7 +66,22 @@ class Beat(Message, frozen=True):
 
 BEAT_SECONDS = 1.0
 
-ToSupervisor = Progress | Ready | Failed | Replace | Beat
+
+class DiskTier(Message, frozen=True):
+    """From the checkpoint store with every beat, and on to the gateway: how it is with the blocks on disk. Counters
+    begin anew with the store's process."""
+
+    blocks: int
+    """That are there now."""
+    written: int
+    read: int
+    broken: int
+    """That were not what was written."""
+    failure: str | None
+    """Why the disk is not used, or takes no more."""
+
+
+ToSupervisor = Progress | Ready | Failed | Replace | Beat | DiskTier
 
 
 # --- from the supervisor ---------------------------------------------------------------------------
@@ -66,11 +91,6 @@ class Drain(Message, frozen=True):
     """To the gateway: take no new request, finish the live ones within `deadline` seconds, exit."""
 
     deadline: float
-
-
-LossKind = Literal["death", "error", "hang", "leak", "planned"]
-"""A process was killed or left; it said why it cannot go on; nobody came further; its memory grew and grew; somebody
-wanted it."""
 
 
 class Loss(msgspec.Struct, frozen=True):
@@ -121,8 +141,12 @@ class StoreBack(Message, frozen=True):
     """To the gateway: it is there again."""
 
 
+class Distrust(Message, frozen=True):
+    """To the checkpoint store: forget every block, on disk too."""
+
+
 class Stop(Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 
-ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | Stop
+ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | DiskTier | Distrust | Stop

@@ -51,7 +51,14 @@ class Hello(Message, frozen=True):
     gateway: int
 
 
-ToEngine = Submit | Abort | Hello
+class CheckWeights(Message, frozen=True):
+    """Are the weights still what was loaded? Passed on to every worker; answered by `WeightsChecked` of each."""
+
+    key: str
+    gateway: int = 0
+
+
+ToEngine = Submit | Abort | Hello | CheckWeights
 
 # --- engine → gateway ------------------------------------------------------------------------------
 
@@ -147,7 +154,23 @@ class EngineReady(Message, frozen=True):
     num_ranks: int = 1
 
 
-ToGateway = Outputs | EngineReady
+class WeightsChecked(Message, frozen=True):
+    """What a rank found, and its engine passes on."""
+
+    rank: str
+    key: str
+    num_bytes: int
+    seconds: float
+    wrong: list[str]
+    """Names of matrices and norms that have changed."""
+    gateway: int = 0
+
+    @property
+    def replica(self) -> int:
+        return int(self.rank.partition(".")[0])
+
+
+ToGateway = Outputs | EngineReady | WeightsChecked
 
 # --- engine → worker -------------------------------------------------------------------------------
 
@@ -229,7 +252,7 @@ class ClearBlocks(Message, frozen=True):
     blocks: list[int]
 
 
-ToWorker = Step | PlaceExperts | UseExperts | DropExperts | SaveBlocks | LoadBlocks | ClearBlocks
+ToWorker = Step | PlaceExperts | UseExperts | DropExperts | SaveBlocks | LoadBlocks | ClearBlocks | CheckWeights
 """Every worker of a replica gets the same, in the same order. Stop comes from the supervisor."""
 
 # --- worker → engine -------------------------------------------------------------------------------
@@ -300,4 +323,4 @@ class BlocksLoaded(Message, frozen=True):
     """Their places in `LoadBlocks.blocks`."""
 
 
-ToEngineFromWorker = WorkerReady | StepResult | StepError | ExpertsLoaded | BlocksLoaded
+ToEngineFromWorker = WorkerReady | StepResult | StepError | ExpertsLoaded | BlocksLoaded | WeightsChecked

@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from holdfast import __version__
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import HoldfastError, InvalidRequest, MachineError, NotFound, Unavailable
-from holdfast.core.lifecycle import Replace
+from holdfast.core.lifecycle import DiskTier, Replace
 from holdfast.gateway import schema
 from holdfast.gateway.calls import Call, Calls
+from holdfast.gateway.checks import WeightChecks
 from holdfast.gateway.door import Door, error_response, unless_disconnected
 from holdfast.gateway.generation import Generation, Piece, positions
 from holdfast.gateway.metrics import CONTENT_TYPE, Metrics
@@ -54,7 +55,10 @@ class Service:
     config: ServeConfig
     tell: Callable[[Replace], Awaitable[None]]
     """The supervisor."""
+    checks: WeightChecks
     model: ServedModel | None = None
+    disk: DiskTier | None = None
+    """Of the checkpoint store, as it was last heard of."""
 
     @property
     def status(self) -> Status:
@@ -92,6 +96,8 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
         body: dict[str, Any] = {"status": status, "requests": service.router.num_live}
         if service.calls.log_failure is not None:
             body["token_log"] = service.calls.log_failure
+        if service.disk is not None and service.disk.failure is not None:
+            body["checkpoint_disk"] = service.disk.failure
         return _json(body, 200 if status == "ready" else 503, None if status == "ready" else {"Retry-After": "1"})
 
     @app.get("/cluster", responses=schema.responses(schema.Cluster, statuses=(401, 405, 500)))
@@ -111,6 +117,17 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
             raise Unavailable(f"replica {number} is {replica['status']}", retry_after=1)
         await service.tell(Replace(int(number), "an operator wants it"))
         return _json(replica)
+
+    @app.post("/cluster/check", responses=schema.responses(schema.WeightsChecked, statuses=(400, 401, 405, 500, 503)))
+    async def check() -> Response:
+        """Compare the weights that every rank has in memory with what was loaded, while the service goes on. A
+        replica whose weights have changed is started anew."""
+        reports, lost = await service.checks.check()
+        ranks = [
+            {"rank": each.rank, "bytes": each.num_bytes, "seconds": each.seconds, "wrong": each.wrong}
+            for each in reports
+        ]
+        return _json({"ranks": ranks, "wrong": [each.rank for each in reports if each.wrong], "lost": lost})
 
     @app.get("/version", responses=schema.responses(schema.Version))
     async def version() -> Response:

@@ -23,6 +23,7 @@ from holdfast.core.config import ServerConfig
 from holdfast.core.lifecycle import (
     BEAT_SECONDS,
     Beat,
+    DiskTier,
     Drain,
     Ready,
     Replace,
@@ -37,6 +38,7 @@ from holdfast.core.message import decoder, encode
 from holdfast.gateway.app import Service, build_app
 from holdfast.gateway.calls import Calls
 from holdfast.gateway.chat import ChatTemplate, template_source
+from holdfast.gateway.checks import WeightChecks
 from holdfast.gateway.logfile import LogFile
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.openai import ServedModel, check_sampling_defaults
@@ -114,7 +116,8 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
         async def tell(message: Replace) -> None:
             await control.send(encode(message))
 
-        service = Service(router, calls, metrics, config, tell)
+        checks = WeightChecks(router, metrics, tell, shared=boot.plan.shard_weights)
+        service = Service(router, calls, metrics, config, tell, checks)
         server = _Server(
             uvicorn.Config(
                 build_app(service),
@@ -134,7 +137,8 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
             asyncio.create_task(_announce(boot, name, service, control)),
             asyncio.create_task(calls.sweep()),
             asyncio.create_task(_beat(control)),
-            asyncio.create_task(_obey(control, router)),
+            asyncio.create_task(checks.run(config.server.check_weights_interval)),
+            asyncio.create_task(_obey(control, service)),
         ]
         try:
             await _until_told(tasks)
@@ -165,9 +169,9 @@ async def _until_told(tasks: list[asyncio.Task[None]]) -> None:
             task.result()
 
 
-async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
+async def _obey(control: zmq.asyncio.Socket, service: Service) -> None:
     """Do as the supervisor says; return when it is time to leave. A later `Drain` replaces an earlier one."""
-    decode = decoder(ToChild).decode
+    decode, router = decoder(ToChild).decode, service.router
     draining: asyncio.Task[None] | None = None
     receiving = asyncio.ensure_future(control.recv())
     try:
@@ -187,6 +191,9 @@ async def _obey(control: zmq.asyncio.Socket, router: Router) -> None:
                     router.incidents.begin("store", reason, loss, "none")
                 case StoreBack():
                     router.incidents.came_back("store")
+                case DiskTier() as state:
+                    service.disk = state
+                    service.metrics.disk_tier(state)
                 case Drain(deadline):
                     if draining is not None:
                         draining.cancel()

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from holdfast.core.lifecycle import DiskTier
 from holdfast.core.wire import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -22,6 +23,11 @@ _CHECKPOINTS = {
     "saved_blocks": ("checkpoint_blocks_saved", "Blocks copied into the checkpoint store"),
     "restored_blocks": ("checkpoint_blocks_restored", "Blocks filled from the checkpoint store"),
     "broken_blocks": ("checkpoint_blocks_broken", "Blocks of the checkpoint store that were not what they should be"),
+}
+_DISK = {
+    "written": ("checkpoint_disk_blocks_written", "Blocks copied from the checkpoint store to disk"),
+    "read": ("checkpoint_disk_blocks_read", "Blocks copied back from disk"),
+    "broken": ("checkpoint_disk_blocks_broken", "Blocks on disk that were not what was written"),
 }
 _RANKS = {
     "steps": ("steps", "Steps of a rank that has others beside it"),
@@ -71,6 +77,9 @@ class Metrics:
         }
         self.retries = self._new(Counter, "retries", "Requests computed anew, since their logits were not finite")
         self._checkpoints = {field: self._new(Counter, *described) for field, described in _CHECKPOINTS.items()}
+        self.disk_blocks = self._new(Gauge, "checkpoint_disk_blocks", "Blocks of the checkpoint store on disk")
+        self._disk = {field: self._new(Counter, *described) for field, described in _DISK.items()}
+        self._last_disk: DiskTier | None = None
         self._losses = Counter(
             "holdfast:replica_losses",
             "Replicas lost, by what happened and what their requests did",
@@ -101,6 +110,18 @@ class Metrics:
             for field, counter in self._ranks.items():
                 grown = getattr(rank, field) - getattr(before.get(rank.rank), field, 0)
                 counter.labels(self._model_name, rank.rank).inc(grown)
+
+    def disk_tier(self, state: DiskTier) -> None:
+        """Take over its gauge, and what its counters grew; those of a new process begin at 0."""
+        last, self._last_disk = self._last_disk, state
+        self.disk_blocks.set(state.blocks)
+        for field, counter in self._disk.items():
+            now, before = getattr(state, field), getattr(last, field, 0)
+            counter.inc(now - before if now >= before else now)
+
+    def restoring(self) -> set[int]:
+        """Replicas that have taken blocks from the checkpoint store."""
+        return {replica for replica, stats in self._last_stats.items() if stats.restored_blocks}
 
     def replica_lost(self, kind: str, rung: str) -> None:
         self._losses.labels(self._model_name, kind, rung).inc()

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from holdfast.core.boot import Endpoints
 from holdfast.core.errors import QueueFull, Unavailable
@@ -20,16 +18,14 @@ from holdfast.core.lifecycle import Loss, ReplicaLost
 from holdfast.core.wire import (
     Abort,
     EngineReady,
-    Hello,
     Outputs,
     Submit,
     ToEngine,
-    ToGateway,
     TokenOutput,
-    decoder,
-    encode,
+    WeightsChecked,
 )
 from holdfast.gateway.balance import Balancer
+from holdfast.gateway.engines import Engines
 from holdfast.gateway.incidents import Incident, Incidents, Rung
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.tokenlog import Accepted, LogEntry, TokenLog
@@ -83,14 +79,12 @@ class Router:
         self.max_live = max_live
         self.epoch = epoch
         self._per_replica = per_replica
-        self._endpoints = endpoints
+        self._num_replicas = num_replicas
         self._log = log
         self._metrics = metrics
-        self._context = zmq.Context()
-        self._incoming = zmq.asyncio.Socket(self._context, zmq.PULL)
-        self._incoming.set_hwm(0)
-        self._incoming.bind(endpoints.gateway)
-        self._outgoing = {replica: self._connect(replica) for replica in range(num_replicas)}
+        self._engines = Engines(endpoints, num_replicas, epoch)
+        self.checked: asyncio.Queue[WeightsChecked] = asyncio.Queue()
+        """What ranks have said of their weights."""
         self._all_ready = asyncio.Event()
         self._ready: dict[int, EngineReady] = {}
         self._lost_epoch: dict[int, int] = {}
@@ -136,17 +130,16 @@ class Router:
                 "ranks": self._ready[replica].num_ranks if replica in self._ready else None,
                 "requests": loads.get(replica, 0),
             }
-            for replica in self._outgoing
+            for replica in range(self._num_replicas)
         ]
 
     async def run(self) -> None:
         """Deliver what the engines say, for ever."""
-        decode = decoder(ToGateway).decode
         while True:
-            message = decode(await self._incoming.recv())
-            if message.gateway != self.epoch:
-                continue
-            if isinstance(message, EngineReady):
+            message = await self._engines.receive()
+            if isinstance(message, WeightsChecked):
+                self.checked.put_nowait(message)
+            elif isinstance(message, EngineReady):
                 if message.epoch <= self._lost_epoch.get(message.replica, -1):
                     continue
                 self._ready[message.replica] = message
@@ -154,10 +147,20 @@ class Router:
                 self.incidents.came_back(f"replica {message.replica}")
                 self._was_ready = True
                 self._move([live for live in self._live.values() if live.replica is None])
-                if self.epoch or len(self._ready) == len(self._outgoing):
+                if self.epoch or len(self._ready) == self._num_replicas:
                     self._all_ready.set()
             else:
                 self._deliver(message)
+
+    def ask_all(self, message: ToEngine) -> dict[int, EngineReady]:
+        """Send it to every replica that serves; which ones."""
+        for replica in self._ready:
+            self._engines.send(replica, message)
+        return dict(self._ready)
+
+    def epochs(self) -> dict[int, int]:
+        """Of the engines of replicas that serve."""
+        return {replica: ready.epoch for replica, ready in self._ready.items()}
 
     async def wait_ready(self) -> int:
         """Until every replica has announced itself, or, for a gateway that was started again, one of those that are
@@ -175,7 +178,7 @@ class Router:
         if self.status != "ready":
             raise Unavailable(f"the service is {self.status}", code=self.status, retry_after=1)
         requests = call.submits
-        most = self.max_live - self._per_replica * (len(self._outgoing) - len(self._ready))
+        most = self.max_live - self._per_replica * (self._num_replicas - len(self._ready))
         if len(self._live) + len(requests) > most:
             raise QueueFull(
                 f"{len(self._live)} sequences are running or waiting, at most {most} may; try again later",
@@ -190,7 +193,7 @@ class Router:
         self._log.open(call)
         for request in requests:
             self._live[request.request_id] = _Live(request, replica, arrived)
-            self._send(replica, msgspec.structs.replace(request, gateway=self.epoch))
+            self._engines.send(replica, msgspec.structs.replace(request, gateway=self.epoch))
         return self._log.entries_of(call)
 
     def resume(self, call: Accepted) -> list[LogEntry]:
@@ -229,7 +232,7 @@ class Router:
                 self._end(request_id, reason)
         self._log.cut(request_ids)
         for replica, ids in of_replica.items():
-            self._send(replica, Abort(ids, self.epoch))
+            self._engines.send(replica, Abort(ids, self.epoch))
 
     def forget(self, call: Accepted) -> None:
         """The reply is delivered or nobody waits for it: it leaves the log, and what still lives is aborted."""
@@ -249,8 +252,7 @@ class Router:
         (self._coming.add if lost.comes_back else self._coming.discard)(replica)
         self._all_ready.clear()
         self._metrics.engine_lost(replica)
-        self._outgoing[replica].close(linger=0)  # with what it had not read yet
-        self._outgoing[replica] = self._connect(replica)
+        self._engines.renew(replica)
         orphans = [live for live in self._live.values() if live.replica in {replica, None}]
         if lost.loss is not None:
             hit = [live for live in orphans if live.replica == replica]
@@ -289,7 +291,9 @@ class Router:
                 self._fail([live.submit.request_id], "the replica came back with less memory than the request needs")
                 continue
             live.replica = self._balancer.choose(live.submit.prompt_token_ids, loads)
-            self._send(live.replica, msgspec.structs.replace(live.submit, output_token_ids=known, gateway=self.epoch))
+            self._engines.send(
+                live.replica, msgspec.structs.replace(live.submit, output_token_ids=known, gateway=self.epoch)
+            )
         if orphans:
             logger.warning("%d requests go on", len(orphans))
 
@@ -327,21 +331,7 @@ class Router:
         self._fail(list(self._live), reason)
 
     def close(self) -> None:
-        self._incoming.close(linger=0)
-        for socket in self._outgoing.values():
-            socket.close(linger=0)
-        self._context.term()
-
-    def _connect(self, replica: int) -> zmq.Socket[bytes]:
-        # a plain socket: with no limit on its queue a send never waits, so `abort` works in any `finally`
-        socket = self._context.socket(zmq.PUSH)
-        socket.set_hwm(0)
-        socket.connect(self._endpoints.engine(replica))
-        socket.send(encode(Hello(self.epoch)), zmq.NOBLOCK)
-        return socket
-
-    def _send(self, replica: int, message: ToEngine) -> None:
-        self._outgoing[replica].send(encode(message), zmq.NOBLOCK)
+        self._engines.close()
 
     def _deliver(self, message: Outputs) -> None:
         ready = self._ready.get(message.replica)

@@ -33,6 +33,8 @@ class Health(BaseModel):
     requests: int
     token_log: str | None = None
     """Why it is not written, if it is not."""
+    checkpoint_disk: str | None = None
+    """Why the disk tier does without its disk, or takes no more, if so."""
 
 
 class Version(BaseModel):
@@ -57,7 +59,7 @@ class Replica(BaseModel):
 
 class Loss(BaseModel):
     process: str
-    kind: Literal["death", "error", "hang", "leak", "planned"]
+    kind: Literal["death", "error", "hang", "leak", "corruption", "device", "planned"]
     stage: int | None
     ranks: list[str]
     expert_group: list[str]
@@ -83,6 +85,21 @@ class Cluster(BaseModel):
     status: Literal["starting", "ready", "recovering", "draining", "lost"]
     replicas: list[Replica]
     incidents: list[Incident]
+
+
+class RankChecked(BaseModel):
+    rank: str
+    bytes: int
+    seconds: float
+    wrong: list[str]
+
+
+class WeightsChecked(BaseModel):
+    ranks: list[RankChecked]
+    wrong: list[str]
+    """Ranks whose weights have changed; their replicas are started anew."""
+    lost: list[int]
+    """Replicas that were lost before all of their ranks had been checked."""
 
 
 class ModelList(BaseModel):

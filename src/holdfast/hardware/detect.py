@@ -37,7 +37,7 @@ def this_machine() -> Cluster:
     """
     gpus, said = _gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not gpus:
-        device = cpu_device(usable_cores(), available_memory(), _cpu_flags())
+        device = cpu_device(usable_cores(), available_memory(), cpu_flags())
         alone = replace(usual_topology((device,)), devices=("CPU",))
         return _cluster(Node("", (device,), alone), [*said, device.source])
     numbers, devices = [number for number, _ in gpus], tuple(device for _, device in gpus)
@@ -213,7 +213,7 @@ def cpu_device(cores: int, memory: int, flags: frozenset[str]) -> Device:
     )
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     return frozenset(found[1].split()) if found else frozenset()
 

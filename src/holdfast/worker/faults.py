@@ -6,6 +6,7 @@ HOLDFAST_FAULTS names a folder. A file in it that is called like a worker ("0.0.
     gone       the same, and the device does not come back
     corrupt    keys and values of the requests it has are no numbers any more
     slow       its steps take ten times as long, as long as the file is there
+    flip       a byte of its weights is another
     leak       it keeps more and more memory, 100 MB a second while it runs steps, as long as it lives
 
 `core.points` has what strikes at a point in the code.
@@ -20,7 +21,9 @@ from pathlib import Path
 from holdfast.core.errors import DeviceGone
 from holdfast.core.points import VARIABLE, Points
 from holdfast.core.wire import Step
+from holdfast.models.layers import Weights
 from holdfast.worker.runner import Runner
+from holdfast.worker.weights import held_in, slices
 
 _LEAK_BYTES = 10_000_000
 _LEAK_SECONDS = 0.1
@@ -65,6 +68,8 @@ class Faults:
         if fault == "corrupt":
             for request in runner.requests:
                 runner.pages.data[:, :, request.block_ids] = float("nan")
+        if fault == "flip":
+            flip(runner.decoder.weights)
         if fault == "error":
             raise RuntimeError("CUDA error: a device error that was asked for")
         if fault == "gone":
@@ -79,3 +84,11 @@ class Faults:
         ):
             if is_here:
                 self._points.reach(point)
+
+
+def flip(weights: Weights) -> None:
+    """All bits of a byte in the middle of every layer's first matrix, on a CPU: one alone may change no token."""
+    for name, held in held_in(weights).items():
+        if name.endswith(".qkv"):
+            data = next(slices(held))
+            data[len(data) // 2] ^= 0xFF

@@ -1,0 +1,133 @@
+"""Whether a rank's weights are still what was loaded: checksums (XXH3) of all that lies in memory, matrix by matrix.
+
+A thread of its own walks the memory, a slice at a time and most of the time idle, so that no step waits for it. On a
+GPU a slice is copied to the host on a stream beside.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from xxhash import xxh3_64
+
+from holdfast.core.wire import WeightsChecked
+from holdfast.models.layers import Weights
+from holdfast.worker.runner import Runner
+
+SLICE_BYTES = 4_000_000
+IDLENESS = 3
+"""Times as long as a slice took the thread waits before the next."""
+
+
+class WeightCheck:
+    """Of one rank. A walk that begins at once learns what is right; `learn` has another one do so for what is new.
+    `ask`, and, once `fd` is readable, `report`."""
+
+    def __init__(self, runner: Runner, rank: str) -> None:
+        self.fd = os.eventfd(0, os.EFD_SEMAPHORE)
+        self._runner = runner
+        self._rank = rank
+        self._known: dict[str, tuple[Any, int]] = {}
+        """By name: what lies in memory, and its checksum."""
+        self._cores = os.sched_getaffinity(0)  # before the first step binds this thread to one of them
+        self._stop = threading.Event()
+        self._asked: SimpleQueue[str | None] = SimpleQueue()
+        self._reports: SimpleQueue[WeightsChecked] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="weights")
+        self._thread.start()
+
+    def learn(self) -> None:
+        """Other matrices are here than before: what is new is right, and what is gone is let go."""
+        self._asked.put("")
+
+    def ask(self, key: str) -> None:
+        """Compare all weights with what they were."""
+        self._asked.put(key)
+
+    def report(self) -> WeightsChecked:
+        """What came of the oldest that was asked."""
+        os.eventfd_read(self.fd)
+        return self._reports.get()
+
+    def close(self) -> None:
+        """Before the process ends: a thread in the middle of torch would abort it."""
+        self._stop.set()
+        self._asked.put(None)
+        self._thread.join()
+        os.close(self.fd)
+
+    def _work(self) -> None:
+        os.sched_setaffinity(0, self._cores)  # of this thread
+        self._walk()
+        while (key := self._asked.get()) is not None and not self._stop.is_set():
+            begun = time.perf_counter()
+            num_bytes, wrong = self._walk()
+            seconds = time.perf_counter() - begun
+            if key:
+                self._reports.put(WeightsChecked(self._rank, key, num_bytes, seconds, wrong))
+                os.eventfd_write(self.fd, 1)
+
+    @torch.inference_mode()
+    def _walk(self) -> tuple[int, list[str]]:
+        """Bytes, and names of what has changed. What is seen for the first time is right."""
+        num_bytes, wrong, known = 0, [], {}
+        for name, held in held_in(self._runner.decoder.weights).items():
+            digest, begun = xxh3_64(), time.perf_counter()
+            for data in slices(held):
+                digest.update(data)
+                num_bytes += len(data)
+                if self._stop.wait(IDLENESS * (time.perf_counter() - begun)):
+                    return num_bytes, []
+                begun = time.perf_counter()
+            before, right = self._known.get(name, (None, 0))
+            known[name] = (held, digest.intdigest())
+            if before is held and right != known[name][1]:
+                wrong.append(name)
+                known[name] = (held, right)
+        self._known = known
+        return num_bytes, wrong
+
+
+def held_in(weights: Weights) -> dict[str, Any]:
+    """Matrices and norms by name, each once."""
+    named = {**weights.packed, **weights.norms}
+    return {name: held for name, held in named.items() if name != "head" or held is not named.get("embed")}
+
+
+def slices(held: Any) -> Iterator[Any]:
+    """Every byte of the tensors and arrays in a packed matrix, whatever its backend: uint8, piece by piece."""
+    for data in _arrays(held):
+        flat = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+        flat = flat.detach().contiguous().flatten().view(torch.uint8)
+        beside = torch.cuda.Stream(flat.device) if flat.is_cuda else None  # type: ignore[no-untyped-call]
+        for start in range(0, len(flat), SLICE_BYTES):
+            yield _on_host(flat[start : start + SLICE_BYTES], beside).numpy()
+
+
+def _on_host(data: Tensor, beside: Any) -> Tensor:
+    if beside is None:
+        return data
+    with torch.cuda.stream(beside):
+        copy = data.to("cpu", non_blocking=True)
+    beside.synchronize()
+    return copy
+
+
+def _arrays(held: Any) -> Iterator[Tensor | np.ndarray]:
+    if isinstance(held, Tensor | np.ndarray):
+        yield held
+    elif isinstance(held, list | tuple):
+        for part in held:
+            yield from _arrays(part)
+    elif is_dataclass(held):
+        for field in fields(held):
+            yield from _arrays(getattr(held, field.name))
