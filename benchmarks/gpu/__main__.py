@@ -43,6 +43,8 @@ def main() -> None:
     parts = chosen.part.split(",")
     if unknown := set(parts) - set(PARTS):
         options.error(f"--part {','.join(unknown)}: there are {', '.join(PARTS)}")
+    if chosen.write and chosen.small:
+        options.error("--write: not what --small finds")
     if not (torch.cuda.is_available() or chosen.small):
         sys.exit("bench-gpu: torch finds no CUDA device (--small tries the benchmark on CPU)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,6 +59,7 @@ def main() -> None:
             print(report.text(title, rows), flush=True)
             result["tables"][title] = rows
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(report.text("whole jobs, seconds", report.side_by_side(result["tables"])))
     if chosen.write:
         report.write(result, FOLDER / "RESULTS.md")
 

@@ -39,9 +39,20 @@ def entry(result: dict[str, Any]) -> str:
             f"{facts}. Measured limits: copy {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s, bf16 product "
             f"{limits['bf16_flop_per_second'] / 1e12:.1f} TFLOP/s. {GOALS}",
             "",
+            table("Whole jobs side by side, seconds", side_by_side(result["tables"])),
             *(table(title, rows) for title, rows in result["tables"].items() if rows),
         ]
     )
+
+
+def side_by_side(tables: dict[str, list[Row]]) -> list[Row]:
+    """A row for each job, a column for each way it was run."""
+    jobs: dict[str, Row] = {}
+    for title, rows in tables.items():
+        for row in rows:
+            if "whole s" in row:
+                jobs.setdefault(row["job"], {"job": row["job"]})[title] = row["whole s"]
+    return list(jobs.values())
 
 
 def commit() -> str:

@@ -211,6 +211,19 @@ def test_attention_is_its_definition(
     close(out, cached.expected(PARTS, options), dtype)
 
 
+@pytest.mark.parametrize(("num_heads", "kv_heads", "head_dim"), [(8, 2, 128), (3, 3, 96), (4, 1, 256)])
+def test_attention_of_wide_heads(num_heads: int, kv_heads: int, head_dim: int):
+    """A prefill tile has fewer rows where registers would not do."""
+    cached, parts = (
+        filled(torch.bfloat16, Heads(num_heads, kv_heads, head_dim), [70, 20], 16),
+        [(0, 69, 70), (1, 3, 20)],
+    )
+    options = AttentionOptions(head_dim**-0.5)
+    out = cached.run(parts, options)
+    close(out, cached.expected(parts, options), torch.bfloat16)
+    assert same_bits(cached.run([(0, 60, 70)], options)[-1:], out[:1])
+
+
 @every_dtype
 @pytest.mark.parametrize(
     "options", [OPTIONS["plain"], AttentionOptions(scale=0.2, window=1030)], ids=["plain", "window"]
