@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import count
 
 from holdfast.core.errors import InvalidRequest, Unavailable
 from holdfast.core.lifecycle import Replace
-from holdfast.core.wire import CheckWeights, WeightsChecked
+from holdfast.core.wire import CheckWeights, EngineReady, WeightsChecked
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.router import Router
 
@@ -26,9 +27,8 @@ _LOOK_SECONDS = 0.5
 
 @dataclass(slots=True)
 class _Check:
-    """`epochs`: of the replicas that were asked. `changed`: something was heard."""
+    """`changed`: something was heard."""
 
-    epochs: dict[int, int]
     reports: list[WeightsChecked] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -76,24 +76,20 @@ class WeightChecks:
         ready = self._router.ask_all(CheckWeights(key, self._router.epoch))
         if not ready:
             raise Unavailable("no replica serves", retry_after=1)
-        check = self._pending[key] = _Check({replica: each.epoch for replica, each in ready.items()})
+        check = self._pending[key] = _Check()
         try:
-            while missing := {
-                replica for replica, each in ready.items() if len(_of(check, replica)) < each.num_ranks
-            } - self._gone(check):
+            while self._awaited(check, ready):
                 check.changed.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(check.changed.wait(), _LOOK_SECONDS)
         finally:
             del self._pending[key]
-        lost = [replica for replica, each in ready.items() if len(_of(check, replica)) < each.num_ranks]
-        assert set(lost) >= missing
-        return sorted(check.reports, key=lambda report: report.rank), lost
+        return sorted(check.reports, key=lambda report: report.rank), _incomplete(check, ready)
 
-    def _gone(self, check: _Check) -> set[int]:
-        """Replicas that do not live any more as they were asked."""
+    def _awaited(self, check: _Check, ready: dict[int, EngineReady]) -> bool:
+        """Whether a replica that lives as it was asked has not answered with all its ranks."""
         now = self._router.epochs()
-        return {replica for replica, epoch in check.epochs.items() if now.get(replica) != epoch}
+        return any(now.get(replica) == ready[replica].epoch for replica in _incomplete(check, ready))
 
     async def _replace(self, report: WeightsChecked) -> None:
         number = report.replica
@@ -105,5 +101,7 @@ class WeightChecks:
             await self._tell(Replace(other, f"it may have taken blocks of replica {number}: {reason}", "corruption"))
 
 
-def _of(check: _Check, replica: int) -> list[WeightsChecked]:
-    return [report for report in check.reports if report.replica == replica]
+def _incomplete(check: _Check, ready: dict[int, EngineReady]) -> list[int]:
+    """Replicas of which reports are missing."""
+    counts = Counter(report.replica for report in check.reports)
+    return [replica for replica, each in ready.items() if counts[replica] < each.num_ranks]
