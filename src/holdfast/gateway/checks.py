@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from holdfast.gateway.router import Router
 
 logger = logging.getLogger(__name__)
 
+MOST_SECONDS = 600.0
+"""That ranks have for an answer."""
 _LOOK_SECONDS = 0.5
 
 
@@ -68,17 +71,18 @@ class WeightChecks:
                 await self.check()
 
     async def check(self) -> tuple[list[WeightsChecked], list[int]]:
-        """Have all ranks of the replicas that serve checked: what they report, and the replicas that were lost
-        before all of theirs had. Raises `Unavailable` when there is none, `InvalidRequest` when it cannot be."""
+        """Have all ranks of the replicas that serve checked: what they report, and the replicas that were lost, or too
+        slow, before all of theirs had. Raises `Unavailable` when there is none, `InvalidRequest` when it cannot be."""
         if self._shared:
             raise InvalidRequest("weights that replicas hold together (--shard-weights) cannot be checked yet")
         key = str(next(self._keys))
         ready = self._router.ask_all(CheckWeights(key, self._router.epoch))
         if not ready:
             raise Unavailable("no replica serves", retry_after=1)
-        check = self._pending[key] = _Check()
+        check, deadline = _Check(), time.monotonic() + MOST_SECONDS
+        self._pending[key] = check
         try:
-            while self._awaited(check, ready):
+            while self._awaited(check, ready) and time.monotonic() < deadline:
                 check.changed.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(check.changed.wait(), _LOOK_SECONDS)
