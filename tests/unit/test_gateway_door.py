@@ -12,9 +12,10 @@ import pytest_asyncio
 
 from holdfast.core.boot import Endpoints
 from holdfast.core.config import ServeConfig, ServerConfig
-from holdfast.core.lifecycle import Replace
+from holdfast.core.lifecycle import DiskTier, Replace
 from holdfast.gateway.app import Service, build_app
 from holdfast.gateway.calls import Calls
+from holdfast.gateway.checks import WeightChecks
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.router import Router
 from holdfast.gateway.tokenlog import TokenLog
@@ -26,7 +27,8 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     log = TokenLog()
     router = Router(Endpoints(str(tmp_path)), log, metrics, max_live=1)
     config, told = ServeConfig(server=ServerConfig(api_key=("key",))), asyncio.Queue[Replace]()
-    yield Service(router, Calls(log, router, 1.0), metrics, config, told.put)
+    checks = WeightChecks(router, metrics, told.put, shared=False)
+    yield Service(router, Calls(log, router, 1.0), metrics, config, told.put, checks)
     router.close()
 
 
@@ -48,6 +50,10 @@ async def test_a_starting_service_says_when_to_come_back(http: httpx.AsyncClient
 async def test_operators_get_an_answer_in_every_state(http: httpx.AsyncClient, service: Service) -> None:
     health = await http.get("/health")
     assert (health.status_code, health.json()) == (503, {"status": "starting", "requests": 0})
+    service.disk = DiskTier(3, 5, 2, 0, "No space left on device")
+    assert (await http.get("/health")).json()["checkpoint_disk"] == "No space left on device"
+    assert (await http.post("/cluster/check", headers={"Authorization": "Bearer key"})).status_code == 503
+    assert (await http.post("/cluster/check")).status_code == 401
     for status in ("starting", "draining"):
         assert (await http.get("/health")).json()["status"] == status
         for path in ("/version", "/metrics"):

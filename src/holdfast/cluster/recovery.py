@@ -171,13 +171,19 @@ class Recovery:
         loss = impact_of(self.starter.boot.plan, process or member.speaker, kind, time.time())
         epoch = self.children.by_name[member.speaker].epoch
         self.children.kill(member.processes)
-        if kind == "corruption" and STORE in self.children.by_name:
-            self.children.send(STORE, lifecycle.Distrust())
+        if kind == "corruption":
+            self._distrust()
         if self._is_smaller(member):
             self.starter.use(member, self._whole.replicas[member.number], self._whole.devices[member.number])
         log.warning("%s is started anew: %s", member.name, reason)
         self.children.send(GATEWAY, lifecycle.ReplicaLost(member.number, reason, epoch, comes_back=True, loss=loss))
         self._start_again(member)
+
+    def _distrust(self) -> None:
+        """What weights have computed that were wrong: all blocks that were kept."""
+        self.starter.forget_blocks()
+        if STORE in self.children.by_name:
+            self.children.send(STORE, lifecycle.Distrust())
 
     def _lose_late(self, member: Member) -> None:
         if member.state == "starting":

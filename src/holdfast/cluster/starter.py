@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from holdfast.cache.store import StoreLayout
+from holdfast.cache.store import StoreLayout, StoreMemory
 from holdfast.cluster.children import Children
 from holdfast.cluster.members import GATEWAY, Member, replica_processes
 from holdfast.core.boot import Boot
@@ -46,6 +46,11 @@ class Starter:
         self.boot = msgspec.structs.replace(self.boot, plan=changed)
         member.processes = replica_processes(member.number, plan)
         self._write()
+
+    def forget_blocks(self) -> None:
+        """Nothing that is in the memory of the checkpoint store counts any more, whether its process lives or not."""
+        if "store" in self._shared:
+            StoreMemory(self._shared["store"], StoreLayout.of(self.boot.config, self.boot.model)).checksums[:] = 0
 
     def _write(self) -> None:
         new = self._file.with_suffix(".new")

@@ -9,26 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import count
 
 from holdfast.core.errors import InvalidRequest, Unavailable
 from holdfast.core.lifecycle import Replace
-from holdfast.core.wire import CheckWeights, WeightsChecked
+from holdfast.core.wire import CheckWeights, EngineReady, WeightsChecked
 from holdfast.gateway.metrics import Metrics
 from holdfast.gateway.router import Router
 
 logger = logging.getLogger(__name__)
 
+MOST_SECONDS = 600.0
+"""That ranks have for an answer."""
 _LOOK_SECONDS = 0.5
 
 
 @dataclass(slots=True)
 class _Check:
-    """`epochs`: of the replicas that were asked. `changed`: something was heard."""
+    """`changed`: something was heard."""
 
-    epochs: dict[int, int]
     reports: list[WeightsChecked] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -68,32 +71,29 @@ class WeightChecks:
                 await self.check()
 
     async def check(self) -> tuple[list[WeightsChecked], list[int]]:
-        """Have all ranks of the replicas that serve checked: what they report, and the replicas that were lost
-        before all of theirs had. Raises `Unavailable` when there is none, `InvalidRequest` when it cannot be."""
+        """Have all ranks of the replicas that serve checked: what they report, and the replicas that were lost, or too
+        slow, before all of theirs had. Raises `Unavailable` when there is none, `InvalidRequest` when it cannot be."""
         if self._shared:
             raise InvalidRequest("weights that replicas hold together (--shard-weights) cannot be checked yet")
         key = str(next(self._keys))
         ready = self._router.ask_all(CheckWeights(key, self._router.epoch))
         if not ready:
             raise Unavailable("no replica serves", retry_after=1)
-        check = self._pending[key] = _Check({replica: each.epoch for replica, each in ready.items()})
+        check, deadline = _Check(), time.monotonic() + MOST_SECONDS
+        self._pending[key] = check
         try:
-            while missing := {
-                replica for replica, each in ready.items() if len(_of(check, replica)) < each.num_ranks
-            } - self._gone(check):
+            while self._awaited(check, ready) and time.monotonic() < deadline:
                 check.changed.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(check.changed.wait(), _LOOK_SECONDS)
         finally:
             del self._pending[key]
-        lost = [replica for replica, each in ready.items() if len(_of(check, replica)) < each.num_ranks]
-        assert set(lost) >= missing
-        return sorted(check.reports, key=lambda report: report.rank), lost
+        return sorted(check.reports, key=lambda report: report.rank), _incomplete(check, ready)
 
-    def _gone(self, check: _Check) -> set[int]:
-        """Replicas that do not live any more as they were asked."""
+    def _awaited(self, check: _Check, ready: dict[int, EngineReady]) -> bool:
+        """Whether a replica that lives as it was asked has not answered with all its ranks."""
         now = self._router.epochs()
-        return {replica for replica, epoch in check.epochs.items() if now.get(replica) != epoch}
+        return any(now.get(replica) == ready[replica].epoch for replica in _incomplete(check, ready))
 
     async def _replace(self, report: WeightsChecked) -> None:
         number = report.replica
@@ -105,5 +105,7 @@ class WeightChecks:
             await self._tell(Replace(other, f"it may have taken blocks of replica {number}: {reason}", "corruption"))
 
 
-def _of(check: _Check, replica: int) -> list[WeightsChecked]:
-    return [report for report in check.reports if report.replica == replica]
+def _incomplete(check: _Check, ready: dict[int, EngineReady]) -> list[int]:
+    """Replicas of which reports are missing."""
+    counts = Counter(report.replica for report in check.reports)
+    return [replica for replica, each in ready.items() if counts[replica] < each.num_ranks]

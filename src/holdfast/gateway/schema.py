@@ -99,7 +99,7 @@ class WeightsChecked(BaseModel):
     wrong: list[str]
     """Ranks whose weights have changed; their replicas are started anew."""
     lost: list[int]
-    """Replicas that were lost before all of their ranks had been checked."""
+    """Replicas that were lost, or too slow, before all of their ranks had been checked."""
 
 
 class ModelList(BaseModel):

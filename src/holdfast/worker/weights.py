@@ -6,9 +6,11 @@ GPU a slice is copied to the host on a stream beside.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from queue import SimpleQueue
@@ -22,6 +24,8 @@ from xxhash import xxh3_64
 from holdfast.core.wire import WeightsChecked
 from holdfast.models.layers import Weights
 from holdfast.worker.runner import Runner
+
+log = logging.getLogger(__name__)
 
 SLICE_BYTES = 4_000_000
 IDLENESS = 3
@@ -67,14 +71,21 @@ class WeightCheck:
 
     def _work(self) -> None:
         os.sched_setaffinity(0, self._cores)  # of this thread
-        self._walk()
+        self._attempt()
         while (key := self._asked.get()) is not None and not self._stop.is_set():
             begun = time.perf_counter()
-            num_bytes, wrong = self._walk()
+            num_bytes, wrong = self._attempt()
             seconds = time.perf_counter() - begun
             if key:
                 self._reports.put(WeightsChecked(self._rank, key, num_bytes, seconds, wrong))
                 os.eventfd_write(self.fd, 1)
+
+    def _attempt(self) -> tuple[int, list[str]]:
+        try:
+            return self._walk()
+        except Exception as error:  # noqa: BLE001 - the thread's border: what cannot be read is not what was loaded
+            log.error("weights cannot be read\n%s", traceback.format_exc())  # noqa: TRY400
+            return 0, [f"cannot be read: {type(error).__name__}: {error}"]
 
     @torch.inference_mode()
     def _walk(self) -> tuple[int, list[str]]:
