@@ -117,7 +117,7 @@ def device_groups(cluster: Cluster, device: Device, degree: int) -> list[DeviceG
             parts = (id(node.devices), id(node.topology), id(node.link))
             if parts not in alike:
                 alike[parts] = list(_groups_of_node(number, node, mine, degree))
-            groups += [_on_node(group, number) for group in alike[parts]]
+            groups += [on_node(group, number) for group in alike[parts]]
         elif len(mine) == len(node.devices):
             whole.append((number, node))
     if groups:
@@ -141,8 +141,8 @@ def device_groups(cluster: Cluster, device: Device, degree: int) -> list[DeviceG
     return groups
 
 
-def _on_node(group: DeviceGroup, number: int) -> DeviceGroup:
-    """The same devices of another node that is built alike."""
+def on_node(group: DeviceGroup, number: int) -> DeviceGroup:
+    """The devices of a group that lies in one node, as those of node `number`, which is built alike."""
     return replace(group, places=tuple((number, index) for _, index in group.places))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from holdfast.core.errors import ConfigError
 from holdfast.hardware.catalogue import Device
@@ -18,6 +19,7 @@ from holdfast.planner.candidates import (
     balanced,
     degrees_of,
     kinds_of,
+    on_node,
     pipelines_of_one_kind,
     pipelines_of_several_kinds,
 )
@@ -25,6 +27,7 @@ from holdfast.planner.coefficients import Coefficients, coefficients
 from holdfast.planner.estimate import Estimate, Question, estimate, memory_of, rank_key, simplicity, stages_of, worth
 from holdfast.planner.goal import Goal
 from holdfast.planner.memory.shares import even_layers
+from holdfast.planner.runnable import Runtime, one_node_of
 from holdfast.planner.shapes.shape import ModelShape
 from holdfast.planner.spare import with_spare
 from holdfast.planner.timing import StepBatch, step_time
@@ -38,11 +41,14 @@ MOST_PER_KIND = 4000
 @dataclass(frozen=True, slots=True)
 class Found:
     """`ranking`: all candidates, the best first; those that do not fit at the end. `pareto`: those that no other
-    beats in throughput, time per token, time to first token and spare capacity at once."""
+    beats in throughput, time per token, time to first token and spare capacity at once. `runtime`: what the engine
+    runs; None: not asked. `better`: the best of all, where one that the engine runs is taken instead."""
 
     question: Question
     ranking: tuple[Estimate, ...]
     pareto: tuple[Estimate, ...]
+    runtime: Runtime | None = None
+    better: Estimate | None = None
 
     @property
     def best(self) -> Estimate:
@@ -53,22 +59,59 @@ class Found:
         """Of the candidates whose stages are alike."""
         return next((some for some in self.ranking if some.fits and some.candidate.is_even), None)
 
+    def refuses(self, some: Estimate) -> str:
+        """Why the engine does not run it, in half a sentence; "": it does, or was not asked."""
+        return "" if self.runtime is None else self.runtime.refuses(self.question.goal, some.candidate)
 
-def search(shape: ModelShape, cluster: Cluster, goal: Goal, known: Coefficients | None = None) -> Found:
-    """Every candidate, judged. Raises `ConfigError` when there is none at all."""
+    @property
+    def best_that_runs(self) -> Estimate | None:
+        """Of those that fit and that the engine runs, chosen as the best of all is."""
+        goal = self.question.goal
+        running = (some for some in self.ranking if some.served is not None and not self.refuses(some))
+        first = next(running, None)
+        if first is None or first is self.best or first.misses:
+            return first
+        near = takewhile(lambda some: not some.misses and alike(goal, some, first), running)
+        return _simplest(goal, [first, *near])
+
+    def choosing(self, some: Estimate) -> Found:
+        """The same with `some` in front."""
+        if some is self.best:
+            return self
+        rest = (other for other in self.ranking if other is not some)
+        return replace(self, ranking=(some, *rest), better=self.best)
+
+
+def search(
+    shape: ModelShape,
+    cluster: Cluster,
+    goal: Goal,
+    known: Coefficients | None = None,
+    runtime: Runtime | None = None,
+) -> Found:
+    """Every candidate, judged; and, where the `runtime` runs none that fits on several nodes, those on one of them.
+
+    Raises `ConfigError` when there is none at all.
+    """
     question = Question.of(shape, cluster, goal, known or coefficients())
     if goal.engine not in question.known.engines:
         raise ConfigError(f"engine {goal.engine!r}: must be one of {', '.join(question.known.engines)}")
     if goal.longest > shape.max_context:
         raise ConfigError(f"context {goal.longest}: {shape.name} knows {shape.max_context} tokens at most")
     judged = [with_spare(question, estimate(question, candidate)) for candidate in candidates(question)]
+    if runtime is not None and len(cluster.nodes) > 1 and not runtime.refuses_all(goal):
+        fitting = (some.candidate for some in judged if some.served is not None)
+        if all(runtime.refuses(goal, candidate) for candidate in fitting):
+            seen = {some.candidate for some in judged}
+            alone = (candidate for candidate in _on_one_node(question) if candidate not in seen)
+            judged += [with_spare(question, estimate(question, candidate)) for candidate in alone]
     if not judged:
         raise ConfigError(f"{shape.name} cannot be laid over this cluster: no group of its devices divides it evenly")
     ranking = sorted(judged, key=lambda some: rank_key(goal, some))
     chosen = _simplest(goal, ranking)
     ranking.remove(chosen)
     ranking.insert(0, chosen)
-    return Found(question, tuple(ranking), _pareto(ranking))
+    return Found(question, tuple(ranking), _pareto(ranking), runtime)
 
 
 def _simplest(goal: Goal, ranking: Sequence[Estimate]) -> Estimate:
@@ -94,6 +137,14 @@ def candidates(question: Question) -> Iterator[Candidate]:
         yield from _of_one_kind(question, device)
     if len(kinds) > 1:
         yield from _of_several_kinds(question)
+
+
+def _on_one_node(question: Question) -> Iterator[Candidate]:
+    """What is worth judging on each kind of node alone."""
+    for number, node in one_node_of(question.cluster):
+        for candidate in candidates(replace(question, cluster=node)):
+            replicas = tuple(tuple(on_node(group, number) for group in groups) for groups in candidate.replicas)
+            yield replace(candidate, replicas=replicas)
 
 
 def most_ranks(shape: ModelShape) -> int:

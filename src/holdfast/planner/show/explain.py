@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate
+from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate, rank_key
 from holdfast.planner.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
 from holdfast.planner.search import ALIKE, Found, alike
 from holdfast.planner.show.alternatives import most_requests
@@ -28,6 +28,16 @@ def why(found: Found, other: Estimate) -> str:
     question, best = found.question, found.best
     if other is best:
         return ""
+    specific = found.runtime is not None and not found.runtime.refuses_all(question.goal)
+    refused = found.refuses(other) if specific and other.fits else ""
+    if refused and best.served is not None and rank_key(question.goal, other) < rank_key(question.goal, best):
+        return f"{_against(question, best, other)}, but Holdfast does not run it yet: {refused}"
+    reason = _why(found, other)
+    return f"{reason}; Holdfast does not run it yet: {refused}" if refused else reason
+
+
+def _why(found: Found, other: Estimate) -> str:
+    question, best = found.question, found.best
     if not other.fits:
         return does_not_fit(question, other)
     if other.misses:
