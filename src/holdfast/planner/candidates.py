@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 from holdfast.hardware.catalogue import Device, Link
 from holdfast.hardware.cluster import Cluster, Node
@@ -23,7 +22,6 @@ from holdfast.planner.communication import Fabric
 Place = tuple[int, int]
 """Of a device: its node, its number there."""
 MOST_STAGES = 64
-MOST_STAGES_MIXED = 16
 HALF_A_MACHINE = 4
 """Devices at one socket, where a machine has two and eight devices."""
 
@@ -207,32 +205,6 @@ def pipelines_of_one_kind(
     for depth in range(1, min(len(groups), num_layers, MOST_STAGES) + 1):
         if len(groups) % depth == 0:
             yield tuple(tuple(groups[first : first + depth]) for first in range(0, len(groups), depth))
-
-
-def pipelines_of_several_kinds(
-    cluster: Cluster, most: int, num_layers: int
-) -> Iterator[tuple[tuple[DeviceGroup, ...], ...]]:
-    """Replicas whose stages are of all the kinds there are, in order of first appearance and the other way round."""
-    by_degree = [
-        [made for degree in degrees_of(cluster, kind, most) if (made := device_groups(cluster, kind, degree))]
-        for kind in kinds_of(cluster)
-    ]
-    for groups in product(*by_degree):
-        for replicas in range(1, min(map(len, groups)) + 1):
-            if any(len(some) % replicas for some in groups):
-                continue
-            if sum(len(some) // replicas for some in groups) > min(num_layers, MOST_STAGES_MIXED):
-                continue
-            for order in (groups, groups[::-1]):
-                yield tuple(
-                    tuple(group for some in order for group in _part(some, replica, replicas))
-                    for replica in range(replicas)
-                )
-
-
-def _part(groups: Sequence[DeviceGroup], index: int, parts: int) -> Sequence[DeviceGroup]:
-    size = len(groups) // parts
-    return groups[index * size : (index + 1) * size]
 
 
 def balanced(
