@@ -172,14 +172,15 @@ def test_sharded_weights_take_less_memory_and_more_time() -> None:
 
 
 def test_spare_is_what_the_replica_does_without_a_rank() -> None:
-    """Seven of eight hold 70B, seven of eight do not hold 175B with requests; of two replicas one is left, and part
-    of the other."""
+    """Seven of eight hold 70B, but one of them has two of eight KV heads, so they do half of what eight do while
+    weights take most of the time; a pipeline moves layers instead. Seven of eight do not hold 175B with requests; of
+    two replicas one is left, and part of the other."""
     found = search(LLAMA_70B, cluster_of("8xH100"), Goal(concurrency=32))
     by_name = {some.candidate.name: some for some in found.ranking}
-    assert 0.6 < by_name["TP8"].spare < 1
+    assert 0.5 < by_name["TP8"].spare < 0.7
     assert 0.5 < by_name["TP4 × DP2"].spare < 1
     assert by_name["TP4 × DP2 × sharded weights"].spare == 0.5  # a place that all replicas need
-    assert by_name["TP2 × PP4"].spare < by_name["TP8"].spare  # a stage of one rank holds up the others
+    assert 0.7 < by_name["TP2 × PP4"].spare < 1
     full = search(GPT_3, cluster_of("5xA100-80GB"), Goal(concurrency=1)).best
     assert full.candidate.num_devices == 5
     assert full.spare == 0

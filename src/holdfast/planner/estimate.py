@@ -27,6 +27,7 @@ from holdfast.planner.quantities import of_seconds
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
 from holdfast.planner.timing import Stage, stage_of, stored_bits
+from holdfast.planner.uneven import columns_of_fullest, fullest, most_heads_of_fullest
 
 MEMORY_ENGINE = "holdfast"
 BATCHED_TOKENS = 8192
@@ -48,6 +49,7 @@ class Question:
     known: Coefficients
     kinds: dict[tuple[int, int], Kinds] = field(default_factory=dict)
     """Kinds of layers of each range that was asked for so far."""
+    fullest: dict[tuple[int, int, int, bool], Kinds] = field(default_factory=dict)
 
     @classmethod
     def of(cls, shape: ModelShape, cluster: Cluster, goal: Goal, known: Coefficients) -> Question:
@@ -67,6 +69,16 @@ class Question:
         if (first, last) not in self.kinds:
             self.kinds[first, last] = self.shape.kinds_among(first, last)
         return self.kinds[first, last]
+
+    def kinds_on_fullest(self, first: int, last: int, ranks: int, *, expert_parallel: bool) -> Kinds:
+        """As the fullest of so many ranks has them, even parts of them (`uneven`)."""
+        key = (first, last, ranks, expert_parallel)
+        if key not in self.fullest:
+            kinds = self.kinds_of(first, last)
+            self.fullest[key] = tuple(
+                (fullest(layer, ranks, expert_parallel=expert_parallel), count) for layer, count in kinds
+            )
+        return self.fullest[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +133,17 @@ class Estimate:
         return self.throughput / self.candidate.num_devices
 
 
-def shares_of(candidate: Candidate) -> list[RankShare]:
-    """The share of a rank of each stage."""
+def shares_of(question: Question, candidate: Candidate) -> list[RankShare]:
+    """The share of the fullest rank of each stage."""
     shares, depth = [], len(candidate.layers)
     borders = list(pairwise((0, *accumulate(candidate.layers))))
     for index, (bounds, degree) in enumerate(zip(borders, candidate.degrees, strict=True)):
-        part = 1 / degree
-        experts, columns = (part, 1.0) if candidate.expert_parallel else (1.0, part)
+        part, columns = 1 / degree, columns_of_fullest(degree)
+        heads = most_heads_of_fullest((layer for layer, _ in question.kinds_of(*bounds)), degree)
+        experts, expert_columns = (part, 1.0) if candidate.expert_parallel else (1.0, columns)
         shares.append(
             RankShare(
-                bounds, part, part, part, part, experts, columns,
+                bounds, heads, part, columns, part, experts, expert_columns,
                 is_first=index == 0, is_last=index == depth - 1, ranks_in_stage=degree,
             )
         )  # fmt: skip
@@ -139,7 +152,7 @@ def shares_of(candidate: Candidate) -> list[RankShare]:
 
 def memory_of(question: Question, candidate: Candidate) -> tuple[tuple[StageMemory, ...], list[RankShare]]:
     """What the ranks of each stage need. Stages that are alike are reckoned once."""
-    shares, load, engine = shares_of(candidate), question.load(), question.memory_engine
+    shares, load, engine = shares_of(question, candidate), question.load(), question.memory_engine
     spread = len(candidate.replicas) if candidate.shard_weights else 1
     known: dict[tuple[object, ...], RankMemory] = {}
     stages = []
@@ -235,7 +248,7 @@ def stages_of(question: Question, candidate: Candidate) -> tuple[Stage, ...]:
     stages = []
     for index, (group, bounds) in enumerate(zip(groups, borders, strict=True)):
         last = index == len(groups) - 1
-        kinds = question.kinds_of(*bounds)
+        kinds = question.kinds_on_fullest(*bounds, group.degree, expert_parallel=candidate.expert_parallel)
         following = None if last else path_between(question.cluster, group, groups[index + 1])
         gather, gathered = _gathering(question, candidate, index)
         key = (
@@ -267,7 +280,7 @@ def _gathering(question: Question, candidate: Candidate, stage: int) -> tuple[Pa
     copies = len(candidate.replicas)
     if not candidate.shard_weights or copies == 1:
         return None, 0
-    share = shares_of(candidate)[stage]
+    share = shares_of(question, candidate)[stage]
     weights = rank_memory(question.table, share, question.load(), question.memory_engine).weights
     first, last = candidate.replicas[0][stage], candidate.replicas[-1][stage]
     link = question.cluster.link_between(first.places[0], last.places[0])

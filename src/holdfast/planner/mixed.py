@@ -20,6 +20,7 @@ from holdfast.planner.memory.capacity import kv_room
 from holdfast.planner.memory.ranks import kv_bytes_per_block, rank_memory
 from holdfast.planner.memory.shares import RankShare
 from holdfast.planner.timing import StepBatch, stage_of, step_time
+from holdfast.planner.uneven import columns_of_fullest, most_heads_of_fullest
 
 MOST_STAGES = 16
 MOST_JUDGED = 60
@@ -133,8 +134,9 @@ def _part(question: Question, groups: Sequence[DeviceGroup]) -> Part:
     group, shape, goal = groups[0], question.shape, question.goal
     engine, efficiency = question.known.engines[goal.engine], question.known.efficiency
     load, memory = question.load(), question.memory_engine
+    kinds = question.kinds_on_fullest(0, shape.num_layers, group.degree, expert_parallel=False)
     stage = stage_of(
-        shape, shape.kinds, engine, device=group.device, tensor_parallel=group.degree, fabric=group.fabric,
+        shape, kinds, engine, device=group.device, tensor_parallel=group.degree, fabric=group.fabric,
         nodes=group.nodes, weight_bits=goal.weight_bits, kv_bits=load.kv_format.bytes_per_number * 8, last=False,
     )  # fmt: skip
     context = goal.input_len + goal.output_len / 2
@@ -144,8 +146,9 @@ def _part(question: Question, groups: Sequence[DeviceGroup]) -> Part:
         return (time.total - time.engine) / shape.num_layers
 
     prompt = StepBatch(LOADS[2], context, goal.input_len, goal.input_len / 2, graph=False)
-    cut = 1 / group.degree
-    share = RankShare((0, shape.num_layers), cut, cut, cut, cut, 1.0, cut, False, False, group.degree)
+    even, columns = 1 / group.degree, columns_of_fullest(group.degree)
+    heads = most_heads_of_fullest((layer for layer, _ in shape.kinds), group.degree)
+    share = RankShare((0, shape.num_layers), heads, even, columns, even, 1.0, columns, False, False, group.degree)
     needs = rank_memory(question.table, share, load, memory, linked=group.link.kind == "nvlink")
     return Part(
         groups,
