@@ -40,7 +40,7 @@ def test_even_ranks_change_nothing() -> None:
     for model in MODELS:
         for layer, _ in load_shape(model).kinds:
             for ranks in (1, 2, 4, 8):
-                whole = fullest(layer, ranks, expert_parallel=False)
+                whole = fullest(layer, ranks)
                 assert plain_work(whole, ranks, 1) == pytest.approx(plain_work(layer, ranks, 1), rel=1e-6), model
 
 
@@ -64,6 +64,6 @@ def test_whole_experts_on_ranks_that_do_not_divide_them() -> None:
     """Eight experts on three ranks: one has three of them."""
     (layer, _), *_ = load_shape("Mixtral-8x7B").kinds
     assert layer.experts is not None
-    wider = fullest(layer, 3, expert_parallel=True).experts
+    wider = fullest(layer, 3, 3).experts
     assert wider is not None
     assert wider.params / 3 == pytest.approx(layer.experts.params * 3 / 8, rel=1e-3)

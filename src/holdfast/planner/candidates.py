@@ -63,6 +63,8 @@ class Candidate:
     layers: tuple[int, ...]
     expert_parallel: bool = False
     """Each rank of a group holds whole experts, else a part of every expert."""
+    shared_experts: bool = False
+    """Replicas hold the experts once between them, whole ones on each rank, and send each other rows for them."""
     shard_weights: bool = False
     """Replicas hold the weights once between them and gather each layer before its use (ZeRO-3, arXiv:1910.02054)."""
 
@@ -80,6 +82,12 @@ class Candidate:
         return sum(group.degree for groups in self.replicas for group in groups)
 
     @property
+    def expert_ranks(self) -> int:
+        """Ranks that share out the experts of a layer."""
+        copies = len(self.replicas) if self.shared_experts else 1
+        return max(self.degrees) * copies if self.expert_parallel else 1
+
+    @property
     def is_even(self) -> bool:
         """All stages have the same number of ranks, and of layers but for one more or less."""
         return len(set(self.degrees)) == 1 and max(self.layers) - min(self.layers) <= 1
@@ -95,7 +103,7 @@ class Candidate:
         if len(self.replicas) > 1:
             parts.append(f"DP{len(self.replicas)}")
         if self.expert_parallel:
-            parts.append(f"EP{max(degrees)}")
+            parts.append(f"EP{self.expert_ranks}")
         if self.shard_weights:
             parts.append("sharded weights")
         if not self.is_even:

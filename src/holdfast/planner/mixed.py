@@ -134,7 +134,7 @@ def _part(question: Question, groups: Sequence[DeviceGroup]) -> Part:
     group, shape, goal = groups[0], question.shape, question.goal
     engine, efficiency = question.known.engines[goal.engine], question.known.efficiency
     load, memory = question.load(), question.memory_engine
-    kinds = question.kinds_on_fullest(0, shape.num_layers, group.degree, expert_parallel=False)
+    kinds = question.kinds_on_fullest(0, shape.num_layers, group.degree, 1)
     stage = stage_of(
         shape, kinds, engine, device=group.device, tensor_parallel=group.degree, fabric=group.fabric,
         nodes=group.nodes, weight_bits=goal.weight_bits, kv_bits=load.kv_format.bytes_per_number * 8, last=False,

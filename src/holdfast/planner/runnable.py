@@ -41,6 +41,8 @@ class Runtime:
         assert self.spec is not None
         if len(nodes := nodes_of(candidate)) > 1:
             return f"it runs plans of one node so far, this one has {len(nodes)}"
+        if candidate.shared_experts:
+            return "replicas do not share out experts so far"
         if any(group.device.name != "cpu" for groups in candidate.replicas for group in groups):
             if candidate.shard_weights:
                 return "replicas hold weights together on CPUs only so far"

@@ -16,6 +16,7 @@ from holdfast.hardware.catalogue import Device
 from holdfast.hardware.cluster import Cluster
 from holdfast.planner.candidates import (
     Candidate,
+    DeviceGroup,
     balanced,
     degrees_of,
     kinds_of,
@@ -185,6 +186,14 @@ def _of_one_kind(question: Question, device: Device) -> Iterator[Candidate]:
                 yield Candidate(replicas, layers, expert_parallel)
             if len(replicas) > 1:
                 yield Candidate(replicas, layers, shard_weights=True)
+            if 1 < len(replicas) <= num_experts // degree and _reach_one_another(cluster, replicas):
+                yield Candidate(replicas, layers, expert_parallel=True, shared_experts=True)
+
+
+def _reach_one_another(cluster: Cluster, replicas: Sequence[Sequence[DeviceGroup]]) -> bool:
+    """Whether replicas may send each other rows in every layer: in one site, with a network between nodes."""
+    nodes = {cluster.nodes[node] for groups in replicas for group in groups for node, _ in group.places}
+    return len(nodes) == 1 or (len({node.site for node in nodes}) == 1 and all(node.network for node in nodes))
 
 
 def _of_several_kinds(question: Question) -> Iterator[Candidate]:

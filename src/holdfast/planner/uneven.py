@@ -37,13 +37,14 @@ def most_heads_of_fullest(layers: Iterable[Layer], ranks: int) -> float:
     return max(parts, default=1 / ranks)
 
 
-def fullest(layer: Layer, ranks: int, *, expert_parallel: bool) -> Layer:
-    """A layer of which an even part is what the fullest rank has; the same one where ranks divide it evenly."""
+def fullest(layer: Layer, ranks: int, expert_ranks: int = 1) -> Layer:
+    """A layer of which an even part is what the fullest rank has; the same one where ranks divide it evenly.
+    `expert_ranks`: have whole experts; 1: each expert is cut over all ranks."""
     heads = heads_of_fullest(layer.attention, ranks) * ranks if layer.attention else 1.0
     columns, experts = columns_of_fullest(ranks) * ranks, layer.experts
     matrices = tuple(_times(matrix, columns if is_mlp_matrix(matrix.name) else heads) for matrix in layer.matrices)
     if experts is not None:
-        wider = _part(experts.num_experts, ranks) * ranks if expert_parallel else columns
+        wider = _part(experts.num_experts, expert_ranks) * expert_ranks if expert_ranks > 1 else columns
         experts = replace(experts, matrices=tuple(_times(matrix, wider) for matrix in experts.matrices))
     if matrices == layer.matrices and experts == layer.experts:
         return layer

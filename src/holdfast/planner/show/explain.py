@@ -86,7 +86,9 @@ def _largest(times: Mapping[Part, float]) -> tuple[Part, float]:
 
 def _as_good(question: Question, best: Estimate, other: Estimate) -> str:
     mine, chosen = other.candidate, best.candidate
-    if mine.shard_weights and not chosen.shard_weights:
+    if mine.shared_experts and not chosen.shared_experts:
+        but = "but its experts lie in other replicas too, which are sent rows in every layer"
+    elif mine.shard_weights and not chosen.shard_weights:
         but = "but its weights are gathered from other replicas in every step"
     elif chosen.is_even and not mine.is_even:
         but = f"but its stages are unequal ({'+'.join(map(str, mine.layers))} layers)"
@@ -230,6 +232,7 @@ def _subject(question: Question, some: Estimate, part: Part) -> str:
     if crossed:
         link = min(crossed, key=lambda link: link.bandwidth)
         names = {
+            "all-to-alls": "sending rows to other replicas' experts and back",
             "gathered weights": "gathering other replicas' weights",
             "pipeline hops": "passing rows on to next stages",
         }

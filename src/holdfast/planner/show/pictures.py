@@ -60,7 +60,7 @@ MEMORY = (
 )  # fmt: skip
 TIME = (
     "weights", "experts", "attention", "activations", "all-reduces", "gathered weights", "pipeline hops",
-    "layer overhead", "logits", "scheduler", "others' prompts",
+    "all-to-alls", "layer overhead", "logits", "scheduler", "others' prompts",
 )  # fmt: skip
 """In the order of the colours: a thing has the same one in every picture."""
 

@@ -28,7 +28,7 @@ def runners(found: Found, most: int = MOST_RUNNERS) -> list[Estimate]:
         candidate = some.candidate
         groups = Counter((group.device.name, group.degree) for group in candidate.replicas[0])
         key = (
-            frozenset(groups.items()), len(candidate.replicas), candidate.expert_parallel, candidate.shard_weights,
+            frozenset(groups.items()), len(candidate.replicas), candidate.expert_ranks, candidate.shard_weights,
             candidate.is_even,
         )  # fmt: skip
         seen.setdefault(key, some)
