@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 
 from holdfast.core.errors import ConfigError
@@ -17,7 +17,7 @@ from holdfast.planner.memory.capacity import capacity_of
 from holdfast.planner.memory.engines import ENGINES
 from holdfast.planner.memory.fastertransformer import fastertransformer_memory
 from holdfast.planner.memory.ranks import KV_FORMATS, ServingLoad, ShapeTable, plan_memory, table_of
-from holdfast.planner.memory.shares import RankShare, even_shares
+from holdfast.planner.memory.shares import RankShare, even_layers, even_shares
 from holdfast.planner.rows.questions import DEVICES_PER_NODE, CollectiveRow, ServingRow
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
@@ -61,11 +61,11 @@ def stages_of(asked: ServingRow, engine: Engine) -> list[Stage]:
 
 
 def even_stages(shape: ModelShape, depth: int) -> list[tuple[tuple[Layer, int], ...]]:
-    """Kinds of layers of each of `depth` stages, as equal in number as they can be."""
+    """Kinds of layers of each of `depth` stages, of `even_layers`."""
     if depth == 1:
         return [shape.kinds]  # which is kept
-    edges = [shape.num_layers * edge // depth for edge in range(depth + 1)]
-    return [shape.kinds_among(first, last) for first, last in pairwise(edges)]
+    borders = (0, *accumulate(even_layers(shape.num_layers, depth)))
+    return [shape.kinds_among(first, last) for first, last in pairwise(borders)]
 
 
 def _served(asked: ServingRow, known: Coefficients, concurrency: float | None = None) -> Served:
