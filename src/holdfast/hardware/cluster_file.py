@@ -213,7 +213,7 @@ def _mapping(value: object, where: str, allowed: Mapping[str, tuple[type, ...]])
     dot = f"{where}." if where else ""
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{where or 'the file'}: a mapping with {', '.join(allowed)} is needed, not {_short(value)}"
+            f"{where or 'the file'}: a mapping with {', '.join(allowed)} is needed, not {'nothing' if value is None else _short(value)}"
         )
     for name, field in value.items():
         if name not in allowed:

@@ -123,9 +123,10 @@ def _tiles(found: Found) -> str:
 
 
 def _ranking(found: Found) -> str:
+    each = "of a device" if found.best.cost is None else "a million tokens"
     head = "".join(
         f"<th>{name}</th>"
-        for name in ("", "plan", "at once", "TTFT", "TPOT", "tokens/s", "of a device", "at a loss", "KV tokens")
+        for name in ("", "plan", "at once", "TTFT", "TPOT", "tokens/s", each, "at a loss", "KV tokens")
     )
     rows = "".join(_rank(found, number, some) for number, some in enumerate(runners(found), 1))
     note = (
@@ -140,7 +141,7 @@ def _rank(found: Found, number: int, some: Estimate) -> str:
     served = some.served
     figures = ["–"] * 5 if served is None else [
         f"{some.concurrency:,}", of_seconds(served.ttft), of_seconds(served.tpot), count(some.throughput),
-        count(some.throughput_per_device),
+        count(some.throughput_per_device) if some.cost is None else f"{some.cost:.3g}",
     ]  # fmt: skip
     name = short_name(found.question, some.candidate)
     cells = [marked(found, some, number), name, *figures, percent(some.spare), f"{some.kv_tokens:,}"]

@@ -220,12 +220,14 @@ def _show_communication(question: Question, best: Estimate, console: Console) ->
 
 
 def _ranking(found: Found) -> Table:
-    table = _table("", "plan", "at once", "TTFT", "TPOT", "tokens/s", "a device", "left", "KV tokens", left=2)
+    priced = found.best.cost is not None
+    each = "M tokens" if priced else "a device"
+    table = _table("", "plan", "at once", "TTFT", "TPOT", "tokens/s", each, "left", "KV tokens", left=2)
     for number, some in enumerate(runners(found), 1):
         served = some.served
         figures = ["–"] * 5 if served is None else [
             f"{some.concurrency:,}", of_seconds(served.ttft), of_seconds(served.tpot), count(some.throughput),
-            count(some.throughput_per_device),
+            count(some.throughput_per_device) if some.cost is None else f"{some.cost:.3g}",
         ]  # fmt: skip
         style = "bold" if number == 1 else "dim" if not some.fits or some.misses else ""
         name = short_name(found.question, some.candidate)
