@@ -19,7 +19,7 @@ from holdfast.planner.show.summary import runners, short_name, stage_runs
 WIDTH = 1000
 LABELS = 235
 """Pixels for the names of bars."""
-CHARACTER = 6.6
+CHARACTER = 7.4
 """Pixels of a letter, about: what has no room is left to the tooltip."""
 CLIPPED = 4.0
 """Bars end at so many times the best one's."""
