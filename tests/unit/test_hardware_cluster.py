@@ -149,7 +149,7 @@ def test_a_node_may_have_a_topology_or_one_link(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "a mapping with nodes, network, between_sites is needed, not None"),
+        ("", "a mapping with nodes, network, between_sites is needed, not nothing"),
         ("nodes: []", "nodes: a list of at least one node is needed"),
         ("nodes: 3", "nodes: a list is needed, not 3"),
         ("nodes: [1]", "nodes[0]: a mapping with name, count"),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.core.errors import ConfigError
+from holdfast.operate.predict import run
 from holdfast.planner.config import PredictConfig, RowsConfig
-from holdfast.planner.rows.predictions import ADDED, read_rows, run
+from holdfast.planner.rows.predictions import ADDED, read_rows
 from support.data import data
 
 HEAD = "source,model,params,gpu,n_gpus,tp,pp,dtype,batch,input_len,output_len,metric,value,unit"

@@ -15,6 +15,7 @@ from holdfast.core.errors import ConfigError, ModelError
 from holdfast.planner.shapes import load as planner_model
 from holdfast.planner.shapes.load import load_shape
 from holdfast.planner.shapes.presets import find_model, preset_names
+from support.data import data
 
 MEASURED = Path(__file__).parents[2].parent / "shared" / "data" / "measured_serving.csv"
 
@@ -58,7 +59,8 @@ PARAMS = {
     "Mistral-Nemo": 12_247_782_400,
     "Mistral-Small-24B": 23_572_403_200,
     "Mixtral-8x7B": 46_702_792_704,
-    "Mixtral-8x22B": 140_630_071_296,
+    "Mixtral-8x22B": 140_620_634_112,
+    "Mixtral-8x22B-Instruct": 140_630_071_296,
     "OPT-350M": 331_196_416,
     "OPT-6.7B": 6_658_473_984,
     "Phi-3-mini": 3_821_079_552,
@@ -82,6 +84,23 @@ def test_presets_have_the_published_size(name: str):
     shape = find_model(name)
     printed = PARAMS[name] % 100_000_000 == 0
     assert shape.params + shape.tower_params == pytest.approx(PARAMS[name], rel=4e-3 if printed else 0)
+
+
+def test_presets_are_what_the_published_configs_say():
+    """Every config that a preset is known for, by its file's name; towers are in some of the presets only."""
+    compared = 0
+    for path in sorted(data("configs").glob("*.json")):
+        try:
+            preset = find_model(path.stem)
+        except ConfigError:
+            continue
+        published = load_shape(str(path))
+        for name in ("hidden", "vocab", "num_layers", "tied", "params", "active_params", "max_context"):
+            assert getattr(preset, name) == getattr(published, name), (path.stem, name)
+        for context in (1, 10_000):
+            assert preset.kv_numbers(context) == published.kv_numbers(context), path.stem
+        compared += 1
+    assert compared >= 24
 
 
 def test_every_preset_is_a_shape():

@@ -17,7 +17,7 @@ from holdfast.planner import emit
 from holdfast.planner.goal import Goal
 from holdfast.planner.replan import replan, slowest_stage
 from holdfast.planner.search import search
-from holdfast.planner.shapes.load import load_shape, load_spec
+from holdfast.planner.shapes.load import load_shape, load_spec, runtime_of
 
 LLAMA_8B, LLAMA_70B, MIXTRAL = (load_spec(name) for name in ("Llama-3.1-8B", "Llama-3.1-70B", "Mixtral-8x7B"))
 
@@ -66,8 +66,8 @@ def test_what_the_search_finds_is_a_plan_that_can_be_run(gpus: str, tmp_path: Pa
 
 def test_a_plan_over_several_nodes_is_not_written() -> None:
     best = search(load_shape("GPT-3 175B"), cluster_of("2x4xA100-80GB"), Goal()).best
-    with pytest.raises(ConfigError, match="over 2 nodes; Holdfast runs plans of one node so far"):
-        emit.plan_of(LLAMA_70B, best)
+    refused = runtime_of("GPT-3 175B").refuses(Goal(), best.candidate)
+    assert refused == "it runs plans of one node so far, this one has 2"
 
 
 def test_experts_are_cut_or_whole_as_the_candidate_says() -> None:

@@ -96,7 +96,7 @@ def test_cpus_are_said_to_be_unmeasured() -> None:
 
 def test_data_is_json_and_adds_up(found: Found) -> None:
     facts = json.loads(json.dumps(as_json(found), allow_nan=False))
-    assert set(facts) == {"model", "cluster", "goal", "problem", "best", "ranking", "judged", "warnings"}
+    assert set(facts) == {"model", "cluster", "goal", "problem", "best", "ranking", "better", "judged", "warnings"}
     best = facts["best"]
     assert (facts["problem"] is None) == (found.best.fits and not found.best.misses)
     assert facts["ranking"][0]["name"] == best["name"]

@@ -380,3 +380,41 @@ def test_rows_of_the_data_folder_are_predicted_or_said_why_not() -> None:
     assert sum(answer.value is not None for _, answer in answers) >= 2089
     lost = [row for row, answer in answers if answer.value is None and kind_of(row["metric"] or "") is not None]
     assert all(not (row["batch"] and row["input_len"] and row["output_len"]) or row["model"] == "13B" for row in lost)
+
+
+def served_row(metric: str, batch: int, output_len: int = 200) -> dict[str, str]:
+    return {
+        "source": "vLLM", "model": "Llama-3.1-8B", "gpu": "H100", "tp": "1", "batch": str(batch), "input_len": "1000",
+        "output_len": str(output_len), "metric": metric, "unit": "ms",
+    }  # fmt: skip
+
+
+def test_half_of_the_gaps_are_plain_steps_while_few_steps_have_a_prompt() -> None:
+    """At 16 requests of 200 tokens one step in 13 has a prompt, at 512 of 20 tokens all have."""
+    few, mean = (predict(served_row(name, 16)) for name in ("median_itl_ms", "mean_itl_ms"))
+    assert few.value is not None
+    assert mean.value is not None
+    assert few.value < mean.value
+    alone, same = (predict(served_row(name, 1)) for name in ("itl_p50", "mean_itl_ms"))
+    assert alone.value == pytest.approx(same.value)
+    many, those = (predict(served_row(name, 512, 20)) for name in ("p50_itl_ms", "mean_itl_ms"))
+    assert many.value == pytest.approx(those.value)
+    assert few.low is not None
+    assert mean.low is not None
+    assert few.low / few.value < mean.low / mean.value, "its band is the wider"
+    assert "closed loop" in few.note
+
+
+def test_half_of_the_requests_do_not_come_with_the_burst() -> None:
+    median, mean = (predict(served_row(name, 64)) for name in ("median_ttft_ms", "mean_ttft_ms"))
+    assert median.value is not None
+    assert mean.value is not None
+    assert 0.3 * mean.value < median.value < mean.value
+    assert predict(served_row("ttft_p50", 1)).value == pytest.approx(predict(served_row("ttft", 1)).value)
+    for name in ("tpot", "e2el"):
+        assert predict(served_row(f"median_{name}", 64)).value == predict(served_row(f"mean_{name}", 64)).value
+
+
+def test_a_median_of_a_row_without_load_says_what_is_missing() -> None:
+    assert "no number for batch" in predict({**served_row("median_itl_ms", 1), "batch": ""}).note
+    assert "output_len" in predict({**served_row("median_ttft_ms", 1), "output_len": "sharegpt"}).note

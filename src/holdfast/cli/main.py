@@ -187,7 +187,7 @@ def predict(config: PredictConfig) -> None:
     to stderr.
     """
     config.check()
-    from holdfast.planner.rows.predictions import run  # noqa: PLC0415 — keeps --help fast
+    from holdfast.operate.predict import run  # noqa: PLC0415 — keeps --help fast
 
     raise typer.Exit(run(config))
 

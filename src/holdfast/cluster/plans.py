@@ -23,6 +23,7 @@ from holdfast.parallel.cuts import check_plan, make_plan
 from holdfast.parallel.placement import groups_of
 from holdfast.planner import emit
 from holdfast.planner.goal import Goal
+from holdfast.planner.runnable import Runtime
 from holdfast.planner.search import search
 from holdfast.planner.shapes.shape import shape_of_spec
 
@@ -73,14 +74,13 @@ def planned(config: ServeConfig, model: ModelInfo, machine: Cluster | None) -> P
         concurrency=config.scheduler.max_num_seqs,
         context=longest,
     )
-    found = search(shape_of_spec(model.spec), machine, goal)
-    # the worker refuses weights that replicas hold together on GPUs
-    can_run = (some for some in found.ranking if some.served and not some.candidate.shard_weights)
-    best = next(can_run, None)
+    found = search(shape_of_spec(model.spec), machine, goal, runtime=Runtime(model.spec))
+    best = found.best_that_runs
     if best is None:
+        how = "however it is cut" if found.best.served is None else f"as far as it runs ({found.refuses(found.best)})"
         raise ConfigError(
-            f"the model does not fit the {len(gpus)} GPUs of this machine with {longest} tokens of context, however "
-            f"it is cut; holdfast plan MODEL --context {longest} tells what it would take"
+            f"the model does not fit the {len(gpus)} GPUs of this machine with {longest} tokens of context, {how}; "
+            f"holdfast plan MODEL --context {longest} tells what it would take"
         )
     log.info(
         "the planner chose %s of %d plans: %.0f tokens/s expected; holdfast plan MODEL says why",

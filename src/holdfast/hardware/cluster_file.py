@@ -212,9 +212,8 @@ def _mapping(value: object, where: str, allowed: Mapping[str, tuple[type, ...]])
     """The fields of a mapping, none unknown and each of an allowed type."""
     dot = f"{where}." if where else ""
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{where or 'the file'}: a mapping with {', '.join(allowed)} is needed, not {_short(value)}"
-        )
+        got = "nothing" if value is None else _short(value)
+        raise ConfigError(f"{where or 'the file'}: a mapping with {', '.join(allowed)} is needed, not {got}")
     for name, field in value.items():
         if name not in allowed:
             near = difflib.get_close_matches(str(name), allowed, n=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from holdfast.core.errors import ConfigError, UserError
+from holdfast.core.errors import ConfigError
 from holdfast.hardware.cluster import Cluster, cluster_of
 from holdfast.hardware.cluster_file import read_cluster
 from holdfast.hardware.detect import this_machine
@@ -17,8 +17,9 @@ from holdfast.hardware.profile import default_path, read_profile, with_profile
 from holdfast.planner import emit
 from holdfast.planner.config import PlanConfig
 from holdfast.planner.goal import Goal
+from holdfast.planner.runnable import nodes_of
 from holdfast.planner.search import Found, search
-from holdfast.planner.shapes.load import load_shape, load_spec
+from holdfast.planner.shapes.load import load_shape, runtime_of
 from holdfast.planner.show import page, report
 from holdfast.planner.show.facts import as_json
 from holdfast.planner.show.formulas import show_formulas
@@ -34,7 +35,10 @@ def run(model: str, config: PlanConfig) -> int:
             else f"--input-len {goal.input_len} and --output-len {goal.output_len}"
         )
         raise ConfigError(f"{asked}: {shape.name} knows {shape.max_context} tokens at most")
-    found = search(shape, cluster_from(config), goal)
+    found = search(shape, cluster_from(config), goal, runtime=runtime_of(model))
+    chosen = found.best_that_runs
+    if config.out.output is not None and chosen is not None:
+        found = found.choosing(chosen)  # what is shown is what is written
     good = found.best.served is not None and not found.best.misses
     console = Console(width=100 if not sys.stdout.isatty() else None)
     if config.out.json:
@@ -83,15 +87,22 @@ def goal_of(config: PlanConfig) -> Goal:
 
 
 def _write_plan(model: str, found: Found, file: Path) -> None:
-    """Of the best that fits and that the runtime can cut so."""
-    if found.best.served is None:
+    """Of the best that fits and that the runtime runs."""
+    best, runtime = found.best, found.runtime
+    assert runtime is not None
+    if best.served is None:
         raise ConfigError(f"--output {file}: no plan fits, so none is written")
-    try:
-        plan = emit.plan_of(load_spec(model), found.best)
-    except UserError as error:
-        raise ConfigError(f"--output {file}: Holdfast cannot run this plan: {error}") from error
+    if reason := found.refuses(best):
+        raise ConfigError(f"--output {file}: Holdfast runs none of these plans yet, so none is written: {reason}")
+    assert runtime.spec is not None
+    plan = emit.plan_of(runtime.spec, best)
     _write(file, msgspec.json.format(msgspec.json.encode(plan), indent=1).decode(), "--output")
-    print(f"the plan is in {file}; holdfast serve {model} --plan {file} runs it", file=sys.stderr)
+    (number,) = nodes_of(best.candidate)
+    cluster = found.question.cluster
+    where = f" on {cluster.nodes[number].name}" if len(cluster.nodes) > 1 else ""
+    print(f"the plan is in {file}; holdfast serve {model} --plan {file} runs it{where}", file=sys.stderr)
+    if bits := found.question.goal.weight_bits:
+        print(f"it is reckoned with weights of {bits:g} bits: serve a checkpoint that has them", file=sys.stderr)
 
 
 def _write(file: Path, text: str, flag: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 from holdfast.hardware.catalogue import Device, Link
 from holdfast.hardware.cluster import Cluster, Node
@@ -23,7 +22,6 @@ from holdfast.planner.communication import Fabric
 Place = tuple[int, int]
 """Of a device: its node, its number there."""
 MOST_STAGES = 64
-MOST_STAGES_MIXED = 16
 HALF_A_MACHINE = 4
 """Devices at one socket, where a machine has two and eight devices."""
 
@@ -65,6 +63,8 @@ class Candidate:
     layers: tuple[int, ...]
     expert_parallel: bool = False
     """Each rank of a group holds whole experts, else a part of every expert."""
+    shared_experts: bool = False
+    """Replicas hold the experts once between them, whole ones on each rank, and send each other rows for them."""
     shard_weights: bool = False
     """Replicas hold the weights once between them and gather each layer before its use (ZeRO-3, arXiv:1910.02054)."""
 
@@ -82,6 +82,12 @@ class Candidate:
         return sum(group.degree for groups in self.replicas for group in groups)
 
     @property
+    def expert_ranks(self) -> int:
+        """Ranks that share out the experts of a layer."""
+        copies = len(self.replicas) if self.shared_experts else 1
+        return max(self.degrees) * copies if self.expert_parallel else 1
+
+    @property
     def is_even(self) -> bool:
         """All stages have the same number of ranks, and of layers but for one more or less."""
         return len(set(self.degrees)) == 1 and max(self.layers) - min(self.layers) <= 1
@@ -97,7 +103,7 @@ class Candidate:
         if len(self.replicas) > 1:
             parts.append(f"DP{len(self.replicas)}")
         if self.expert_parallel:
-            parts.append(f"EP{max(degrees)}")
+            parts.append(f"EP{self.expert_ranks}")
         if self.shard_weights:
             parts.append("sharded weights")
         if not self.is_even:
@@ -117,7 +123,7 @@ def device_groups(cluster: Cluster, device: Device, degree: int) -> list[DeviceG
             parts = (id(node.devices), id(node.topology), id(node.link))
             if parts not in alike:
                 alike[parts] = list(_groups_of_node(number, node, mine, degree))
-            groups += [_on_node(group, number) for group in alike[parts]]
+            groups += [on_node(group, number) for group in alike[parts]]
         elif len(mine) == len(node.devices):
             whole.append((number, node))
     if groups:
@@ -141,8 +147,8 @@ def device_groups(cluster: Cluster, device: Device, degree: int) -> list[DeviceG
     return groups
 
 
-def _on_node(group: DeviceGroup, number: int) -> DeviceGroup:
-    """The same devices of another node that is built alike."""
+def on_node(group: DeviceGroup, number: int) -> DeviceGroup:
+    """The devices of a group that lies in one node, as those of node `number`, which is built alike."""
     return replace(group, places=tuple((number, index) for _, index in group.places))
 
 
@@ -207,32 +213,6 @@ def pipelines_of_one_kind(
     for depth in range(1, min(len(groups), num_layers, MOST_STAGES) + 1):
         if len(groups) % depth == 0:
             yield tuple(tuple(groups[first : first + depth]) for first in range(0, len(groups), depth))
-
-
-def pipelines_of_several_kinds(
-    cluster: Cluster, most: int, num_layers: int
-) -> Iterator[tuple[tuple[DeviceGroup, ...], ...]]:
-    """Replicas whose stages are of all the kinds there are, in order of first appearance and the other way round."""
-    by_degree = [
-        [made for degree in degrees_of(cluster, kind, most) if (made := device_groups(cluster, kind, degree))]
-        for kind in kinds_of(cluster)
-    ]
-    for groups in product(*by_degree):
-        for replicas in range(1, min(map(len, groups)) + 1):
-            if any(len(some) % replicas for some in groups):
-                continue
-            if sum(len(some) // replicas for some in groups) > min(num_layers, MOST_STAGES_MIXED):
-                continue
-            for order in (groups, groups[::-1]):
-                yield tuple(
-                    tuple(group for some in order for group in _part(some, replica, replicas))
-                    for replica in range(replicas)
-                )
-
-
-def _part(groups: Sequence[DeviceGroup], index: int, parts: int) -> Sequence[DeviceGroup]:
-    size = len(groups) // parts
-    return groups[index * size : (index + 1) * size]
 
 
 def balanced(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
+from holdfast.hardware.catalogue import Link
 from holdfast.hardware.cluster import Cluster
 from holdfast.planner.candidates import Candidate, DeviceGroup
 from holdfast.planner.coefficients import Coefficients
@@ -27,6 +28,7 @@ from holdfast.planner.quantities import of_seconds
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
 from holdfast.planner.timing import Stage, stage_of, stored_bits
+from holdfast.planner.uneven import columns_of_fullest, fullest, most_heads_of_fullest
 
 MEMORY_ENGINE = "holdfast"
 BATCHED_TOKENS = 8192
@@ -48,6 +50,7 @@ class Question:
     known: Coefficients
     kinds: dict[tuple[int, int], Kinds] = field(default_factory=dict)
     """Kinds of layers of each range that was asked for so far."""
+    fullest: dict[tuple[int, int, int, int], Kinds] = field(default_factory=dict)
 
     @classmethod
     def of(cls, shape: ModelShape, cluster: Cluster, goal: Goal, known: Coefficients) -> Question:
@@ -67,6 +70,14 @@ class Question:
         if (first, last) not in self.kinds:
             self.kinds[first, last] = self.shape.kinds_among(first, last)
         return self.kinds[first, last]
+
+    def kinds_on_fullest(self, first: int, last: int, ranks: int, expert_ranks: int) -> Kinds:
+        """As the fullest of so many ranks has them, even parts of them (`uneven`)."""
+        key = (first, last, ranks, expert_ranks)
+        if key not in self.fullest:
+            kinds = self.kinds_of(first, last)
+            self.fullest[key] = tuple((fullest(layer, ranks, expert_ranks), count) for layer, count in kinds)
+        return self.fullest[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +132,19 @@ class Estimate:
         return self.throughput / self.candidate.num_devices
 
 
-def shares_of(candidate: Candidate) -> list[RankShare]:
-    """The share of a rank of each stage."""
+def shares_of(question: Question, candidate: Candidate) -> list[RankShare]:
+    """The share of the fullest rank of each stage."""
     shares, depth = [], len(candidate.layers)
     borders = list(pairwise((0, *accumulate(candidate.layers))))
     for index, (bounds, degree) in enumerate(zip(borders, candidate.degrees, strict=True)):
-        part = 1 / degree
-        experts, columns = (part, 1.0) if candidate.expert_parallel else (1.0, part)
+        part, columns = 1 / degree, columns_of_fullest(degree)
+        heads = most_heads_of_fullest((layer for layer, _ in question.kinds_of(*bounds)), degree)
+        experts, expert_columns = (1.0, columns)
+        if candidate.expert_parallel:
+            experts, expert_columns = part / (len(candidate.replicas) if candidate.shared_experts else 1), 1.0
         shares.append(
             RankShare(
-                bounds, part, part, part, part, experts, columns,
+                bounds, heads, part, columns, part, experts, expert_columns,
                 is_first=index == 0, is_last=index == depth - 1, ranks_in_stage=degree,
             )
         )  # fmt: skip
@@ -139,7 +153,7 @@ def shares_of(candidate: Candidate) -> list[RankShare]:
 
 def memory_of(question: Question, candidate: Candidate) -> tuple[tuple[StageMemory, ...], list[RankShare]]:
     """What the ranks of each stage need. Stages that are alike are reckoned once."""
-    shares, load, engine = shares_of(candidate), question.load(), question.memory_engine
+    shares, load, engine = shares_of(question, candidate), question.load(), question.memory_engine
     spread = len(candidate.replicas) if candidate.shard_weights else 1
     known: dict[tuple[object, ...], RankMemory] = {}
     stages = []
@@ -235,9 +249,10 @@ def stages_of(question: Question, candidate: Candidate) -> tuple[Stage, ...]:
     stages = []
     for index, (group, bounds) in enumerate(zip(groups, borders, strict=True)):
         last = index == len(groups) - 1
-        kinds = question.kinds_of(*bounds)
+        kinds = question.kinds_on_fullest(*bounds, group.degree, candidate.expert_ranks)
         following = None if last else path_between(question.cluster, group, groups[index + 1])
         gather, gathered = _gathering(question, candidate, index)
+        dispatch = dispatch_path(question, candidate, index)
         key = (
             kinds,
             group.device,
@@ -247,16 +262,18 @@ def stages_of(question: Question, candidate: Candidate) -> tuple[Stage, ...]:
             group.as_usual,
             following,
             gathered,
+            dispatch,
             last,
         )
         if key not in made:
-            made[key] = stage_of(
+            stage = stage_of(
                 question.shape, kinds, engine, device=group.device, tensor_parallel=group.degree,
                 fabric=group.fabric, nodes=group.nodes,
-                expert_parallel=group.degree if candidate.expert_parallel else 1,
+                expert_parallel=candidate.expert_ranks,
                 weight_bits=goal.weight_bits, kv_bits=KV_FORMATS[goal.kv_format].bytes_per_number * 8,
                 next_path=following, gather_path=gather, gathered=gathered, last=last,
             )  # fmt: skip
+            made[key] = replace(stage, dispatch_path=dispatch)
         stages.append(made[key])
     return tuple(stages)
 
@@ -267,12 +284,34 @@ def _gathering(question: Question, candidate: Candidate, stage: int) -> tuple[Pa
     copies = len(candidate.replicas)
     if not candidate.shard_weights or copies == 1:
         return None, 0
-    share = shares_of(candidate)[stage]
+    share = shares_of(question, candidate)[stage]
     weights = rank_memory(question.table, share, question.load(), question.memory_engine).weights
     first, last = candidate.replicas[0][stage], candidate.replicas[-1][stage]
     link = question.cluster.link_between(first.places[0], last.places[0])
     fabric = replace(first.fabric, link=link, network=None, as_usual=False)
     return path_of("nccl", fabric, 1, copies, "all_gather"), weights * (copies - 1) / copies
+
+
+def slowest_dispatch(cluster: Cluster, candidate: Candidate, stage: int) -> Link:
+    """The slowest link from a replica's ranks of a stage to another replica's."""
+    first, *others = (groups[stage].places[0] for groups in candidate.replicas)
+    return min((cluster.link_between(first, other) for other in others), key=lambda link: link.bandwidth)
+
+
+def dispatch_path(question: Question, candidate: Candidate, stage: int) -> Path | None:
+    """Between all ranks that share out the experts of a stage; None: they are in one replica."""
+    if not candidate.shared_experts:
+        return None
+    groups = [replica[stage] for replica in candidate.replicas]
+    nodes = {node for group in groups for node, _ in group.places}
+    link = slowest_dispatch(question.cluster, candidate, stage)
+    first, ranks = groups[0], candidate.expert_ranks
+    if len(nodes) == 1:
+        return path_of("nccl", replace(first.fabric, link=link, network=None), 1, ranks, "all_to_all")
+    share = min(question.cluster.nodes[node].network_share for node in nodes)
+    network = replace(link, bandwidth=min(link.bandwidth, share or link.bandwidth))
+    even = ranks // len(nodes) * len(nodes)  # nodes of unlike sizes: as if they were alike
+    return path_of("nccl", replace(first.fabric, network=network), len(nodes), even, "all_to_all")
 
 
 def path_between(cluster: Cluster, first: DeviceGroup, second: DeviceGroup) -> Path:
@@ -317,4 +356,4 @@ def worth(goal: Goal, some: Estimate) -> float:
 
 def simplicity(candidate: Candidate) -> tuple[object, ...]:
     """Smaller is simpler: weights where they are used, few stages, few ranks to a layer."""
-    return (candidate.shard_weights, len(candidate.layers), max(candidate.degrees))
+    return (candidate.shard_weights, candidate.shared_experts, len(candidate.layers), max(candidate.degrees))

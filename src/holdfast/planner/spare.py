@@ -20,7 +20,7 @@ def with_spare(question: Question, some: Estimate) -> Estimate:
     """The estimate with `reshaped` filled in: of all stages that could lose a rank, the worst."""
     candidate = some.candidate
     copies = len(candidate.replicas)
-    if some.served is None or copies > MOST_REPLICAS or candidate.shard_weights:
+    if some.served is None or copies > MOST_REPLICAS or candidate.shard_weights or candidate.shared_experts:
         return some
     each = max(some.concurrency // copies, 1)
     alone = replace(question, goal=replace(question.goal, concurrency=each))

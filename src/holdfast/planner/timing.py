@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 from holdfast.hardware.catalogue import Device
+from holdfast.planner.all_to_all import all_to_all_seconds
 from holdfast.planner.coefficients import Efficiency, Engine
 from holdfast.planner.communication import Fabric, Path, Software, imbalance, path_of, wire_bytes
 from holdfast.planner.shapes.shape import Layer, Matrix, ModelShape
@@ -65,6 +66,8 @@ class Stage:
     """To the other replicas, where these hold the weights together: what a rank lacks comes over it in every step."""
     gathered: float = 0
     """Bytes of it."""
+    dispatch_path: Path | None = None
+    """To the experts of other replicas; None: they are all in this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +189,10 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         communication = reduced * efficiency.all_reduce * path.time(sent)
     if stage.gather_path is not None:
         communication += stage.gather_path.time(stage.gathered)
+    if stage.dispatch_path is not None:
+        communication += all_to_all_seconds(
+            stage.dispatch_path, stage.kinds, stage.hidden, rows, tensor=tp, ranks=stage.expert_parallel
+        )
     if stage.next_path is not None:
         communication += stage.next_path.time(rows * stage.hidden * 2)
     layer_time = engine.layer if batch.graph else max(engine.layer, engine.layer_eager)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 
 from holdfast.core.errors import ConfigError
@@ -17,12 +17,13 @@ from holdfast.planner.memory.capacity import capacity_of
 from holdfast.planner.memory.engines import ENGINES
 from holdfast.planner.memory.fastertransformer import fastertransformer_memory
 from holdfast.planner.memory.ranks import KV_FORMATS, ServingLoad, ShapeTable, plan_memory, table_of
-from holdfast.planner.memory.shares import RankShare, even_shares
+from holdfast.planner.memory.shares import RankShare, even_layers, even_shares
 from holdfast.planner.rows.questions import DEVICES_PER_NODE, CollectiveRow, ServingRow
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
 from holdfast.planner.timing import Stage, StepBatch, stage_of, step_time, stored_bits
 
+HALF = 0.5
 MAX_REQUESTS = 2048
 """At once, where a row says "as many as fit" (TensorRT-LLM's default of max_batch_size)."""
 
@@ -60,11 +61,11 @@ def stages_of(asked: ServingRow, engine: Engine) -> list[Stage]:
 
 
 def even_stages(shape: ModelShape, depth: int) -> list[tuple[tuple[Layer, int], ...]]:
-    """Kinds of layers of each of `depth` stages, as equal in number as they can be."""
+    """Kinds of layers of each of `depth` stages, of `even_layers`."""
     if depth == 1:
         return [shape.kinds]  # which is kept
-    edges = [shape.num_layers * edge // depth for edge in range(depth + 1)]
-    return [shape.kinds_among(first, last) for first, last in pairwise(edges)]
+    borders = (0, *accumulate(even_layers(shape.num_layers, depth)))
+    return [shape.kinds_among(first, last) for first, last in pairwise(borders)]
 
 
 def _served(asked: ServingRow, known: Coefficients, concurrency: float | None = None) -> Served:
@@ -153,6 +154,29 @@ def _tpot(asked: ServingRow, known: Coefficients) -> float:
 def _ttft(asked: ServingRow, known: Coefficients) -> float:
     asked.needs("batch")
     return _served(asked, known).ttft
+
+
+def _median_gap(asked: ServingRow, known: Coefficients) -> float:
+    """Between two tokens, half of the time: a plain step where fewer than half of the steps have a prompt in them,
+    else one that has. Those that have take as much longer as makes the mean."""
+    asked.needs("batch", "output_len")
+    assert asked.output_len is not None
+    served = _served(asked, known)
+    engine = known.engines[asked.engine]
+    together = min(
+        max(served.running / max(asked.output_len, 1), 1), max(engine.chunk / max(asked.input_len or 1, 1), 1)
+    )
+    with_prompt = min((served.running - 1) / max(asked.output_len - 1, 1) / together, 1)
+    return served.step if with_prompt < HALF else served.step + served.prompt_wait / with_prompt
+
+
+def _median_first(asked: ServingRow, known: Coefficients) -> float:
+    """To the first token, for half of the requests: those that did not come with the burst at the beginning, as long
+    as it is the smaller part."""
+    asked.needs("batch")
+    served = _served(asked, known)
+    whole = (served.running - 1) / 2 * served.prompt
+    return served.ttft - served.burst if served.burst < HALF * whole else served.ttft
 
 
 def _latency(asked: ServingRow, known: Coefficients) -> float:
@@ -268,6 +292,8 @@ KINDS: Mapping[str, Callable[[ServingRow, Coefficients], float]] = MappingProxyT
     {
         "tpot": _tpot,
         "ttft": _ttft,
+        "itl_median": _median_gap,
+        "ttft_median": _median_first,
         "latency": _latency,
         "throughput": _throughput,
         "static_batch": _static_batch,
@@ -284,5 +310,5 @@ KINDS: Mapping[str, Callable[[ServingRow, Coefficients], float]] = MappingProxyT
 )
 """What can be asked → seconds, bytes, tokens, or output tokens per second of all replicas together."""
 
-SERVED = frozenset({"tpot", "ttft", "latency", "throughput"})
+SERVED = frozenset({"tpot", "ttft", "itl_median", "ttft_median", "latency", "throughput"})
 """Kinds whose requests share the room for KV."""

@@ -1,7 +1,8 @@
 """What a row's metric asks, by the names that people give it, and how its unit counts.
 
-`mean_ttft_ms`, `TTFT (ms)`, `time_to_first_token` are one question. Means and medians are predicted alike;
-percentiles, extremes and deviations are not: they tell of arrivals and lengths that no row gives.
+`mean_ttft_ms`, `TTFT (ms)`, `time_to_first_token` are one question. Medians of gaps between tokens and of the time to
+first token are questions of their own; of requests that are all alike, the others are the mean. Percentiles
+beyond, extremes and deviations are not predicted: they tell of arrivals and lengths that no row gives.
 """
 
 from __future__ import annotations
@@ -74,6 +75,16 @@ def kind_of(metric: str) -> str | None:
     return "latency" if found == "static_batch" and len(plain) < len(words) else found
 
 
+def _of_median(kind: str, name: str) -> str:
+    """The question that a median asks, where that is another than the mean's."""
+    if re.search(r"(^|_)(median|p50)(_|$)|p50$", name):
+        if kind == "ttft":
+            return "ttft_median"
+        if kind == "tpot" and not re.search(r"tpot|time_per_output", name):
+            return "itl_median"
+    return kind
+
+
 def metric_of(metric: str, unit: str) -> Metric:
     """What a metric in a unit asks. Raises `ConfigError` for those that are not predicted, and for a unit that is not
     one of the metric's."""
@@ -81,8 +92,12 @@ def metric_of(metric: str, unit: str) -> Metric:
     kind = kind_of(metric)
     if kind is None:
         if _PERCENTILE.search(name.replace("p50", "")) or _EXTREME.search(name):
-            raise ConfigError(f"metric {metric!r}: means and medians are predicted, no percentiles or extremes")
+            raise ConfigError(
+                f"metric {metric!r}: means and medians are predicted, no percentiles or extremes: they come of "
+                "arrivals and lengths, which a row does not tell"
+            )
         raise ConfigError(f"metric {metric!r} is not one the planner predicts" if name else "the row names no metric")
+    kind = _of_median(kind, name)
     given = re.sub(r"\s*per\s+", "/", unit.strip().lower()).replace(" ", "")
     if kind == "throughput" or (kind == "tpot" and given.startswith("tok")):
         return _rate(kind, name, unit, given)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from holdfast.core.errors import UserError
 from holdfast.planner.coefficients import Coefficients, coefficients
@@ -21,6 +22,10 @@ from holdfast.planner.rows.questions import (
     plain_row,
     serving_of,
 )
+
+MEDIANS = "the median of a closed loop whose requests are all alike; none such was fitted"
+LIKE = MappingProxyType({"itl_median": "tpot", "ttft_median": "ttft"})
+"""Medians, and the means whose band theirs is not narrower than."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +74,18 @@ def _answer(row: Row, known: Coefficients) -> Prediction:
         value *= _counted(metric, asked)
     elif metric.kind == "tpot" and metric.shared_by == "user":
         value = 1 / value
-    notes = [asked.assumed, shortage(asked, known) if metric.kind in SERVED else ""]
+    notes = [
+        asked.assumed,
+        MEDIANS if metric.kind in LIKE else "",
+        shortage(asked, known) if metric.kind in SERVED else "",
+    ]
     return _banded(metric.kind, value * factor(metric), known, "; ".join(note for note in notes if note))
 
 
 def _banded(kind: str, value: float, known: Coefficients, note: str = "") -> Prediction:
     band = known.bands.get(kind, known.bands["other"])
+    if kind in LIKE:
+        band = max(band, known.bands[LIKE[kind]])
     return Prediction(value, value / band, value * band, note, kind)
 
 

@@ -1,4 +1,4 @@
-"""`holdfast predict`: files of measurements, each row written again with what the planner says to it."""
+"""The text of a file of measurements, each row written again with what the planner says to it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import io
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from holdfast.core.errors import ConfigError
 from holdfast.planner.coefficients import Coefficients
-from holdfast.planner.config import PredictConfig
 from holdfast.planner.rows.predict import Prediction, predict
 from holdfast.planner.rows.questions import Row, plain_row
 
@@ -58,34 +55,6 @@ class Summary:
         """The 90th percentile."""
         ordered = sorted(self.errors)
         return ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
-
-
-def run(config: PredictConfig) -> int:
-    """Read the rows, write them with predictions, say on stderr how good these were. Returns the exit code."""
-    name, output = config.rows.rows, config.rows.output
-    assert name is not None, "checked"
-    columns, rows = read_rows(_text_of(name), "stdin" if name == "-" else name)
-    predicted = [predict_row(row) for row in rows]
-    text = _as_json(predicted) if config.rows.json else _as_csv(columns, predicted)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        try:
-            Path(output).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--output {output}: {error.strerror}") from error
-    show(summarise(predicted), Console(stderr=True))
-    return 0
-
-
-def _text_of(name: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"--rows {name}: {error.strerror}") from error
-    except (UnicodeDecodeError, ValueError) as error:  # a zero byte in the name is the latter
-        raise ConfigError(f"--rows {name}: is no text in UTF-8") from error
 
 
 def read_rows(text: str, name: str) -> tuple[list[str], list[dict[str, str]]]:
@@ -144,7 +113,8 @@ def _texts(one: Predicted) -> dict[str, str]:
     return dict(zip(ADDED, [*texts, answer.note], strict=True))
 
 
-def _as_csv(columns: Sequence[str], predicted: Sequence[Predicted]) -> str:
+def as_csv(columns: Sequence[str], predicted: Sequence[Predicted]) -> str:
+    """The file again, with `ADDED` behind its columns."""
     out = io.StringIO()
     # Predictions of an earlier run give way to these.
     names = [*(column for column in columns if column.strip().lower() not in ADDED), *ADDED]
@@ -154,7 +124,8 @@ def _as_csv(columns: Sequence[str], predicted: Sequence[Predicted]) -> str:
     return out.getvalue()
 
 
-def _as_json(predicted: Sequence[Predicted]) -> str:
+def as_json(predicted: Sequence[Predicted]) -> str:
+    """rows: as they were, with what is predicted; summary: of each kind of question."""
     rows = [
         {
             **{name: value for name, value in one.row.items() if name != _TOO_MANY},

@@ -7,12 +7,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from holdfast.core.errors import ConfigError, ModelError
+from holdfast.core.errors import ConfigError, ModelError, UserError
 from holdfast.core.spec import DecoderSpec
 from holdfast.models.gguf_file import TENSOR_TYPES, read_gguf
 from holdfast.models.hub import CONFIG_FILES, resolve_model
 from holdfast.models.inspect import inspect_model
 from holdfast.models.safetensors_file import read_json
+from holdfast.planner.runnable import Runtime
 from holdfast.planner.shapes.configs import shape_of_config, spec_of_config
 from holdfast.planner.shapes.presets import find_model, preset_config
 from holdfast.planner.shapes.shape import ModelShape, shape_of_spec
@@ -51,6 +52,14 @@ def load_spec(model: str) -> DecoderSpec:
         folder = Path(resolve_model(model, files=CONFIG_FILES))
         known, config = model, read_json(folder / "config.json")
     return spec_of_config(config, known)
+
+
+def runtime_of(model: str) -> Runtime:
+    """What the runtime serves of what `load_shape` takes."""
+    try:
+        return Runtime(load_spec(model))
+    except UserError as error:
+        return Runtime(None, str(error))
 
 
 def _shape_of_path(path: Path) -> ModelShape:

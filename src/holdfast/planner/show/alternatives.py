@@ -80,7 +80,9 @@ def longest_context(question: Question, some: Estimate) -> int:
     rooms = [stage.kv_room for stage in some.stages]
     if min(rooms) <= 0:
         return 0
-    return max_context(question.table, shares_of(some.candidate), rooms, question.load(), question.memory_engine)
+    return max_context(
+        question.table, shares_of(question, some.candidate), rooms, question.load(), question.memory_engine
+    )
 
 
 # --- more devices ---

@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from holdfast.hardware.catalogue import Link
+from holdfast.planner.all_to_all import all_to_all, all_to_all_seconds
 from holdfast.planner.communication import Operation, Path, wire_bytes
-from holdfast.planner.estimate import Estimate, Question, stages_of
+from holdfast.planner.estimate import Estimate, Question, slowest_dispatch, stages_of
 from holdfast.planner.serving import Replica, Workload
 from holdfast.planner.timing import Stage, StepBatch, StepTime, all_reduces, expert_work, step_time
 
 Part = Literal[
-    "weights", "experts", "attention", "activations", "all-reduces", "gathered weights", "pipeline hops",
-    "layer overhead", "logits", "scheduler",
+    "weights", "experts", "attention", "activations", "all-reduces", "all-to-alls", "gathered weights",
+    "pipeline hops",     "layer overhead", "logits", "scheduler",
 ]  # fmt: skip
 """Of a step. `weights`: products with them; `experts`: those with routed experts'; `layer overhead`: launches and
 what else a layer takes however little it does; `scheduler`: and the sampler, and the input of each step."""
@@ -98,6 +99,17 @@ def _of_stage(question: Question, some: Estimate, index: int, stage: Stage, batc
                 wire_bytes("all_reduce", tensor, message), question.known.efficiency.all_reduce,
             )
         )  # fmt: skip
+    if stage.dispatch_path:
+        link = slowest_dispatch(cluster, some.candidate, index)
+        for layer, count in stage.kinds:
+            if layer.experts is not None:
+                one = all_to_all(layer.experts, stage.hidden, batch.rows, tensor=tensor, ranks=stage.expert_parallel)
+                found.append(
+                    Exchange(
+                        index, "all-to-alls", "all_to_all", 2 * count, stage.expert_parallel, link,
+                        stage.dispatch_path, one.message, one.sent,
+                    )
+                )  # fmt: skip
     if stage.gather_path:
         replicas = some.candidate.replicas
         link = cluster.link_between(replicas[0][index].places[0], replicas[-1][index].places[0])
@@ -120,19 +132,31 @@ def step_parts(stage: Stage, batch: StepBatch, replica: Replica) -> dict[Part, f
     time = step_time(stage, batch, engine, efficiency)
     gathering = stage.gather_path.time(stage.gathered) if stage.gather_path else 0.0
     hop = stage.next_path.time(batch.rows * stage.hidden * 2) if stage.next_path else 0.0
+    dispatching = dispatching_seconds(stage, batch)
     experts = time.linear * _experts_share(stage, batch, replica, time)
     return {
         "weights": time.linear - experts,
         "experts": experts,
         "attention": time.attention,
         "activations": time.activations,
-        "all-reduces": time.communication - gathering - hop,
+        "all-reduces": time.communication - gathering - hop - dispatching,
+        "all-to-alls": dispatching,
         "gathered weights": gathering,
         "pipeline hops": hop,
         "layer overhead": time.launches,
         "logits": time.head,
         "scheduler": time.engine,
     }
+
+
+def dispatching_seconds(stage: Stage, batch: StepBatch) -> float:
+    """Of a step: rows to experts of other replicas, and back."""
+    if stage.dispatch_path is None:
+        return 0.0
+    return all_to_all_seconds(
+        stage.dispatch_path, stage.kinds, stage.hidden, batch.rows, tensor=stage.tensor_parallel,
+        ranks=stage.expert_parallel,
+    )  # fmt: skip
 
 
 def _experts_share(stage: Stage, batch: StepBatch, replica: Replica, time: StepTime) -> float:

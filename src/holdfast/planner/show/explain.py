@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate
+from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate, rank_key
 from holdfast.planner.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
 from holdfast.planner.search import ALIKE, Found, alike
 from holdfast.planner.show.alternatives import most_requests
@@ -28,6 +28,16 @@ def why(found: Found, other: Estimate) -> str:
     question, best = found.question, found.best
     if other is best:
         return ""
+    specific = found.runtime is not None and not found.runtime.refuses_all(question.goal)
+    refused = found.refuses(other) if specific and other.fits else ""
+    if refused and best.served is not None and rank_key(question.goal, other) < rank_key(question.goal, best):
+        return f"{_against(question, best, other)}, but Holdfast does not run it yet: {refused}"
+    reason = _why(found, other)
+    return f"{reason}; Holdfast does not run it yet: {refused}" if refused else reason
+
+
+def _why(found: Found, other: Estimate) -> str:
+    question, best = found.question, found.best
     if not other.fits:
         return does_not_fit(question, other)
     if other.misses:
@@ -76,7 +86,9 @@ def _largest(times: Mapping[Part, float]) -> tuple[Part, float]:
 
 def _as_good(question: Question, best: Estimate, other: Estimate) -> str:
     mine, chosen = other.candidate, best.candidate
-    if mine.shard_weights and not chosen.shard_weights:
+    if mine.shared_experts and not chosen.shared_experts:
+        but = "but its experts lie in other replicas too, which are sent rows in every layer"
+    elif mine.shard_weights and not chosen.shard_weights:
         but = "but its weights are gathered from other replicas in every step"
     elif chosen.is_even and not mine.is_even:
         but = f"but its stages are unequal ({'+'.join(map(str, mine.layers))} layers)"
@@ -220,6 +232,7 @@ def _subject(question: Question, some: Estimate, part: Part) -> str:
     if crossed:
         link = min(crossed, key=lambda link: link.bandwidth)
         names = {
+            "all-to-alls": "sending rows to other replicas' experts and back",
             "gathered weights": "gathering other replicas' weights",
             "pipeline hops": "passing rows on to next stages",
         }

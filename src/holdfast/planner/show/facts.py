@@ -32,7 +32,8 @@ def as_json(found: Found) -> dict[str, Any]:
         `bands`: share by which tpot, ttft and throughput may be off, nine times in ten
         `formulas`: section, name, formula, numbers, value
     - `ranking`: the best and its runners-up: name, fits, pareto, concurrency, ttft, tpot, throughput,
-      throughput_per_device, cost, spare, kv_tokens, memory_used, misses, why
+      throughput_per_device, cost, spare, kv_tokens, memory_used, misses, why; `refused`: why Holdfast does not run it
+    - `better`: with -o, a plan as in `ranking` that is better than `best` but that Holdfast does not run; else None
     - `judged`: how many candidates there were
     - `warnings`: sentences
     """
@@ -44,6 +45,7 @@ def as_json(found: Found) -> dict[str, Any]:
         "problem": nothing_fits(found) or None,
         "best": {**_plan(found, best), **_details(found)},
         "ranking": [_plan(found, some) for some in runners(found)],
+        "better": _plan(found, found.better) if found.better else None,
         "judged": len(found.ranking),
         "warnings": warnings(found),
     }
@@ -99,6 +101,7 @@ def _plan(found: Found, some: Estimate) -> dict[str, Any]:
         "spare": some.spare,
         "kv_tokens": some.kv_tokens,
         "memory_used": some.memory_used,
+        "refused": found.refuses(some) or None,
         "misses": list(some.misses),
         "why": why(found, some) or None,
     }

@@ -17,7 +17,7 @@ from holdfast.planner.show.lines import Line, bytes_of, number
 def memory_lines(question: Question, some: Estimate) -> list[Line]:
     """Weights, room and tokens of the rank with the least room for tokens: it decides for all."""
     index = min(range(len(some.stages)), key=lambda stage: _tokens(question, some, stage))
-    share, stage = shares_of(some.candidate)[index], some.stages[index]
+    share, stage = shares_of(question, some.candidate)[index], some.stages[index]
     section = f"Memory of a rank of stage {index}" if len(some.stages) > 1 else "Memory of a rank"
     weights = _weight_lines(question, some, share, section)
     memory, engine, load = stage.memory, question.memory_engine, question.load()
@@ -65,7 +65,7 @@ def memory_lines(question: Question, some: Estimate) -> list[Line]:
 
 def _tokens(question: Question, some: Estimate, stage: int) -> float:
     """That the KV cache of a stage's ranks has room for, negative where even weights have none."""
-    size = kv_bytes_per_block(question.table, shares_of(some.candidate)[stage], question.load())
+    size = kv_bytes_per_block(question.table, shares_of(question, some.candidate)[stage], question.load())
     return some.stages[stage].kv_room / size if size else float("inf")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from holdfast.planner.all_to_all import all_to_all
 from holdfast.planner.coefficients import Efficiency
 from holdfast.planner.communication import Path, imbalance, wire_bytes
 from holdfast.planner.serving import Replica
@@ -119,9 +120,11 @@ def _experts(step: _Step, layer: Layer, which: str) -> list[Line]:
     section, stage, batch, efficiency = step.section, step.stage, step.batch, step.efficiency
     experts = layer.experts
     assert experts is not None
-    rows, count, chosen = batch.rows, experts.num_experts, experts.num_chosen
+    replicas = max(stage.expert_parallel // stage.tensor_parallel, 1)
+    rows, count, chosen = batch.rows * replicas, experts.num_experts, experts.num_chosen
+    ranks = stage.tensor_parallel * replicas
     touched = count * (1 - (1 - chosen / count) ** rows)
-    each = experts.params_each / stage.tensor_parallel
+    each = experts.params_each / ranks
     busiest = imbalance(count, stage.expert_parallel, rows * chosen)
     held = min(touched * busiest, count)
     size, bandwidth = stored_bits(stage.expert_bits) / 8, stage.device.memory_bandwidth
@@ -139,13 +142,13 @@ def _experts(step: _Step, layer: Layer, which: str) -> list[Line]:
         ),
         Line(
             section, f"· reading experts{which}", "touched × an expert / ranks × bytes / (bandwidth × share)",
-            f"{held:.4g} · {number(experts.params_each)} / {stage.tensor_parallel} · {number(size)} B "
+            f"{held:.4g} · {number(experts.params_each)} / {ranks} · {number(size)} B "
             f"/ ({rate_of(bandwidth)} · {number(efficiency.memory)})",
             read, seconds_of(read),
         ),
         Line(
             section, f"· multiplying with them{which}", "2 × rows × chosen × an expert / ranks × imbalance / FLOP/s",
-            f"2 · {number(rows)} · {chosen} · {number(experts.params_each)} / {stage.tensor_parallel} "
+            f"2 · {number(rows)} · {chosen} · {number(experts.params_each)} / {ranks} "
             f"· {number(busiest)} / {flops_of(reached)}",
             multiplied, seconds_of(multiplied),
         ),
@@ -228,11 +231,38 @@ def _communication(section: str, stage: Stage, batch: StepBatch, efficiency: Eff
                 seconds_of(seconds),
             )
         )  # fmt: skip
+    if stage.dispatch_path is not None:
+        for layer, layers in stage.kinds:
+            found += _all_to_alls(section, stage, batch, layer, layers)
     if stage.gather_path is not None:
         found.append(_one(section, "gathered weights", stage.gather_path, stage.gathered))
     if stage.next_path is not None:
         found.append(_one(section, "to the next stage", stage.next_path, message))
     return found
+
+
+def _all_to_alls(section: str, stage: Stage, batch: StepBatch, layer: Layer, layers: int) -> list[Line]:
+    """Rows to the experts of all replicas and back."""
+    experts, path, ranks, tensor = layer.experts, stage.dispatch_path, stage.expert_parallel, stage.tensor_parallel
+    if experts is None or path is None:
+        return []
+    one = all_to_all(experts, stage.hidden, batch.rows, tensor=tensor, ranks=ranks)
+    seconds = 2 * layers * path.time(one.sent)
+    return [
+        Line(
+            section, "· rows to experts",
+            "rows / ranks of a replica × ranks of all · (1 − (1 − 1 / ranks)^chosen) × (ranks − 1) / ranks × hidden "
+            "× 2 B × imbalance",
+            f"{number(batch.rows)} / {tensor} · {ranks} · (1 − (1 − 1 / {ranks})^{experts.num_chosen}) · "
+            f"({ranks} − 1) / {ranks} · {stage.hidden} · 2 B · {number(one.imbalance)}",
+            one.sent, bytes_of(one.sent),
+        ),
+        _one(section, "· one all-to-all", path, one.sent),
+        Line(
+            section, "all-to-alls", "layers × there and back × one",
+            f"{layers} · 2 · {seconds_of(path.time(one.sent))}", seconds, seconds_of(seconds),
+        ),
+    ]  # fmt: skip
 
 
 def _one(section: str, name: str, path: Path, sent: float) -> Line:

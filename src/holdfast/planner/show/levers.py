@@ -39,6 +39,7 @@ _FASTER: Mapping[str, Callable[[Stage, float], Stage]] = MappingProxyType(
             stage, graph_path=_path(stage.graph_path, factor), eager_path=_path(stage.eager_path, factor)
         ),
         "gathered weights": lambda stage, factor: replace(stage, gather_path=_path(stage.gather_path, factor)),
+        "all-to-alls": lambda stage, factor: replace(stage, dispatch_path=_path(stage.dispatch_path, factor)),
         "pipeline hops": lambda stage, factor: replace(stage, next_path=_path(stage.next_path, factor)),
     }
 )
@@ -75,7 +76,7 @@ def what_it_takes(question: Question, some: Estimate, part: Part, target: float,
     memory, not by arithmetic."""
     if part in ("scheduler", "layer overhead"):
         return "no device or link would change that"
-    if part in ("all-reduces", "gathered weights", "pipeline hops"):
+    if part in ("all-reduces", "all-to-alls", "gathered weights", "pipeline hops"):
         return _faster_link(question, some, part, target)
     device = min((stage.device for stage in replica_of(question, some).stages), key=_rate(reading))
     thing = "memory" if reading else "arithmetic"

@@ -14,7 +14,7 @@ from holdfast.planner.show.pictures import memory_bars, token_bars
 from holdfast.planner.show.placement_picture import placement
 from holdfast.planner.show.report import model_named
 from holdfast.planner.show.shortfall import label, nothing_fits
-from holdfast.planner.show.summary import cluster_named, error_band, is_pareto, runners, short_name, warnings
+from holdfast.planner.show.summary import cluster_named, error_band, marked, of_runtime, runners, short_name, warnings
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2329; --soft: #5b6670; --paper: #ffffff; --panel: #f3f5f7;
@@ -25,6 +25,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 sy
 main { max-width: 1000px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 25px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 34px 0 10px; }
 p { margin: 6px 0; } .soft, small { color: var(--soft); } .bad { color: var(--bad); font-weight: 600; }
+p.slow { color: var(--slow); }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0 0; }
 .tiles div { background: var(--panel); border-radius: 8px; padding: 10px 14px; min-width: 90px; }
 .tiles b { display: block; font-size: 21px; font-weight: 600; }
@@ -75,6 +76,7 @@ def html(found: Found) -> str:
         f"<p>{escape(model_named(question))} on {escape(cluster_named(question.cluster))}</p>",
         f'<p class="soft">{escape(_goal(found))}</p>',
         f'<p class="bad">{escape(problem[0].upper() + problem[1:])}.</p>' if problem else "",
+        f'<p class="slow">{escape(said)}</p>' if (said := of_runtime(found)) else "",
         _tiles(found),
         "<h2>Where it lies</h2>",
         placement(question, best),
@@ -121,14 +123,16 @@ def _tiles(found: Found) -> str:
 
 
 def _ranking(found: Found) -> str:
+    each = "of a device" if found.best.cost is None else "a million tokens"
     head = "".join(
         f"<th>{name}</th>"
-        for name in ("", "plan", "at once", "TTFT", "TPOT", "tokens/s", "of a device", "at a loss", "KV tokens")
+        for name in ("", "plan", "at once", "TTFT", "TPOT", "tokens/s", each, "at a loss", "KV tokens")
     )
     rows = "".join(_rank(found, number, some) for number, some in enumerate(runners(found), 1))
     note = (
         f"◆ no other is better in throughput, TPOT, TTFT and what is left at a loss, all at once. "
         f"Plans judged: {len(found.ranking)}."
+        f"{' ✗ Holdfast does not run it yet.' if any(map(found.refuses, runners(found))) else ''}"
     )
     return f'<table><tr>{head}</tr>{rows}</table><p class="soft">{note}</p>'
 
@@ -137,11 +141,10 @@ def _rank(found: Found, number: int, some: Estimate) -> str:
     served = some.served
     figures = ["–"] * 5 if served is None else [
         f"{some.concurrency:,}", of_seconds(served.ttft), of_seconds(served.tpot), count(some.throughput),
-        count(some.throughput_per_device),
+        count(some.throughput_per_device) if some.cost is None else f"{some.cost:.3g}",
     ]  # fmt: skip
-    mark = f"{number}{' ◆' if is_pareto(found, some) else ''}"
     name = short_name(found.question, some.candidate)
-    cells = [mark, name, *figures, percent(some.spare), f"{some.kv_tokens:,}"]
+    cells = [marked(found, some, number), name, *figures, percent(some.spare), f"{some.kv_tokens:,}"]
     kind = ' class="best"' if number == 1 else ""
     row = f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
     reason = why(found, some)

@@ -19,7 +19,7 @@ from holdfast.planner.show.summary import runners, short_name, stage_runs
 WIDTH = 1000
 LABELS = 235
 """Pixels for the names of bars."""
-CHARACTER = 6.6
+CHARACTER = 7.4
 """Pixels of a letter, about: what has no room is left to the tooltip."""
 CLIPPED = 4.0
 """Bars end at so many times the best one's."""
@@ -60,7 +60,7 @@ MEMORY = (
 )  # fmt: skip
 TIME = (
     "weights", "experts", "attention", "activations", "all-reduces", "gathered weights", "pipeline hops",
-    "layer overhead", "logits", "scheduler", "others' prompts",
+    "all-to-alls", "layer overhead", "logits", "scheduler", "others' prompts",
 )  # fmt: skip
 """In the order of the colours: a thing has the same one in every picture."""
 

@@ -30,7 +30,8 @@ from holdfast.planner.show.summary import (
     cluster_named,
     devices_named,
     error_band,
-    is_pareto,
+    marked,
+    of_runtime,
     runners,
     short_name,
     stage_runs,
@@ -48,6 +49,8 @@ def show(found: Found, console: Console) -> None:
     _show_question(found, console, width)
     if sentence := nothing_fits(found):
         _paragraph(console, Text(sentence[0].upper() + sentence[1:] + ".", style="bold red"), width)
+    if said := of_runtime(found):
+        _paragraph(console, Text(said, style="bold yellow"), width)
     title = "The plan" if not sentence else "The nearest plan"
     _heading(console, f"{title}: {label(question, best.candidate)}")
     _show(console, _placement(question, best))
@@ -217,17 +220,20 @@ def _show_communication(question: Question, best: Estimate, console: Console) ->
 
 
 def _ranking(found: Found) -> Table:
-    table = _table("", "plan", "at once", "TTFT", "TPOT", "tokens/s", "a device", "left", "KV tokens", left=2)
+    priced = found.best.cost is not None
+    each = "M tokens" if priced else "a device"
+    table = _table("", "plan", "at once", "TTFT", "TPOT", "tokens/s", each, "left", "KV tokens", left=2)
     for number, some in enumerate(runners(found), 1):
         served = some.served
         figures = ["–"] * 5 if served is None else [
             f"{some.concurrency:,}", of_seconds(served.ttft), of_seconds(served.tpot), count(some.throughput),
-            count(some.throughput_per_device),
+            count(some.throughput_per_device) if some.cost is None else f"{some.cost:.3g}",
         ]  # fmt: skip
         style = "bold" if number == 1 else "dim" if not some.fits or some.misses else ""
-        mark = f"{number}{' ◆' if is_pareto(found, some) else ''}"
         name = short_name(found.question, some.candidate)
-        table.add_row(mark, name, *figures, percent(some.spare), f"{some.kv_tokens:,}", style=style)
+        table.add_row(
+            marked(found, some, number), name, *figures, percent(some.spare), f"{some.kv_tokens:,}", style=style
+        )
     return table
 
 
@@ -236,7 +242,8 @@ def _show_reasons(found: Found, console: Console, width: int) -> None:
     console.print(
         Text(
             f"  ◆ no other is better in throughput, TPOT, TTFT and what is left when a rank is lost, all at once "
-            f"({len(found.pareto)} of {len(found.ranking)}).{f' {rest} more were judged.' if rest > 0 else ''}",
+            f"({len(found.pareto)} of {len(found.ranking)}).{f' {rest} more were judged.' if rest > 0 else ''}"
+            f"{' ✗ Holdfast does not run it yet.' if any(map(found.refuses, runners(found))) else ''}",
             style="dim",
         ),
         width=width,

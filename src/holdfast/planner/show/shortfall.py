@@ -58,7 +58,7 @@ def shortfall(question: Question, other: Estimate) -> tuple[int, float]:
 
 
 def _kv_of_longest(question: Question, other: Estimate, stage: int) -> int:
-    share = shares_of(other.candidate)[stage]
+    share = shares_of(question, other.candidate)[stage]
     return kv_bytes_of_sequence(question.table, share, question.goal.longest, question.load(), question.memory_engine)
 
 

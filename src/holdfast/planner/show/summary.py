@@ -11,7 +11,7 @@ from holdfast.hardware.cluster import Cluster
 from holdfast.planner.candidates import Candidate, DeviceGroup, kinds_of
 from holdfast.planner.communication import exchanges_per_token
 from holdfast.planner.estimate import Estimate, Question
-from holdfast.planner.quantities import bytes_per_second, of_seconds
+from holdfast.planner.quantities import bytes_per_second, count, of_seconds
 from holdfast.planner.search import Found
 from holdfast.planner.show.breakdown import exchanges
 
@@ -22,23 +22,27 @@ MOST_STAGES = 8
 
 def runners(found: Found, most: int = MOST_RUNNERS) -> list[Estimate]:
     """The best, and those after it that differ in more than how many layers each stage has, or in which order it
-    uses the kinds of devices; and the best of those with equal stages."""
+    uses the kinds of devices; and the best of those with equal stages, and of those that the engine runs."""
     seen: dict[tuple[object, ...], Estimate] = {}
     for some in found.ranking:
         candidate = some.candidate
         groups = Counter((group.device.name, group.degree) for group in candidate.replicas[0])
         key = (
-            frozenset(groups.items()), len(candidate.replicas), candidate.expert_parallel, candidate.shard_weights,
+            frozenset(groups.items()), len(candidate.replicas), candidate.expert_ranks, candidate.shard_weights,
             candidate.is_even,
         )  # fmt: skip
         seen.setdefault(key, some)
         if len(seen) == most:
             break
     chosen = list(seen.values())
-    even = found.best_even
-    if even is not None and all(some is not even for some in chosen):
-        chosen[-1] = even
-    return chosen
+    wanted = dict.fromkeys(some for some in (found.best_that_runs, found.best_even) if some is not None)
+    others = [some for some in wanted if all(other is not some for other in chosen)]
+    return chosen[: most - len(others)] + others
+
+
+def marked(found: Found, some: Estimate, number: int) -> str:
+    """Its place in the ranking, and ◆ where no other beats it in everything, ✗ where the engine does not run it."""
+    return f"{number}{' ◆' if is_pareto(found, some) else ''}{' ✗' if found.refuses(some) else ''}"
 
 
 def is_pareto(found: Found, some: Estimate) -> bool:
@@ -48,6 +52,31 @@ def is_pareto(found: Found, some: Estimate) -> bool:
 def error_band(question: Question, metric: str) -> float:
     """How far off, as a share, nine in ten predictions are at most: `tpot`, `ttft`, `throughput`."""
     return question.known.bands[metric] - 1
+
+
+def of_runtime(found: Found) -> str:
+    """What the engine runs of it, in a sentence or two, where that is not the best plan of all; else ""."""
+    question, best, better = found.question, found.best, found.better
+    if better is not None:
+        return (
+            f"A better plan was found that Holdfast does not run yet, {short_name(question, better.candidate)} "
+            f"({_figures(better)}, against {_figures(best)}): {found.refuses(better)}."
+        )
+    if best.served is None or not (reason := found.refuses(best)):
+        return ""
+    runs = found.best_that_runs
+    instead = (
+        f"The best that it runs is {short_name(question, runs.candidate)} ({_figures(runs)})"
+        if runs
+        else "It runs none that fits"
+    )
+    return f"Holdfast does not run this plan yet: {reason}. {instead}."
+
+
+def _figures(some: Estimate) -> str:
+    assert some.served is not None
+    missed = f"; {' and '.join(some.misses)}" if some.misses else ""
+    return f"TPOT {of_seconds(some.served.tpot)}, {count(some.throughput)} tokens/s{missed}"
 
 
 # --- where the parts of a plan lie ---
