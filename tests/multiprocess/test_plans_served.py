@@ -12,7 +12,9 @@ import pytest
 
 from holdfast.core.plan import Plan
 from holdfast.models.inspect import inspect_model
+from holdfast.operate.plan import run as write_plan
 from holdfast.parallel.cuts import make_plan
+from holdfast.planner.config import OutputConfig, PlanConfig, WhatConfig, WhereConfig
 from support.builds import builds
 from support.checkpoints import random_model, save
 from support.crowd import Answers, ask
@@ -207,3 +209,20 @@ def test_bad_degrees_are_refused_by_name(
     service = Service(models["llama"], *flags, log=tmp_path / "log")
     assert service.wait_end() == 2
     assert complaint in " ".join(service.text().split()), service.text()
+
+
+@pytest.mark.parametrize(("model", "gpus"), [("llama", "2xL4"), ("mixtral", "1xL4,1xT4")])
+def test_what_the_planner_writes_is_served(
+    models: dict[str, str], alone: dict[str, Answers], model: str, gpus: str, tmp_path: Path
+):
+    """On GPUs that are not there, so with CPUs in their place: the file itself is what is taken or refused."""
+    file = tmp_path / "plan.json"
+    config = PlanConfig(
+        where=WhereConfig(gpus=gpus),
+        what=WhatConfig(objective="memory", input_len=64, output_len=16, concurrency=4),
+        out=OutputConfig(output=str(file)),
+    )
+    assert write_plan(models[model], config) == 0
+    assert json.loads(file.read_text())["devices"]
+    found, _ = answers(models[model], tmp_path / "log", "--plan", str(file))
+    assert found == alone[model]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
+from rich.console import Console
 
 from holdfast.hardware.cluster import cluster_of
 from holdfast.hardware.cluster_file import parse_cluster
@@ -18,6 +20,7 @@ from holdfast.planner.search import Found, candidates, search
 from holdfast.planner.shapes.load import load_shape, load_spec
 from holdfast.planner.show.breakdown import decode_parts, exchanges
 from holdfast.planner.show.formulas import formulas
+from holdfast.planner.show.report import show
 
 DEEPSEEK = load_shape("DeepSeek-V3")
 
@@ -52,6 +55,11 @@ def test_what_is_sent_is_in_the_step_and_in_the_report(found: Found) -> None:
     sent = [some for some in exchanges(found.question, best) if some.what == "all-to-alls"]
     assert sum(some.times for some in sent) == 2 * sum(layer.experts is not None for layer in DEEPSEEK.layers)
     assert {some.link.name for some in sent} == {"infiniband-ndr"}
+    assert all(some.imbalance > 1 for some in sent)
+    console = Console(file=io.StringIO(), width=100)
+    show(found, console)
+    assert isinstance(console.file, io.StringIO)
+    assert f"the busiest rank sends {sent[0].imbalance:.2f} times the mean" in console.file.getvalue()
     assert parts["all-to-alls"] == pytest.approx(sum(some.seconds for some in sent))
     assert best.served is not None
     assert sum(parts.values()) + best.served.prompt_wait == pytest.approx(best.served.tpot)

@@ -74,6 +74,9 @@ def test_of_several_nodes_one_is_planned_for_besides() -> None:
     assert alike is not None
     assert alike.candidate.num_devices == 8
     assert len({some.candidate for some in found.ranking}) == len(found.ranking)
+    many = found_for("Llama-3.1-70B", "16x8xH100,16x8xA100-80GB", Goal()).best_that_runs
+    assert many is not None, "those of one node are far behind, and stay"
+    assert {group.device.name for groups in many.candidate.replicas for group in groups} == {"H100-80GB-SXM"}
 
 
 @pytest.mark.parametrize(

@@ -100,16 +100,16 @@ def search(
         raise ConfigError(f"engine {goal.engine!r}: must be one of {', '.join(question.known.engines)}")
     if goal.longest > shape.max_context:
         raise ConfigError(f"context {goal.longest}: {shape.name} knows {shape.max_context} tokens at most")
-    judged = [estimate(question, candidate) for candidate in candidates(question)]
+    judged = _with_spares(question, [estimate(question, candidate) for candidate in candidates(question)])
     if runtime is not None and len(cluster.nodes) > 1 and not runtime.refuses_all(goal):
         fitting = (some.candidate for some in judged if some.served is not None)
         if all(runtime.refuses(goal, candidate) for candidate in fitting):
             seen = {some.candidate for some in judged}
             alone = (candidate for candidate in _on_one_node(question) if candidate not in seen)
-            judged += [estimate(question, candidate) for candidate in alone]
+            judged += _with_spares(question, [estimate(question, candidate) for candidate in alone])
     if not judged:
         raise ConfigError(f"{shape.name} cannot be laid over this cluster: no group of its devices divides it evenly")
-    ranking = sorted(_with_spares(question, judged), key=lambda some: rank_key(goal, some))
+    ranking = sorted(judged, key=lambda some: rank_key(goal, some))
     chosen = _simplest(goal, ranking)
     ranking.remove(chosen)
     ranking.insert(0, chosen)

@@ -20,6 +20,7 @@ def with_spare(question: Question, some: Estimate) -> Estimate:
     """The estimate with `reshaped` filled in: of all stages that could lose a rank, the worst."""
     candidate = some.candidate
     copies = len(candidate.replicas)
+    # What replicas hold together is missing in each of them: one replica's work is lost until others have loaded it.
     if some.served is None or copies > MOST_REPLICAS or candidate.shard_weights or candidate.shared_experts:
         return some
     each = max(some.concurrency // copies, 1)

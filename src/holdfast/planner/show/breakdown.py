@@ -48,6 +48,8 @@ class Exchange:
     """Bytes that each rank sends, each time."""
     exposed: float = 1.0
     """Share that is not hidden behind other work."""
+    imbalance: float = 1.0
+    """By which the busiest rank, whose bytes these are, sends more than the mean."""
 
     @property
     def seconds(self) -> float:
@@ -107,7 +109,7 @@ def _of_stage(question: Question, some: Estimate, index: int, stage: Stage, batc
                 found.append(
                     Exchange(
                         index, "all-to-alls", "all_to_all", 2 * count, stage.expert_parallel, link,
-                        stage.dispatch_path, one.message, one.sent,
+                        stage.dispatch_path, one.message, one.sent, imbalance=one.imbalance,
                     )
                 )  # fmt: skip
     if stage.gather_path:

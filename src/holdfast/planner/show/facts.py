@@ -169,4 +169,5 @@ def _exchange(exchange: Exchange) -> dict[str, Any]:
         "sent": exchange.sent,
         "seconds": exchange.seconds,
         "latency": exchange.latency,
+        "imbalance": exchange.imbalance,
     }

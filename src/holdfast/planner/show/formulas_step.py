@@ -241,6 +241,19 @@ def _communication(section: str, stage: Stage, batch: StepBatch, efficiency: Eff
     return found
 
 
+def _one(section: str, name: str, path: Path, sent: float) -> Line:
+    """The protocol that is faster for so many bytes; where both are about as fast, the norm that joins them."""
+    lines = [
+        f"{seconds_of(latency)} + {bytes_of(sent)} / {rate_of(rate)}"
+        for latency, rate in ((path.latency_low, path.rate_low), (path.latency_high, path.rate_high))
+    ]
+    seconds = path.time(sent)
+    return Line(
+        section, name, "min(latency + sent / rate, of two protocols), the corner rounded",
+        f"min({lines[0]}, {lines[1]})", seconds, seconds_of(seconds),
+    )  # fmt: skip
+
+
 def _all_to_alls(section: str, stage: Stage, batch: StepBatch, layer: Layer, layers: int) -> list[Line]:
     """Rows to the experts of all replicas and back."""
     experts, path, ranks, tensor = layer.experts, stage.dispatch_path, stage.expert_parallel, stage.tensor_parallel
@@ -263,19 +276,6 @@ def _all_to_alls(section: str, stage: Stage, batch: StepBatch, layer: Layer, lay
             f"{layers} · 2 · {seconds_of(path.time(one.sent))}", seconds, seconds_of(seconds),
         ),
     ]  # fmt: skip
-
-
-def _one(section: str, name: str, path: Path, sent: float) -> Line:
-    """The protocol that is faster for so many bytes; where both are about as fast, the norm that joins them."""
-    lines = [
-        f"{seconds_of(latency)} + {bytes_of(sent)} / {rate_of(rate)}"
-        for latency, rate in ((path.latency_low, path.rate_low), (path.latency_high, path.rate_high))
-    ]
-    seconds = path.time(sent)
-    return Line(
-        section, name, "min(latency + sent / rate, of two protocols), the corner rounded",
-        f"min({lines[0]}, {lines[1]})", seconds, seconds_of(seconds),
-    )  # fmt: skip
 
 
 def _logits(section: str, stage: Stage, batch: StepBatch, efficiency: Efficiency) -> list[Line]:

@@ -214,6 +214,10 @@ def _show_communication(question: Question, best: Estimate, console: Console) ->
             of_bytes(exchange.sent), of_seconds(exchange.seconds), percent(exchange.latency / exchange.seconds),
         )  # fmt: skip
     _show(console, table)
+    busiest = max(exchange.imbalance for exchange in sent)
+    if busiest > 1:
+        said = f"  all-to-alls: there and back in every layer; the busiest rank sends {busiest:.2f} times the mean."
+        console.print(Text(said, style="dim"))
 
 
 # --- the others ---
