@@ -71,8 +71,9 @@ class WeightChecks:
                 await self.check()
 
     async def check(self) -> tuple[list[WeightsChecked], list[int]]:
-        """Have all ranks of the replicas that serve checked: what they report, and the replicas that were lost, or too
-        slow, before all of theirs had. Raises `Unavailable` when there is none, `InvalidRequest` when it cannot be."""
+        """Have all ranks of the replicas that serve checked: what they report, and the replicas that were lost, or
+        too slow, before all of theirs had. Raises `Unavailable` when there is none, `InvalidRequest` when it cannot
+        be."""
         if self._shared:
             raise InvalidRequest("weights that replicas hold together (--shard-weights) cannot be checked yet")
         key = str(next(self._keys))
