@@ -19,7 +19,7 @@ from holdfast.planner.coefficients import parse_coefficients
 from holdfast.planner.rows.metrics import kind_of
 from holdfast.planner.rows.predict import predict
 
-SHARES = ("memory", "kv", "matmul_16bit", "matmul_8bit", "matmul_4bit", "attention", "passes", "all_reduce")
+SHARES = ("memory", "memory_4bit", "kv", "matmul_16bit", "matmul_8bit", "matmul_4bit", "attention", "passes", "all_reduce")
 LOAD = ("first_wave", "queue", "layer_context")
 SERVING = ("layer", "layer_eager", "step", "row", "mixing", "first_token", "front_request", "front_token")
 OF_ENGINE = {
@@ -28,7 +28,7 @@ OF_ENGINE = {
     "sglang": (*SERVING[:6], "most_running"),
     "fastertransformer": ("matmul", "layer", "layer_eager", "step", "row"),
     "megatron": ("matmul", "layer", "layer_eager"),
-    "layerwise": ("matmul", "layer", "layer_eager"),
+    "layerwise": ("matmul", "group_reads", "layer", "layer_eager"),
 }
 PULL_SHARE, PULL = 0.4, 0.05
 """Standard deviations of the logarithm: 1 / pull · the scale of an error."""
@@ -43,12 +43,12 @@ SCALE = 0.1
 
 START: dict[str, dict[str, float]] = {
     "efficiency": {
-        "memory": 0.85, "kv": 0.8, "matmul_16bit": 0.7, "matmul_8bit": 0.7, "matmul_4bit": 0.6, "attention": 0.4,
+        "memory": 0.85, "memory_4bit": 0.7, "kv": 0.8, "matmul_16bit": 0.7, "matmul_8bit": 0.7, "matmul_4bit": 0.6, "attention": 0.4,
         "passes": 3, "sharpness": 2, "all_reduce": 0.9,
     },
-    "load": {"first_wave": 0.1, "queue": 0.9, "layer_context": 100},
+    "load": {"first_wave": 0.1, "queue": 0.9, "layer_context": 500},
     "engine": {
-        "matmul": 0.8, "layer": 50, "layer_eager": 60, "step": 500, "row": 5, "mixing": 1, "first_token": 50_000,
+        "matmul": 0.8, "group_reads": 2, "layer": 50, "layer_eager": 500, "step": 500, "row": 5, "mixing": 1, "first_token": 50_000,
         "front_request": 15_000, "front_token": 50, "most_running": 450,
     },
     "run": {"cached": 0.5},

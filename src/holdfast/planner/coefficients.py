@@ -19,6 +19,8 @@ class Efficiency:
 
     memory: float
     """Of the memory bandwidth, streaming weights."""
+    memory_4bit: float
+    """The same of 4-bit weights that are multiplied as such."""
     kv: float
     """The same, gathering the blocks of the KV cache."""
     matmul: Mapping[int, float]
@@ -41,6 +43,8 @@ class Engine:
     software: Software
     matmul: float
     """Of the FLOP/s that `Efficiency.matmul` says, what its kernels reach."""
+    group_reads: float
+    """How often keys and values are read that several query heads share, at most once for each."""
     layer: float
     """Seconds a layer takes at least, replayed from a graph."""
     layer_eager: float

@@ -166,9 +166,9 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     reduced, launched = 0, 0.0
     for layer, count in stage.kinds:
         reduced += count * all_reduces(layer)
-        launched += count * launches(layer)
+        launched += count * kernels(layer)
         weights, macs = plain_work(layer, tp, rows)
-        side_memory = weights * stored_bits(stage.weight_bits) / 8 / (memory * efficiency.memory)
+        side_memory = weights * stored_bits(stage.weight_bits) / 8 / read_rate(device, stage.weight_bits, efficiency)
         side_compute = 2 * macs / plain_flops
         if layer.experts is not None:
             expert_memory, expert_compute = expert_work(stage, layer, rows, efficiency)
@@ -177,9 +177,9 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         linear += count * rounded_max(side_memory, side_compute, efficiency.sharpness)
         linear_memory += count * side_memory
         linear_compute += count * side_compute
-        attention += count * _attention(stage, layer, batch, efficiency)
+        attention += count * _attention(stage, layer, batch, engine, efficiency)
         activations += count * rows * 2 * efficiency.passes * activation_numbers(layer, stage.hidden, tp) / memory
-    path = stage.graph_path if batch.graph else stage.eager_path
+    path = stage.graph_path
     communication = 0.0
     if path is not None:
         sent = wire_bytes("all_reduce", tp, rows * stage.hidden * 2)
@@ -188,7 +188,6 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         communication += stage.gather_path.time(stage.gathered)
     if stage.next_path is not None:
         communication += stage.next_path.time(rows * stage.hidden * 2)
-    layer_time = engine.layer if batch.graph else max(engine.layer, engine.layer_eager)
     head = 0.0
     if stage.head is not None:
         # Every row that decodes samples, and of a prompt the last one; the logits are fp32.
@@ -196,12 +195,16 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         read = stage.head.params * 2 / tp / (memory * efficiency.memory)
         head = rounded_max(read, read * sampled / rows_at_corner(device, efficiency), efficiency.sharpness)
         head += sampled * stage.head.outputs * 4 * LOGIT_PASSES / tp / memory
+    launches = engine.layer * launched
+    if not batch.graph:
+        busy = linear + attention + activations + communication + head + launches
+        launches += max(engine.layer_eager * launched - busy, 0)
     return StepTime(
         linear,
         attention,
         activations,
         communication,
-        layer_time * launched,
+        launches,
         head,
         engine.step + engine.row * batch.decodes,
         linear_memory,
@@ -224,6 +227,12 @@ def flops_of(device: Device, weight_bits: float, efficiency: Efficiency) -> floa
             if rates:
                 return max(rates) * power_limit(device) * efficiency.matmul[bits]
     return device.flops["fp32"] * efficiency.matmul[16]
+
+
+def read_rate(device: Device, weight_bits: float, efficiency: Efficiency) -> float:
+    """Bytes of weights per second: less where they are multiplied in 4 bits as they are, in tiles for many rows."""
+    native = weight_bits <= 4.8 and "fp4" in device.flops
+    return device.memory_bandwidth * (efficiency.memory_4bit if native else efficiency.memory)
 
 
 def power_limit(device: Device) -> float:
@@ -272,10 +281,10 @@ def expert_work(stage: Stage, layer: Layer, rows: float, efficiency: Efficiency)
     read = min(touched * busiest, experts.num_experts) * each * stored_bits(stage.expert_bits) / 8
     macs = routed * each * busiest
     flops = flops_of(stage.device, stage.expert_bits, efficiency)
-    return read / (stage.device.memory_bandwidth * efficiency.memory), 2 * macs / flops
+    return read / read_rate(stage.device, stage.expert_bits, efficiency), 2 * macs / flops
 
 
-def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficiency) -> float:
+def _attention(stage: Stage, layer: Layer, batch: StepBatch, engine: Engine, efficiency: Efficiency) -> float:
     attention = layer.attention
     if attention is None:
         return 0.0
@@ -286,6 +295,8 @@ def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficie
     seconds = 0.0
     if batch.decodes:
         numbers = attention.numbers_read(round(batch.context)) / cut
+        if attention.kind != "latent":
+            numbers *= min(attention.num_heads / heads, engine.group_reads)
         seconds += batch.decodes * numbers * stage.kv_bits / 8 / (device.memory_bandwidth * efficiency.kv)
     if batch.prompt_tokens and attention.kind != "linear":
         seen = attention.tokens_read(batch.prompt_context)
@@ -303,7 +314,7 @@ def all_reduces(layer: Layer) -> int:
     return mixes + others
 
 
-def launches(layer: Layer) -> float:
+def kernels(layer: Layer) -> float:
     """Kernels of a layer against those of a dense one, which has four products: routed experts bring their products,
     and the choice, the sorting and the adding up of rows."""
     routed = len(layer.experts.matrices) + 3 if layer.experts else 0
