@@ -20,12 +20,12 @@ from holdfast.planner.rows.metrics import kind_of
 from holdfast.planner.rows.predict import predict
 
 SHARES = ("memory", "memory_4bit", "kv", "matmul_16bit", "matmul_8bit", "matmul_4bit", "attention", "passes", "all_reduce")
-LOAD = ("first_wave", "queue", "layer_context")
-SERVING = ("layer", "layer_eager", "step", "row", "mixing", "first_token", "front_request", "front_token")
+LOAD = ("queue", "layer_context")
+SERVING = ("layer", "layer_eager", "step", "first_token", "burst")
 OF_ENGINE = {
-    "trtllm": SERVING,
-    "vllm": SERVING[:6],
-    "sglang": (*SERVING[:6], "most_running"),
+    "trtllm": (*SERVING, "host_row", "front_request", "front_token", "front_prompt"),
+    "vllm": (*SERVING, "row", "mixing"),
+    "sglang": (*SERVING, "row", "mixing", "most_running"),
     "fastertransformer": ("matmul", "layer", "layer_eager", "step", "row"),
     "megatron": ("matmul", "layer", "layer_eager"),
     "layerwise": ("matmul", "group_reads", "layer", "layer_eager"),
@@ -46,10 +46,10 @@ START: dict[str, dict[str, float]] = {
         "memory": 0.85, "memory_4bit": 0.7, "kv": 0.8, "matmul_16bit": 0.7, "matmul_8bit": 0.7, "matmul_4bit": 0.6, "attention": 0.4,
         "passes": 3, "sharpness": 2, "all_reduce": 0.9,
     },
-    "load": {"first_wave": 0.1, "queue": 0.9, "layer_context": 500},
+    "load": {"queue": 0.9, "layer_context": 500},
     "engine": {
-        "matmul": 0.8, "group_reads": 2, "layer": 50, "layer_eager": 500, "step": 500, "row": 5, "mixing": 1, "first_token": 50_000,
-        "front_request": 15_000, "front_token": 50, "most_running": 450,
+        "matmul": 0.8, "group_reads": 2, "layer": 50, "layer_eager": 500, "step": 500, "row": 5, "mixing": 1, "burst": 0.2, "first_token": 50_000,
+        "front_request": 2_000, "front_token": 80, "front_prompt": 2, "host_row": 30, "most_running": 450,
     },
     "run": {"cached": 0.5},
 }  # fmt: skip

@@ -53,14 +53,20 @@ class Engine:
     """Seconds per step."""
     row: float
     """Seconds per step and request."""
+    host_row: float
+    """The same that the host spends while the device is at work: a step takes no less."""
     mixing: float
     """Share of a prompt's time by which it delays the requests that decode meanwhile."""
+    burst: float
+    """Share of requests that come at the same time as all others, and wait for half of the others' prompts."""
     first_token: float
     """Seconds of every request before its prompt is scheduled and after its first token."""
     front_request: float
     """Seconds that the one process in front spends on a request,"""
     front_token: float
-    """and on each of its tokens."""
+    """and on each of its tokens,"""
+    front_prompt: float
+    """and on each token of its prompt."""
     reserve: float
     """Share of a request's output that must fit before it is admitted: 1 where it is never preempted."""
     memory: str
@@ -93,7 +99,7 @@ def parse_coefficients(tables: Mapping[str, Mapping]) -> Coefficients:  # type: 
     """From the tables of the file; times there are in µs. Raises KeyError or TypeError where a name is wrong."""
     efficiency = dict(tables["efficiency"])
     matmul = {bits: efficiency.pop(f"matmul_{bits}bit") for bits in (16, 8, 4)}
-    seconds = {"layer", "layer_eager", "step", "row", "first_token", "front_request", "front_token"}
+    seconds = {"layer", "layer_eager", "step", "row", "first_token", "front_request", "front_token", "front_prompt", "host_row"}
     engines = {
         name: Engine(name=name, **{key: value * 1e-6 if key in seconds else value for key, value in entry.items()})
         for name, entry in tables["engine"].items()

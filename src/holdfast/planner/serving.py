@@ -25,6 +25,8 @@ from holdfast.planner.coefficients import Coefficients, Engine
 from holdfast.planner.timing import Stage, StepBatch, StepTime, step_time
 
 
+import os
+SHARP=float(os.environ.get('SHARP','8'))
 @dataclass(frozen=True, slots=True)
 class Workload:
     """Tokens per request; requests at once."""
@@ -130,12 +132,14 @@ def serve(replica: Replica, workload: Workload) -> Served:
     wait = (running - 1) * shared * engine.mixing / gaps
     tpot = step + wait
     chunks = math.ceil(workload.input_len * (1 - workload.cached) / engine.chunk)
-    burst = load["first_wave"] * (running - 1) / 2 * shared
+    burst = engine.burst * (running - 1) / 2 * shared
     ttft = engine.first_token + through + (chunks + 0.5) * step + burst
     total = ttft + tpot * output
     queue = total * (workload.concurrency / running - 1) * load["queue"] if workload.concurrency > running else 0.0
-    busy = workload.concurrency * (engine.front_request + engine.front_token * output)
-    front = ((total + queue) ** 8 + busy**8) ** (1 / 8) - total - queue
+    before = engine.front_request + engine.front_prompt * workload.input_len
+    demand = before + engine.front_token * output
+    busy = workload.concurrency * demand
+    front = ((total + queue) ** SHARP + busy**SHARP) ** (1 / SHARP) - total - queue
     # Tokens sent in batches: the first comes with the last of its batch, and there are fewer gaps after it.
     held = (min(workload.stream_interval, output) - 1) * tpot
     ttft += queue + front + held
@@ -144,6 +148,14 @@ def serve(replica: Replica, workload: Workload) -> Served:
     # Little's law, of all clients and of those that run: what is fitted of the wait must not make these faster.
     throughput = output * min(workload.concurrency / cycle, running / (cycle - queue - front))
     return Served(ttft, tpot, throughput, running, decode, slowest, wait, queue, front, burst)
+
+
+def line(demand: float, rest: float, clients: float) -> float:
+    """Seconds that each of so many clients waits in line for one server that works `demand` on each request, when all
+    else takes `rest`: mean-value analysis of a closed network with Schweitzer's approximation (Lazowska et al.,
+    Quantitative System Performance, 1984, section 7.4.2), solved for one server."""
+    over = clients * demand - rest
+    return (over + math.sqrt(over**2 + 4 * demand * rest)) / 2 - demand
 
 
 def step_of(stages: Sequence[float], running: float) -> float:

@@ -30,6 +30,9 @@ SCALES = 1.06
 (`shapes.quantization` has each, for checkpoints that say theirs)."""
 
 
+HOST_SHARPNESS = 8
+"""How suddenly a step takes as long as the host works on it: the power of the norm that stands for max()."""
+
 LOGIT_PASSES = 4
 """How often the sampler reads or writes the logits: cast, temperature, softmax, choice."""
 
@@ -196,9 +199,10 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         head = rounded_max(read, read * sampled / rows_at_corner(device, efficiency), efficiency.sharpness)
         head += sampled * stage.head.outputs * 4 * LOGIT_PASSES / tp / memory
     launches = engine.layer * launched
-    if not batch.graph:
-        busy = linear + attention + activations + communication + head + launches
-        launches += max(engine.layer_eager * launched - busy, 0)
+    busy = linear + attention + activations + communication + head + launches
+    host = engine.host_row * batch.decodes + (0 if batch.graph else engine.layer_eager * launched)
+    if host:
+        launches += rounded_max(busy, host, HOST_SHARPNESS) - busy
     return StepTime(
         linear,
         attention,
