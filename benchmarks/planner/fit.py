@@ -24,7 +24,7 @@ LOAD = ("queue", "layer_context")
 SERVING = ("layer", "layer_eager", "step", "first_token", "burst")
 OF_ENGINE = {
     "trtllm": (*SERVING, "host_row", "front_request", "front_token", "front_prompt"),
-    "vllm": (*SERVING, "row", "mixing"),
+    "vllm": (*SERVING, "row", "mixing", "matmul_blackwell"),
     "sglang": (*SERVING, "row", "mixing", "most_running"),
     "fastertransformer": ("matmul", "layer", "layer_eager", "step", "row"),
     "megatron": ("matmul", "layer", "layer_eager"),
@@ -48,7 +48,7 @@ START: dict[str, dict[str, float]] = {
     },
     "load": {"queue": 0.9, "layer_context": 500},
     "engine": {
-        "matmul": 0.8, "group_reads": 2, "layer": 50, "layer_eager": 500, "step": 500, "row": 5, "mixing": 1, "burst": 0.2, "first_token": 50_000,
+        "matmul": 0.8, "matmul_blackwell": 1, "group_reads": 2, "layer": 50, "layer_eager": 500, "step": 500, "row": 5, "mixing": 1, "burst": 0.2, "first_token": 50_000,
         "front_request": 2_000, "front_token": 80, "front_prompt": 2, "host_row": 30, "most_running": 450,
     },
     "run": {"cached": 0.5},
@@ -66,7 +66,7 @@ def names(tables: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
         yield ("load", load), PULL
     for engine, parts in OF_ENGINE.items():
         for part in parts:
-            yield ("engine", engine, part), PULL
+            yield ("engine", engine, part), PULL_SHARE if part in {"first_token", "matmul_blackwell"} else PULL
     for index, run in enumerate(tables["run"]):
         if "cached" in run:
             yield ("run", str(index), "cached"), PULL

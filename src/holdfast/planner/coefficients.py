@@ -43,6 +43,8 @@ class Engine:
     software: Software
     matmul: float
     """Of the FLOP/s that `Efficiency.matmul` says, what its kernels reach."""
+    matmul_blackwell: float
+    """The same on Blackwell, for which kernels were not as ripe when they were measured."""
     group_reads: float
     """How often keys and values are read that several query heads share, at most once for each."""
     layer: float
@@ -71,6 +73,8 @@ class Engine:
     """Share of a request's output that must fit before it is admitted: 1 where it is never preempted."""
     memory: str
     """How it takes memory, of `engines.ENGINES`."""
+    graph_rows: int
+    """Requests at most whose step is replayed from a graph: what engines capture unless told otherwise."""
     chunk: int
     """Tokens of a step at most."""
     most_running: float

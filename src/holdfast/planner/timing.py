@@ -33,6 +33,9 @@ SCALES = 1.06
 HOST_SHARPNESS = 8
 """How suddenly a step takes as long as the host works on it: the power of the norm that stands for max()."""
 
+BLACKWELL = ("10.", "12.")
+"""Compute capabilities."""
+
 LOGIT_PASSES = 4
 """How often the sampler reads or writes the logits: cast, temperature, softmax, choice."""
 
@@ -164,7 +167,7 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     """How long `stage` takes for `batch`."""
     tp, device, rows = stage.tensor_parallel, stage.device, batch.rows
     memory = device.memory_bandwidth
-    plain_flops = flops_of(device, stage.weight_bits, efficiency) * engine.matmul
+    plain_flops = flops_of(device, stage.weight_bits, efficiency) * reached(engine, device)
     linear = linear_memory = linear_compute = attention = activations = 0.0
     reduced, launched = 0, 0.0
     for layer, count in stage.kinds:
@@ -176,7 +179,7 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         if layer.experts is not None:
             expert_memory, expert_compute = expert_work(stage, layer, rows, efficiency)
             side_memory += expert_memory
-            side_compute += expert_compute / engine.matmul
+            side_compute += expert_compute / reached(engine, device)
         linear += count * rounded_max(side_memory, side_compute, efficiency.sharpness)
         linear_memory += count * side_memory
         linear_compute += count * side_compute
@@ -200,7 +203,8 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         head += sampled * stage.head.outputs * 4 * LOGIT_PASSES / tp / memory
     launches = engine.layer * launched
     busy = linear + attention + activations + communication + head + launches
-    host = engine.host_row * batch.decodes + (0 if batch.graph else engine.layer_eager * launched)
+    graph = batch.graph and batch.decodes <= engine.graph_rows
+    host = engine.host_row * batch.decodes + (0 if graph else engine.layer_eager * launched)
     if host:
         launches += rounded_max(busy, host, HOST_SHARPNESS) - busy
     return StepTime(
@@ -231,6 +235,11 @@ def flops_of(device: Device, weight_bits: float, efficiency: Efficiency) -> floa
             if rates:
                 return max(rates) * power_limit(device) * efficiency.matmul[bits]
     return device.flops["fp32"] * efficiency.matmul[16]
+
+
+def reached(engine: Engine, device: Device) -> float:
+    """Of what kernels reach, what those of an engine do: less on devices that were new when it was measured."""
+    return engine.matmul * (engine.matmul_blackwell if device.capability.startswith(BLACKWELL) else 1)
 
 
 def read_rate(device: Device, weight_bits: float, efficiency: Efficiency) -> float:
