@@ -23,6 +23,7 @@ from holdfast.planner.memory.ranks import (
     table_of,
 )
 from holdfast.planner.memory.shares import RankShare
+from holdfast.planner.odds import odds
 from holdfast.planner.quantities import of_seconds
 from holdfast.planner.serving import Replica, Served, Workload, serve
 from holdfast.planner.shapes.shape import Layer, ModelShape
@@ -33,6 +34,8 @@ BATCHED_TOKENS = 8192
 """Of a step: what activations are reckoned for."""
 MAX_SEQUENCES = 1024
 """At once in a replica, where the goal does not say how many."""
+SAFER = (0.95, 0.9, 0.8, 0.7, 0.6)
+"""Of the most requests that keep the limits: what is tried too, since fewer keep them more surely."""
 Kinds = tuple[tuple[Layer, int], ...]
 
 
@@ -99,6 +102,8 @@ class Estimate:
     """Of one replica's throughput, what it has when it goes on without one of its ranks, at worst; 0: it cannot."""
     misses: tuple[str, ...] = ()
     """Limits that it does not keep, each as a short sentence."""
+    odds: float = 1
+    """That it keeps them all when it is measured."""
 
     @property
     def memory_used(self) -> float:
@@ -183,7 +188,7 @@ def _best_load(
     question: Question, candidate: Candidate, stages: tuple[StageMemory, ...], replica: Replica, most: int
 ) -> Estimate:
     """With as many requests at once as serve the goal best: doubled until a limit is broken, since more at once are
-    never answered sooner, then halved in between."""
+    never answered sooner, then halved in between, and a little fewer for safety."""
     tried, each = [_judged(question, candidate, stages, replica, 1)], 1
     while each < most and not tried[-1].misses:
         each = min(2 * each, most)
@@ -193,6 +198,9 @@ def _best_load(
         middle = (low + high) // 2
         tried.append(_judged(question, candidate, stages, replica, middle))
         low, high = (low, middle) if tried[-1].misses else (middle, high)
+    if _breaks(tried):
+        fewer = {int(low * share) for share in SAFER} - {0}
+        tried += [_judged(question, candidate, stages, replica, some) for some in sorted(fewer)]
     return min(tried, key=lambda some: rank_key(question.goal, some))
 
 
@@ -211,8 +219,9 @@ def _judged(
     """With `each` requests at once in every replica."""
     goal, copies = question.goal, len(candidate.replicas)
     served = serve(replica, Workload(goal.input_len, goal.output_len, each))
-    misses = []
+    misses, kept = [], 1.0
     for name, limit, value in (("TTFT", goal.ttft, served.ttft), ("TPOT", goal.tpot, served.tpot)):
+        kept *= odds(limit, value, question.known.bands[name.lower()])
         if limit is not None and value > limit:
             misses.append(f"{name} {of_seconds(value)} is above {of_seconds(limit)}")
     throughput = served.throughput * copies
@@ -222,7 +231,7 @@ def _judged(
     cost = None if price is None else price / (throughput * 3600) * 1e6
     return Estimate(
         candidate, stages, int(replica.kv_tokens), True, each * copies, served, throughput, cost,
-        misses=tuple(misses),
+        misses=tuple(misses), odds=kept,
     )  # fmt: skip
 
 
@@ -302,7 +311,12 @@ def rank_key(goal: Goal, some: Estimate) -> tuple[object, ...]:
 
 
 def worth(goal: Goal, some: Estimate) -> float:
-    """What the objective says of it; smaller is better."""
+    """What the objective says of it, times the odds that it keeps the limits; smaller is better."""
+    value = _plain_worth(goal, some)
+    return value * some.odds if value < 0 else value / max(some.odds, 1e-9)
+
+
+def _plain_worth(goal: Goal, some: Estimate) -> float:
     assert some.served is not None
     if goal.objective == "throughput":
         return -some.throughput

@@ -3,12 +3,11 @@ engines reach.
 
 A roofline (Williams et al., CACM 2009) per kind of work, summed over the layers:
 
-    linear       max(weight bytes / memory, 2 · weights · rows / FLOP/s)        the corner rounded (`sharpness`: with
-                 1, which is what fits the measurements best, the two add up)
+    linear       max(weight bytes / memory, 2 · weights · rows / FLOP/s)        the corner rounded (`sharpness`)
     attention    KV bytes / memory when decoding; 4 · heads · head dim · tokens · context / FLOP/s of a prompt
     activations  what norms, rotations and activations read and write again
     communication  an all-reduce after a layer's attention and one after its MLP (`communication`)
-    launches     what a layer costs however little it does
+    launches     what a layer costs however little it does; and what a step waits for the host that launches it
     head, engine   logits of the rows that sample; the scheduler, the sampler, the input of each step
 
 All sizes are of one rank. All that is fitted is in `coefficients.toml`; the rest is the model and the datasheet.
@@ -22,7 +21,7 @@ from types import MappingProxyType
 
 from holdfast.hardware.catalogue import Device
 from holdfast.planner.coefficients import Efficiency, Engine
-from holdfast.planner.communication import Fabric, Path, Software, imbalance, path_of, wire_bytes
+from holdfast.planner.communication import Fabric, Path, imbalance, path_of, wire_bytes
 from holdfast.planner.shapes.shape import Layer, Matrix, ModelShape
 
 SCALES = 1.06
@@ -61,10 +60,8 @@ class Stage:
     weight_bits: float
     expert_bits: float
     kv_bits: float
-    graph_path: Path | None = None
-    """For the all-reduces of a step from a graph; None: one rank."""
-    eager_path: Path | None = None
-    """The same of a step that is launched kernel by kernel."""
+    path: Path | None = None
+    """For the all-reduces; None: one rank."""
     next_path: Path | None = None
     """To the stage that follows; None: it is the last."""
     gather_path: Path | None = None
@@ -139,10 +136,7 @@ def stage_of(
     last: bool = True,
 ) -> Stage:
     """A stage with its paths looked up. `weight_bits` None: as the checkpoint has them; it holds for experts too."""
-    paths: list[Path | None] = [None, None]
-    if tensor_parallel > 1:
-        eager: Software = "vllm-eager" if engine.software == "vllm" else engine.software
-        paths = [path_of(name, fabric, nodes, tensor_parallel, "all_reduce") for name in (engine.software, eager)]
+    path = path_of(engine.software, fabric, nodes, tensor_parallel, "all_reduce") if tensor_parallel > 1 else None
     plain = shape.weight_bits if weight_bits is None else weight_bits
     expert = shape.expert_bits if weight_bits is None else weight_bits
     return Stage(
@@ -158,8 +152,7 @@ def stage_of(
         next_path=next_path,
         gather_path=gather_path,
         gathered=gathered,
-        graph_path=paths[0],
-        eager_path=paths[1],
+        path=path,
     )
 
 
@@ -185,11 +178,10 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         linear_compute += count * side_compute
         attention += count * _attention(stage, layer, batch, engine, efficiency)
         activations += count * rows * 2 * efficiency.passes * activation_numbers(layer, stage.hidden, tp) / memory
-    path = stage.graph_path
     communication = 0.0
-    if path is not None:
+    if stage.path is not None:
         sent = wire_bytes("all_reduce", tp, rows * stage.hidden * 2)
-        communication = reduced * efficiency.all_reduce * path.time(sent)
+        communication = reduced * efficiency.all_reduce * stage.path.time(sent)
     if stage.gather_path is not None:
         communication += stage.gather_path.time(stage.gathered)
     if stage.next_path is not None:
@@ -203,9 +195,7 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         head += sampled * stage.head.outputs * 4 * LOGIT_PASSES / tp / memory
     launches = engine.layer * launched
     busy = linear + attention + activations + communication + head + launches
-    graph = batch.graph and batch.decodes <= engine.graph_rows
-    host = engine.host_row * batch.decodes + (0 if graph else engine.layer_eager * launched)
-    if host:
+    if host := host_time(stage, batch, engine):
         launches += rounded_max(busy, host, HOST_SHARPNESS) - busy
     return StepTime(
         linear,
@@ -218,6 +208,15 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         linear_memory,
         linear_compute,
     )
+
+
+def host_time(stage: Stage, batch: StepBatch, engine: Engine) -> float:
+    """Seconds that the host works on a step while the device does: it launches kernel after kernel, unless a graph
+    does, and keeps account of requests where the engine lets that overlap. No step takes less."""
+    seconds = engine.host_row * batch.decodes
+    if not batch.graph or batch.decodes > engine.graph_rows:
+        seconds += engine.layer_eager * sum(count * kernels(layer) for layer, count in stage.kinds)
+    return seconds
 
 
 def rows_at_corner(device: Device, efficiency: Efficiency) -> float:

@@ -20,6 +20,7 @@ from holdfast.planner.show.breakdown import (
 )
 from holdfast.planner.show.levers import request_time, what_it_takes
 from holdfast.planner.show.shortfall import does_not_fit
+from holdfast.planner.timing import read_rate
 
 
 def why(found: Found, other: Estimate) -> str:
@@ -231,9 +232,9 @@ def _subject(question: Question, some: Estimate, part: Part) -> str:
 def weights_read(question: Question, some: Estimate) -> float:
     """Bytes of weights that one rank of each stage reads in a decoding step, all stages together."""
     assert some.served is not None
-    share = question.known.efficiency.memory
+    efficiency = question.known.efficiency
     stages = replica_of(question, some).stages
     return sum(
-        time.linear_memory * stage.device.memory_bandwidth * share
+        time.linear_memory * read_rate(stage.device, stage.weight_bits, efficiency)
         for time, stage in zip(some.served.decode, stages, strict=True)
     )
