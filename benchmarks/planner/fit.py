@@ -37,7 +37,7 @@ KNOWN = frozenset({"first_token", "matmul_blackwell"})
 """Of an engine, what cannot be far from where it began; else a short series is explained by it."""
 PULL_SHARE, PULL = 0.4, 0.05
 """Standard deviations of the logarithm: 1 / pull · the scale of an error."""
-WEIGHTS = {"prompt_layer": 0.4, "decode_layer": 0.4}
+WEIGHTS = {"prompt_layer": 0.2, "decode_layer": 0.2}
 """Single layers of an old engine: many rows, and the least of what is asked."""
 MOST_SHARE = 0.95
 FREE = 2.5
@@ -55,8 +55,8 @@ START: dict[str, dict[str, float]] = {
     },
     "load": {"queue": 0.9, "layer_context": 500},
     "engine": {
-        "matmul": 0.8, "matmul_blackwell": 1, "group_reads": 2, "layer": 50, "layer_eager": 300, "step": 500,
-        "row": 5, "host_row": 30, "mixing": 1, "burst": 0.2, "first_token": 50_000, "front_request": 2_000,
+        "matmul": 0.8, "matmul_blackwell": 1, "group_reads": 2, "layer": 50, "layer_eager": 500, "step": 500,
+        "row": 5, "host_row": 50, "mixing": 1, "burst": 0.2, "first_token": 50_000, "front_request": 2_000,
         "front_token": 80, "front_prompt": 2, "most_running": 450,
     },
     "run": {"cached": 0.5},
@@ -69,7 +69,7 @@ def names(tables: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
     """Of all that is fitted: where it is in the file, and how strongly it is drawn to where it began."""
     for share in SHARES:
         yield ("efficiency", share), PULL_SHARE
-    yield ("efficiency", "sharpness"), PULL
+    yield ("efficiency", "sharpness"), PULL_SHARE
     for load in LOAD:
         yield ("load", load), PULL
     for engine, parts in OF_ENGINE.items():

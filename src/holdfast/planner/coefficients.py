@@ -56,7 +56,7 @@ class Engine:
     row: float
     """Seconds per step and request."""
     host_row: float
-    """The same that the host spends while the device is at work: a step takes no less."""
+    """The same that the host spends, handing out tokens, while the device is at work: a step takes no less."""
     mixing: float
     """Share of a prompt's time by which it delays the requests that decode meanwhile."""
     burst: float

@@ -28,6 +28,10 @@ from holdfast.planner.timing import (
 from holdfast.planner.timing import flops_of as flops_reached
 
 
+NOTHING = 1e-9
+"""Seconds that are not worth a line."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """What all formulas of a step need."""
@@ -245,6 +249,8 @@ def _host(section: str, stage: Stage, batch: StepBatch, engine: Engine, busy: fl
     if not host:
         return []
     longer = rounded_max(busy, host, HOST_SHARPNESS) - busy
+    if longer < NOTHING:
+        return []
     return [
         Line(
             section, "waiting for the host", "(device^p + host^p)^(1/p) − device",
