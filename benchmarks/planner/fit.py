@@ -87,7 +87,7 @@ def _place(tables: dict[str, Any], path: tuple[str, ...]) -> tuple[Any, str]:
     return where, path[-1]
 
 
-def fit(tables: dict[str, Any], rows: list[dict[str, str]], rounds: int = 40) -> dict[str, Any]:
+def fit(tables: dict[str, Any], rows: list[dict[str, str]], rounds: int = 25) -> dict[str, Any]:
     """The tables with what fits `rows` best."""
     fitted = copy.deepcopy(tables)
     paths, pulls = zip(*names(fitted), strict=True)

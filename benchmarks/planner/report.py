@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.planner.coefficients import Coefficients
-from holdfast.planner.odds import odds
+from holdfast.planner.estimate import MARGIN
 from holdfast.planner.rows.predict import predict
 
 LIMITS_MS = (10, 15, 20, 30, 50)
@@ -126,10 +126,10 @@ def scenarios(judged: Iterable[Judged]) -> dict[tuple[str, ...], list[Judged]]:
     return {key: group for key, group in groups.items() if len(group) >= 3}
 
 
-def picks(groups: Mapping[tuple[str, ...], list[Judged]], limit: float, band: float, margin: float = 1) -> list[Pick]:
+def picks(groups: Mapping[tuple[str, ...], list[Judged]], limit: float, margin: float = MARGIN) -> list[Pick]:
     """For each scenario that has a measured answer, what `holdfast plan` chooses against the truth: of the rows whose
-    predicted TPOT, times `margin`, is within `limit` (ms) the one of the highest predicted tokens per second and device
-    times the odds that it is (`odds`; `band` 1: what is predicted is certain); the quickest where none is."""
+    predicted TPOT, times `margin`, is within `limit` (ms) the one of the highest predicted tokens per second and
+    device; the quickest where none is."""
 
     def rate(one: Judged, tpot: float) -> float:
         return float(one.row["batch"]) / tpot / int(one.row["n_gpus"] or 1)
@@ -141,24 +141,23 @@ def picks(groups: Mapping[tuple[str, ...], list[Judged]], limit: float, band: fl
             continue
         best = max(possible, key=lambda one: rate(one, one.value))
         allowed = [one for one in group if one.predicted * margin <= limit]
-        pick = max(
-            allowed or [min(group, key=lambda one: one.predicted)],
-            key=lambda one: rate(one, one.predicted) * odds(limit, one.predicted, band),
-        )
+        if allowed:
+            pick = max(allowed, key=lambda one: rate(one, one.predicted))
+        else:
+            pick = min(group, key=lambda one: one.predicted)
         broken = pick.value > limit
         regret = 1 - rate(pick, pick.value) / rate(best, best.value)
         chosen.append(Pick(pick is best, regret, broken))
     return chosen
 
 
-def print_picks(console: Console, judged: list[Judged], band: float, margin: float = 1) -> None:
+def print_picks(console: Console, judged: list[Judged], margin: float = MARGIN) -> None:
     groups = scenarios(judged)
-    rule = f"odds by a band of {band:.2f}" if band > 1 else f"margin {margin:g}"
-    table = Table(title=f"best (TP, batch) under a TPOT limit, {rule}", title_justify="left")
+    table = Table(title=f"best (TP, batch) under a TPOT limit, margin {margin:g}", title_justify="left")
     for name in ("limit ms", "scenarios", "exact", "limit broken", "mean regret of the others %"):
         table.add_column(name, justify="right")
     for limit in LIMITS_MS:
-        made = picks(groups, limit, band, margin)
+        made = picks(groups, limit, margin)
         if made:
             kept = [pick.regret for pick in made if not pick.broken]
             regret = 100 * sum(kept) / max(len(kept), 1)

@@ -172,7 +172,9 @@ def test_an_all_reduce_for_attention_and_one_for_the_mlp() -> None:
 def test_a_step_takes_no_less_than_the_host_takes_to_launch_it() -> None:
     """Two products: half a dense layer's kernels, 10 times. The device is busy for 10 · 8 µs and 100 µs."""
     engine = replace(ENGINE, layer=20e-6, layer_eager=1000e-6)
-    graph, eager = (time(stage(Layer(None, MATRICES), 10), StepBatch(1, 0, graph=one), engine) for one in (True, False))
+    graph, eager = (
+        time(stage(Layer(None, MATRICES), 10), StepBatch(1, 0, graph=one), engine) for one in (True, False)
+    )
     assert graph.launches == pytest.approx(100e-6)
     assert eager.total == pytest.approx(5000e-6)
     assert eager.linear == graph.linear

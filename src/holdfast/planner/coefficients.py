@@ -74,7 +74,8 @@ class Engine:
     memory: str
     """How it takes memory, of `engines.ENGINES`."""
     graph_rows: int
-    """Requests at most whose step is replayed from a graph: what engines capture unless told otherwise."""
+    """Requests at most whose step is replayed from a graph, where nothing else is said: vLLM's largest
+    cudagraph_capture_sizes, SGLang's --cuda-graph-max-bs. Known, not fitted."""
     chunk: int
     """Tokens of a step at most."""
     most_running: float
@@ -103,7 +104,17 @@ def parse_coefficients(tables: Mapping[str, Mapping]) -> Coefficients:  # type: 
     """From the tables of the file; times there are in µs. Raises KeyError or TypeError where a name is wrong."""
     efficiency = dict(tables["efficiency"])
     matmul = {bits: efficiency.pop(f"matmul_{bits}bit") for bits in (16, 8, 4)}
-    seconds = {"layer", "layer_eager", "step", "row", "first_token", "front_request", "front_token", "front_prompt", "host_row"}
+    seconds = {
+        "layer",
+        "layer_eager",
+        "step",
+        "row",
+        "first_token",
+        "front_request",
+        "front_token",
+        "front_prompt",
+        "host_row",
+    }
     engines = {
         name: Engine(name=name, **{key: value * 1e-6 if key in seconds else value for key, value in entry.items()})
         for name, entry in tables["engine"].items()

@@ -10,8 +10,8 @@ cycle: each request decodes for `output` steps, while every other one passes thr
   more than one step where it is longer than the engine's chunk.
 - Only so many run at once as the KV cache has room for (n); the others wait in line, by Little's law a full request's
   time for each place they are behind.
-- A measurement begins with a burst: all clients ask at once, and such a request waits for half of the others' prompts.
-  Engines that run prompts before all else, in steps of their own, keep those together that came together: bursts return.
+- A measurement begins with a burst: all clients ask at once, and such a request waits for half of the others'
+  prompts. Engines that run prompts before all else keep those together that came together: their bursts return.
 - Where one process stands in front of the engine, it can be what limits: then requests wait for it.
 """
 
@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 
 from holdfast.planner.coefficients import Coefficients, Engine
 from holdfast.planner.timing import Stage, StepBatch, StepTime, rounded_max, step_time
-
 
 FRONT_SHARPNESS = 8
 """How suddenly the process in front is what limits: the power of the norm that stands for max()."""
@@ -137,7 +136,11 @@ def serve(replica: Replica, workload: Workload) -> Served:
     burst = engine.burst * (running - 1) / 2 * shared
     ttft = engine.first_token + through + (chunks + 0.5) * step + burst
     total = ttft + tpot * output
-    queue = total * (workload.concurrency / running - 1) * replica.known.load["queue"] if workload.concurrency > running else 0.0
+    queue = (
+        total * (workload.concurrency / running - 1) * replica.known.load["queue"]
+        if workload.concurrency > running
+        else 0.0
+    )
     busy = workload.concurrency * in_front(engine, workload)
     front = rounded_max(total + queue, busy, FRONT_SHARPNESS) - total - queue
     # Tokens sent in batches: the first comes with the last of its batch, and there are fewer gaps after it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate
+from holdfast.planner.estimate import MARGIN, Estimate, Question, StageMemory, estimate
 from holdfast.planner.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
 from holdfast.planner.search import ALIKE, Found, alike
 from holdfast.planner.show.alternatives import most_requests
@@ -35,6 +35,8 @@ def why(found: Found, other: Estimate) -> str:
         return _breaks_limits(question, other)
     if best.served is None or best.misses:
         return ""
+    if other.tight and not best.tight:
+        return f"it keeps its limits with less than {MARGIN - 1:.0%} to spare, which predictions may be off by"
     if alike(question.goal, other, best):
         return _as_good(question, best, other)
     if question.goal.objective == "memory":

@@ -27,7 +27,6 @@ from holdfast.planner.timing import (
 )
 from holdfast.planner.timing import flops_of as flops_reached
 
-
 NOTHING = 1e-9
 """Seconds that are not worth a line."""
 
