@@ -33,7 +33,8 @@ OF_ENGINE = {
     "megatron": ("matmul", "layer", "layer_eager"),
     "layerwise": ("matmul", "group_reads", "layer", "layer_eager"),
 }
-KNOWN = frozenset({"first_token", "matmul_blackwell"})
+PULLS = {"first_token": 0.4, "matmul_blackwell": 0.4}
+SHORT, PULL_SHORT = ("sglang", "first_token"), 2.0
 """Of an engine, what cannot be far from where it began; else a short series is explained by it."""
 PULL_SHARE, PULL = 0.4, 0.05
 """Standard deviations of the logarithm: 1 / pull · the scale of an error."""
@@ -74,7 +75,8 @@ def names(tables: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
         yield ("load", load), PULL
     for engine, parts in OF_ENGINE.items():
         for part in parts:
-            yield ("engine", engine, part), PULL_SHARE if part in KNOWN else PULL
+            pull = PULL_SHORT if (engine, part) == SHORT else PULLS.get(part, PULL)
+            yield ("engine", engine, part), pull
     for index, run in enumerate(tables["run"]):
         if "cached" in run:
             yield ("run", str(index), "cached"), PULL

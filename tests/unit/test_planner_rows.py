@@ -342,7 +342,7 @@ def test_more_requests_and_longer_prompts_do_not_make_it_faster(gpu: str, engine
     # Short ones take as long as the host takes to launch a step.
     by_input = [value(**some, metric="ttft", input_len=tokens) for tokens in (16, 64, 256, 1024, 4096, 16384)]
     assert all(longer >= shorter * 0.999 for shorter, longer in itertools.pairwise(by_input))
-    assert by_input[-1] > 2 * by_input[0]
+    assert by_input[-1] > 1.2 * by_input[0]
 
 
 @pytest.mark.parametrize("model", MODELS)
