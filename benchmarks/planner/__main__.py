@@ -79,9 +79,9 @@ def report_serving(console: Console, rows: list[dict[str, str]], chosen: argpars
     )
     print_errors(console, "by source and device", group_errors(judged, by_device=True), ("kind", "source", "gpu"))
     print_worst(console, judged)
-    for margin in (1.0, 1.05):
+    for margin in (1.0, 1.03, 1.05, 1.1):
         print_picks(console, judged, margin)
-    print_picks(console, judge(usable, known)[0], 1.0)
+    print_picks(console, judge(usable, known)[0])
     console.print(f"{sum(refused.values())} rows that cannot be predicted:")
     for reason, count in sorted(refused.items(), key=lambda item: -item[1])[:12]:
         console.print(f"  {count:4} {reason}")

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.planner.coefficients import Coefficients
+from holdfast.planner.estimate import MARGIN
 from holdfast.planner.rows.predict import predict
 
 LIMITS_MS = (10, 15, 20, 30, 50)
@@ -125,9 +126,10 @@ def scenarios(judged: Iterable[Judged]) -> dict[tuple[str, ...], list[Judged]]:
     return {key: group for key, group in groups.items() if len(group) >= 3}
 
 
-def picks(groups: Mapping[tuple[str, ...], list[Judged]], limit: float, margin: float) -> list[Pick]:
-    """For each scenario that has a measured answer: the row of the highest predicted tokens per second and device
-    among those whose predicted TPOT, times `margin`, is within `limit` (ms), against the truth."""
+def picks(groups: Mapping[tuple[str, ...], list[Judged]], limit: float, margin: float = MARGIN) -> list[Pick]:
+    """For each scenario that has a measured answer, what `holdfast plan` chooses against the truth: of the rows whose
+    predicted TPOT, times `margin`, is within `limit` (ms) the one of the highest predicted tokens per second and
+    device; the quickest where none is."""
 
     def rate(one: Judged, tpot: float) -> float:
         return float(one.row["batch"]) / tpot / int(one.row["n_gpus"] or 1)
@@ -139,17 +141,17 @@ def picks(groups: Mapping[tuple[str, ...], list[Judged]], limit: float, margin: 
             continue
         best = max(possible, key=lambda one: rate(one, one.value))
         allowed = [one for one in group if one.predicted * margin <= limit]
-        if not allowed:
-            chosen.append(Pick(exact=False, regret=1, broken=False))
-            continue
-        pick = max(allowed, key=lambda one: rate(one, one.predicted))
+        if allowed:
+            pick = max(allowed, key=lambda one: rate(one, one.predicted))
+        else:
+            pick = min(group, key=lambda one: one.predicted)
         broken = pick.value > limit
         regret = 1 - rate(pick, pick.value) / rate(best, best.value)
         chosen.append(Pick(pick is best, regret, broken))
     return chosen
 
 
-def print_picks(console: Console, judged: list[Judged], margin: float) -> None:
+def print_picks(console: Console, judged: list[Judged], margin: float = MARGIN) -> None:
     groups = scenarios(judged)
     table = Table(title=f"best (TP, batch) under a TPOT limit, margin {margin:g}", title_justify="left")
     for name in ("limit ms", "scenarios", "exact", "limit broken", "mean regret of the others %"):

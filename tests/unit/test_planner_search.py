@@ -16,7 +16,7 @@ from holdfast.planner import mixed
 from holdfast.planner.candidates import Candidate, balanced, device_groups
 from holdfast.planner.coefficients import coefficients
 from holdfast.planner.communication import path_of, wire_bytes
-from holdfast.planner.estimate import Question, estimate, rank_key, worth
+from holdfast.planner.estimate import MARGIN, Question, estimate, rank_key, worth
 from holdfast.planner.goal import Goal
 from holdfast.planner.search import candidates, search
 from holdfast.planner.shapes.load import load_shape
@@ -83,6 +83,29 @@ def test_more_room_and_more_devices_are_never_worse() -> None:
     assert best("8xA100-80GB") < best("8xH100") < best("8xH200")
 
 
+def test_limits_are_kept_with_a_margin_where_that_can_be() -> None:
+    """As many requests as leave the margin, not as many as are just possible; less where nothing else is left."""
+    best = search(LLAMA_70B, cluster_of("8xH100"), Goal(tpot=0.03)).best
+    assert best.served is not None
+    assert not best.tight
+    assert 0.9 < best.served.tpot * MARGIN / 0.03 <= 1
+    alone = search(LLAMA_70B, cluster_of("8xH100"), Goal(objective="latency", concurrency=1)).best.served
+    assert alone is not None
+    narrow = search(LLAMA_70B, cluster_of("8xH100"), Goal(tpot=alone.tpot * 1.01, concurrency=1))
+    assert narrow.best.tight
+    assert not narrow.best.misses
+    assert narrow.best.served.tpot <= alone.tpot * 1.01  # type: ignore[union-attr]
+    other = next(some for some in narrow.ranking if some.misses)
+    assert rank_key(narrow.question.goal, narrow.best) < rank_key(narrow.question.goal, other)
+
+
+def test_why_says_when_a_plan_keeps_its_limits_too_narrowly() -> None:
+    found = search(LLAMA_70B, cluster_of("8xH100"), Goal(concurrency=64))
+    second = next(some for some in found.ranking[1:] if some.served is not None)
+    narrow = replace(second, tight=True)
+    assert "less than 5% to spare" in why(found, narrow)
+
+
 def test_a_slow_link_inside_a_group_costs_what_it_should() -> None:
     """Many requests on eight PCIe devices over two sockets: all-reduces of their prompts take longer than anything
     else, so stages are cut by layers."""
@@ -97,7 +120,7 @@ def test_a_slow_link_inside_a_group_costs_what_it_should() -> None:
 @pytest.mark.parametrize(
     ("gpus", "model", "goal"),
     [
-        ("4xA100-40GB-SXM,4xA100-80GB-SXM", "Llama-3.1-70B", Goal()),
+        ("4xA100-40GB-SXM,4xA100-80GB-SXM", "Llama-3.1-70B", Goal(input_len=4096, output_len=512)),
         ("2xH100,4xL40S", "Llama-3.1-70B", Goal()),
         ("RTX 5090,RTX 3090 Ti", "Qwen3-32B", Goal(weight_bits=8)),
     ],

@@ -38,7 +38,7 @@ def loads(kv_tokens: float = math.inf, engine: str = "vllm") -> list[Served]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_client_waits_for_its_prompt_and_its_steps_alone(engine: str) -> None:
     """TTFT = first_token + prompt + 1.5 steps; TPOT = a step; nobody else is there to wait for."""
-    some = replica(engine, front_request=0, front_token=0)
+    some = replica(engine, front_request=0, front_token=0, front_prompt=0)
     served = serve(some, Workload(1000, 200, 1))
     through, _ = some.prompt(Workload(1000, 200, 1), 1)
     assert served.tpot == pytest.approx(served.step)
@@ -88,6 +88,20 @@ def test_throughput_is_bounded_by_what_runs_at_once() -> None:
             serve(replica(kv_tokens=11_200, waiting=waiting), Workload(1000, 200, some)) for some in (10, 100)
         )
         assert many.throughput == pytest.approx(few.throughput, rel=0.02)
+
+
+def test_the_process_in_front_limits_requests_by_their_tokens() -> None:
+    """1000 · 100 µs + 200 · 500 µs + 50 ms a request: four a second, however quick the engine."""
+    slow = replica(front_request=0.05, front_prompt=100e-6, front_token=500e-6)
+    served = serve(slow, Workload(1000, 200, 256))
+    assert served.throughput == pytest.approx(4 * 200, rel=0.02)
+    assert served.front > 10 * served.tpot
+
+
+def test_a_burst_waits_for_half_of_its_prompts() -> None:
+    calm, burst = (serve(replica(burst=share), Workload(1000, 200, 33)) for share in (0, 1))
+    assert burst.burst == pytest.approx(16 * burst.prompt)
+    assert burst.ttft == pytest.approx(calm.ttft + burst.burst)
 
 
 def test_a_prompt_that_is_cached_is_no_work() -> None:

@@ -32,7 +32,7 @@ DEVICE = replace(
 )
 """1 TB/s, 100 TFLOP/s: at 2 bytes a weight, as long to read as to multiply with 100 rows."""
 EFFICIENCY = Efficiency(
-    memory=1, kv=1, matmul={16: 1, 8: 1, 4: 1}, attention=1, passes=0, sharpness=1000, all_reduce=1
+    memory=1, memory_4bit=0.5, kv=1, matmul={16: 1, 8: 1, 4: 1}, attention=1, passes=0, sharpness=1000, all_reduce=1
 )
 """All limits are reached; the corner of the roofline is sharp."""
 ENGINE = replace(
@@ -162,21 +162,62 @@ def test_an_all_reduce_for_attention_and_one_for_the_mlp() -> None:
     """10 layers, rows · 1000 · 2 bytes, of which a rank of four sends 1.5 times: 20 · (10 µs + 16 · 3000 / 1e9)."""
     path = Path(10e-6, 1e9, 1, 1e9)
     out = Matrix("attention output", 800, 1000, "row")
-    step = time(stage(Layer(MHA, (out, *MATRICES)), 10, tp=4, graph_path=path), StepBatch(16, 0))
+    step = time(stage(Layer(MHA, (out, *MATRICES)), 10, tp=4, path=path), StepBatch(16, 0))
     assert step.communication == pytest.approx(20 * (10e-6 + 16 * 3000 / 1e9))
-    alone = time(stage(Layer(None, MATRICES), 10, tp=4, graph_path=path), StepBatch(16, 0))
+    alone = time(stage(Layer(None, MATRICES), 10, tp=4, path=path), StepBatch(16, 0))
     assert alone.communication == pytest.approx(step.communication / 2)
     assert time(stage(Layer(None, MATRICES), 10), StepBatch(16, 0)).communication == 0
 
 
-def test_steps_with_prompts_take_the_eager_path_and_the_eager_launches() -> None:
-    eager = Path(50e-6, 1e9, 1, 1e9)
-    some = stage(Layer(None, MATRICES), 10, tp=2, graph_path=Path(10e-6, 1e9, 1, 1e9), eager_path=eager)
-    engine = replace(ENGINE, layer=20e-6, layer_eager=100e-6)
-    graph, prompt = (time(some, StepBatch(1, 0, graph=graph), engine) for graph in (True, False))
-    assert prompt.communication - graph.communication == pytest.approx(10 * 40e-6)
-    # Two products: half a dense layer's kernels.
-    assert (graph.launches, prompt.launches) == pytest.approx((100e-6, 500e-6))
+def test_a_step_takes_no_less_than_the_host_takes_to_launch_it() -> None:
+    """Two products: half a dense layer's kernels, 10 times. The device is busy for 10 · 8 µs and 100 µs."""
+    engine = replace(ENGINE, layer=20e-6, layer_eager=1000e-6)
+    graph, eager = (
+        time(stage(Layer(None, MATRICES), 10), StepBatch(1, 0, graph=one), engine) for one in (True, False)
+    )
+    assert graph.launches == pytest.approx(100e-6)
+    assert eager.total == pytest.approx(5000e-6)
+    assert eager.linear == graph.linear
+    quick = time(stage(Layer(None, MATRICES), 10), StepBatch(1, 0, graph=False), replace(engine, layer_eager=1e-6))
+    assert quick.total == pytest.approx(graph.total)
+
+
+def test_more_requests_than_graphs_were_captured_for_are_launched_one_by_one() -> None:
+    engine = replace(ENGINE, layer_eager=1000e-6, graph_rows=8)
+    most, more = (time(stage(Layer(None, MATRICES), 10), StepBatch(rows, 0), engine) for rows in (8, 9))
+    assert most.launches == 0
+    assert more.total == pytest.approx(5000e-6)
+
+
+def test_the_host_keeps_account_of_requests_while_the_device_works() -> None:
+    engine = replace(ENGINE, host_row=100e-6)
+    assert time(stage(Layer(None, MATRICES)), StepBatch(32, 0), engine).total == pytest.approx(3200e-6)
+    slow = stage(Layer(None, MATRICES), 10_000)
+    assert time(slow, StepBatch(32, 0), engine).total == pytest.approx(time(slow, StepBatch(32, 0)).total)
+
+
+def test_four_bit_weights_that_are_multiplied_as_such_are_read_more_slowly() -> None:
+    native = replace(DEVICE, flops=MappingProxyType({**DEVICE.flops, "fp4": 400e12}))
+    widened, as_such = (
+        time(stage(Layer(None, MATRICES), device=some, weight_bits=4.5), StepBatch(1, 0)).linear_memory
+        for some in (DEVICE, native)
+    )
+    assert as_such == pytest.approx(2 * widened)
+
+
+def test_keys_that_query_heads_share_are_read_again_by_engines_that_do_so() -> None:
+    grouped = Layer(Attention("softmax", num_heads=8, num_kv_heads=2, head_dim=100, value_dim=100), MATRICES)
+    once, thrice, most = (
+        time(stage(grouped), StepBatch(4, 500), replace(ENGINE, group_reads=times)).attention for times in (1, 3, 100)
+    )
+    assert (thrice, most) == pytest.approx((3 * once, 4 * once))
+
+
+def test_kernels_of_an_engine_may_reach_less_on_blackwell() -> None:
+    engine = replace(ENGINE, matmul_blackwell=0.5)
+    new = replace(DEVICE, capability="10.0")
+    here, there = (time(stage(Layer(None, MATRICES), device=some), StepBatch(8, 0), engine) for some in (DEVICE, new))
+    assert there.linear_compute == pytest.approx(2 * here.linear_compute)
 
 
 def test_the_engine_costs_its_step_and_its_rows() -> None:

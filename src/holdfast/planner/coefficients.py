@@ -19,6 +19,8 @@ class Efficiency:
 
     memory: float
     """Of the memory bandwidth, streaming weights."""
+    memory_4bit: float
+    """The same of 4-bit weights that are multiplied as such."""
     kv: float
     """The same, gathering the blocks of the KV cache."""
     matmul: Mapping[int, float]
@@ -41,6 +43,10 @@ class Engine:
     software: Software
     matmul: float
     """Of the FLOP/s that `Efficiency.matmul` says, what its kernels reach."""
+    matmul_blackwell: float
+    """The same on Blackwell, for which kernels were not as ripe when they were measured."""
+    group_reads: float
+    """How often keys and values are read that several query heads share, at most once for each."""
     layer: float
     """Seconds a layer takes at least, replayed from a graph."""
     layer_eager: float
@@ -49,18 +55,27 @@ class Engine:
     """Seconds per step."""
     row: float
     """Seconds per step and request."""
+    host_row: float
+    """The same that the host spends, handing out tokens, while the device is at work: a step takes no less."""
     mixing: float
     """Share of a prompt's time by which it delays the requests that decode meanwhile."""
+    burst: float
+    """Share of requests that come at the same time as all others, and wait for half of the others' prompts."""
     first_token: float
     """Seconds of every request before its prompt is scheduled and after its first token."""
     front_request: float
     """Seconds that the one process in front spends on a request,"""
     front_token: float
-    """and on each of its tokens."""
+    """and on each of its tokens,"""
+    front_prompt: float
+    """and on each token of its prompt."""
     reserve: float
     """Share of a request's output that must fit before it is admitted: 1 where it is never preempted."""
     memory: str
     """How it takes memory, of `engines.ENGINES`."""
+    graph_rows: int
+    """Requests at most whose step is replayed from a graph, where nothing else is said: vLLM's largest
+    cudagraph_capture_sizes, SGLang's --cuda-graph-max-bs. Known, not fitted."""
     chunk: int
     """Tokens of a step at most."""
     most_running: float
@@ -89,7 +104,17 @@ def parse_coefficients(tables: Mapping[str, Mapping]) -> Coefficients:  # type: 
     """From the tables of the file; times there are in µs. Raises KeyError or TypeError where a name is wrong."""
     efficiency = dict(tables["efficiency"])
     matmul = {bits: efficiency.pop(f"matmul_{bits}bit") for bits in (16, 8, 4)}
-    seconds = {"layer", "layer_eager", "step", "row", "first_token", "front_request", "front_token"}
+    seconds = {
+        "layer",
+        "layer_eager",
+        "step",
+        "row",
+        "first_token",
+        "front_request",
+        "front_token",
+        "front_prompt",
+        "host_row",
+    }
     engines = {
         name: Engine(name=name, **{key: value * 1e-6 if key in seconds else value for key, value in entry.items()})
         for name, entry in tables["engine"].items()

@@ -158,7 +158,7 @@ def _drawn(software: Software, link: Link, ranks: int, operation: Operation) -> 
     # Whatever the algorithm, the link is crossed once at least.
     low = start.launch + (start.hop + link.latency) * max(hops(operation, ranks) / 2, 1)
     # Devices on PCIe share what leads to the others: a ring of four has half the rate of a pair, of eight a quarter.
-    rate = link.bandwidth if own_links else link.bandwidth * 2 / max(ranks, 2)
+    rate = link.bandwidth * 2 / max(ranks, 2) if link.kind == "pcie" else link.bandwidth
     return Path(low, rate * start.rate_low, low + start.wait_high, rate * start.rate_high, link.name)
 
 

@@ -37,7 +37,9 @@ class WhatConfig:
     kv_cache_dtype: Literal["auto", "bfloat16", "float32", "fp8", "int8", "int4"] = option(
         "auto", "Type of cached keys and values. auto: bfloat16. Holdfast itself serves auto only, so far."
     )
-    engine: Literal["vllm", "trtllm"] = option("vllm", "Whose measured overheads the times are reckoned with.")
+    engine: Literal["vllm", "trtllm", "sglang"] = option(
+        "vllm", "Whose measured overheads the times are reckoned with."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

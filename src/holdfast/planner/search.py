@@ -140,9 +140,9 @@ def _with_spares(question: Question, judged: Sequence[Estimate]) -> list[Estimat
 def _simplest(goal: Goal, ranking: Sequence[Estimate]) -> Estimate:
     """Of those that are as good as the best, as far as the model can tell."""
     best = ranking[0]
-    if best.served is None or best.misses:
+    if best.served is None or best.tight:
         return best
-    good = [some for some in ranking if some.served is not None and not some.misses and alike(goal, some, best)]
+    good = [some for some in ranking if some.served is not None and not some.tight and alike(goal, some, best)]
     return min(good, key=lambda some: (simplicity(some.candidate), rank_key(goal, some)))
 
 

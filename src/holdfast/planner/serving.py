@@ -10,8 +10,8 @@ cycle: each request decodes for `output` steps, while every other one passes thr
   more than one step where it is longer than the engine's chunk.
 - Only so many run at once as the KV cache has room for (n); the others wait in line, by Little's law a full request's
   time for each place they are behind.
-- A measurement begins with a burst: all clients ask at once, and the first of their `waves` requests waits for half
-  of the others' prompts.
+- A measurement begins with a burst: all clients ask at once, and such a request waits for half of the others'
+  prompts. Engines that run prompts before all else keep those together that came together: their bursts return.
 - Where one process stands in front of the engine, it can be what limits: then requests wait for it.
 """
 
@@ -22,7 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from holdfast.planner.coefficients import Coefficients, Engine
-from holdfast.planner.timing import Stage, StepBatch, StepTime, step_time
+from holdfast.planner.timing import Stage, StepBatch, StepTime, rounded_max, step_time
+
+FRONT_SHARPNESS = 8
+"""How suddenly the process in front is what limits: the power of the norm that stands for max()."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ class Replica:
 
 def serve(replica: Replica, workload: Workload) -> Served:
     """The steady state of `workload` on a replica."""
-    engine, load, output = replica.engine, replica.known.load, workload.output_len
+    engine, output = replica.engine, workload.output_len
     room = replica.kv_tokens / (workload.input_len + engine.reserve * output)
     running = max(min(workload.concurrency - workload.slots_lost, room, engine.most_running), 1)
     decode = replica.decode(workload, running)
@@ -130,12 +133,16 @@ def serve(replica: Replica, workload: Workload) -> Served:
     wait = (running - 1) * shared * engine.mixing / gaps
     tpot = step + wait
     chunks = math.ceil(workload.input_len * (1 - workload.cached) / engine.chunk)
-    burst = load["first_wave"] * (running - 1) / 2 * shared
+    burst = engine.burst * (running - 1) / 2 * shared
     ttft = engine.first_token + through + (chunks + 0.5) * step + burst
     total = ttft + tpot * output
-    queue = total * (workload.concurrency / running - 1) * load["queue"] if workload.concurrency > running else 0.0
-    busy = workload.concurrency * (engine.front_request + engine.front_token * output)
-    front = ((total + queue) ** 8 + busy**8) ** (1 / 8) - total - queue
+    queue = (
+        total * (workload.concurrency / running - 1) * replica.known.load["queue"]
+        if workload.concurrency > running
+        else 0.0
+    )
+    busy = workload.concurrency * in_front(engine, workload)
+    front = rounded_max(total + queue, busy, FRONT_SHARPNESS) - total - queue
     # Tokens sent in batches: the first comes with the last of its batch, and there are fewer gaps after it.
     held = (min(workload.stream_interval, output) - 1) * tpot
     ttft += queue + front + held
@@ -144,6 +151,12 @@ def serve(replica: Replica, workload: Workload) -> Served:
     # Little's law, of all clients and of those that run: what is fitted of the wait must not make these faster.
     throughput = output * min(workload.concurrency / cycle, running / (cycle - queue - front))
     return Served(ttft, tpot, throughput, running, decode, slowest, wait, queue, front, burst)
+
+
+def in_front(engine: Engine, workload: Workload) -> float:
+    """Seconds that the process in front works on a request."""
+    tokens = engine.front_prompt * workload.input_len + engine.front_token * workload.output_len
+    return engine.front_request + tokens
 
 
 def step_of(stages: Sequence[float], running: float) -> float:

@@ -3,12 +3,11 @@ engines reach.
 
 A roofline (Williams et al., CACM 2009) per kind of work, summed over the layers:
 
-    linear       max(weight bytes / memory, 2 · weights · rows / FLOP/s)        the corner rounded (`sharpness`: with
-                 1, which is what fits the measurements best, the two add up)
+    linear       max(weight bytes / memory, 2 · weights · rows / FLOP/s)        the corner rounded (`sharpness`)
     attention    KV bytes / memory when decoding; 4 · heads · head dim · tokens · context / FLOP/s of a prompt
     activations  what norms, rotations and activations read and write again
     communication  an all-reduce after a layer's attention and one after its MLP (`communication`)
-    launches     what a layer costs however little it does
+    launches     what a layer costs however little it does; and what a step waits for the host that launches it
     head, engine   logits of the rows that sample; the scheduler, the sampler, the input of each step
 
 All sizes are of one rank. All that is fitted is in `coefficients.toml`; the rest is the model and the datasheet.
@@ -23,13 +22,19 @@ from types import MappingProxyType
 from holdfast.hardware.catalogue import Device
 from holdfast.planner.all_to_all import all_to_all_seconds
 from holdfast.planner.coefficients import Efficiency, Engine
-from holdfast.planner.communication import Fabric, Path, Software, imbalance, path_of, wire_bytes
+from holdfast.planner.communication import Fabric, Path, imbalance, path_of, wire_bytes
 from holdfast.planner.shapes.shape import Layer, Matrix, ModelShape
 
 SCALES = 1.06
 """Of 4-bit weights with an 8-bit scale for every 32 (MXFP4): 4.25 bits. NVFP4 and most integer formats take some more
 (`shapes.quantization` has each, for checkpoints that say theirs)."""
 
+
+HOST_SHARPNESS = 8
+"""How suddenly a step takes as long as the host works on it: the power of the norm that stands for max()."""
+
+BLACKWELL = ("10.", "12.")
+"""Compute capabilities."""
 
 LOGIT_PASSES = 4
 """How often the sampler reads or writes the logits: cast, temperature, softmax, choice."""
@@ -56,10 +61,8 @@ class Stage:
     weight_bits: float
     expert_bits: float
     kv_bits: float
-    graph_path: Path | None = None
-    """For the all-reduces of a step from a graph; None: one rank."""
-    eager_path: Path | None = None
-    """The same of a step that is launched kernel by kernel."""
+    path: Path | None = None
+    """For the all-reduces; None: one rank."""
     next_path: Path | None = None
     """To the stage that follows; None: it is the last."""
     gather_path: Path | None = None
@@ -136,10 +139,7 @@ def stage_of(
     last: bool = True,
 ) -> Stage:
     """A stage with its paths looked up. `weight_bits` None: as the checkpoint has them; it holds for experts too."""
-    paths: list[Path | None] = [None, None]
-    if tensor_parallel > 1:
-        eager: Software = "vllm-eager" if engine.software == "vllm" else engine.software
-        paths = [path_of(name, fabric, nodes, tensor_parallel, "all_reduce") for name in (engine.software, eager)]
+    path = path_of(engine.software, fabric, nodes, tensor_parallel, "all_reduce") if tensor_parallel > 1 else None
     plain = shape.weight_bits if weight_bits is None else weight_bits
     expert = shape.expert_bits if weight_bits is None else weight_bits
     return Stage(
@@ -155,8 +155,7 @@ def stage_of(
         next_path=next_path,
         gather_path=gather_path,
         gathered=gathered,
-        graph_path=paths[0],
-        eager_path=paths[1],
+        path=path,
     )
 
 
@@ -164,29 +163,28 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
     """How long `stage` takes for `batch`."""
     tp, device, rows = stage.tensor_parallel, stage.device, batch.rows
     memory = device.memory_bandwidth
-    plain_flops = flops_of(device, stage.weight_bits, efficiency) * engine.matmul
+    plain_flops = flops_of(device, stage.weight_bits, efficiency) * reached(engine, device)
     linear = linear_memory = linear_compute = attention = activations = 0.0
     reduced, launched = 0, 0.0
     for layer, count in stage.kinds:
         reduced += count * all_reduces(layer)
-        launched += count * launches(layer)
+        launched += count * kernels(layer)
         weights, macs = plain_work(layer, tp, rows)
-        side_memory = weights * stored_bits(stage.weight_bits) / 8 / (memory * efficiency.memory)
+        side_memory = weights * stored_bits(stage.weight_bits) / 8 / read_rate(device, stage.weight_bits, efficiency)
         side_compute = 2 * macs / plain_flops
         if layer.experts is not None:
             expert_memory, expert_compute = expert_work(stage, layer, rows, efficiency)
             side_memory += expert_memory
-            side_compute += expert_compute / engine.matmul
+            side_compute += expert_compute / reached(engine, device)
         linear += count * rounded_max(side_memory, side_compute, efficiency.sharpness)
         linear_memory += count * side_memory
         linear_compute += count * side_compute
-        attention += count * _attention(stage, layer, batch, efficiency)
+        attention += count * _attention(stage, layer, batch, engine, efficiency)
         activations += count * rows * 2 * efficiency.passes * activation_numbers(layer, stage.hidden, tp) / memory
-    path = stage.graph_path if batch.graph else stage.eager_path
     communication = 0.0
-    if path is not None:
+    if stage.path is not None:
         sent = wire_bytes("all_reduce", tp, rows * stage.hidden * 2)
-        communication = reduced * efficiency.all_reduce * path.time(sent)
+        communication = reduced * efficiency.all_reduce * stage.path.time(sent)
     if stage.gather_path is not None:
         communication += stage.gather_path.time(stage.gathered)
     if stage.dispatch_path is not None:
@@ -195,7 +193,6 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         )
     if stage.next_path is not None:
         communication += stage.next_path.time(rows * stage.hidden * 2)
-    layer_time = engine.layer if batch.graph else max(engine.layer, engine.layer_eager)
     head = 0.0
     if stage.head is not None:
         # Every row that decodes samples, and of a prompt the last one; the logits are fp32.
@@ -203,17 +200,30 @@ def step_time(stage: Stage, batch: StepBatch, engine: Engine, efficiency: Effici
         read = stage.head.params * 2 / tp / (memory * efficiency.memory)
         head = rounded_max(read, read * sampled / rows_at_corner(device, efficiency), efficiency.sharpness)
         head += sampled * stage.head.outputs * 4 * LOGIT_PASSES / tp / memory
+    launches = engine.layer * launched
+    busy = linear + attention + activations + communication + head + launches
+    if host := host_time(stage, batch, engine):
+        launches += rounded_max(busy, host, HOST_SHARPNESS) - busy
     return StepTime(
         linear,
         attention,
         activations,
         communication,
-        layer_time * launched,
+        launches,
         head,
         engine.step + engine.row * batch.decodes,
         linear_memory,
         linear_compute,
     )
+
+
+def host_time(stage: Stage, batch: StepBatch, engine: Engine) -> float:
+    """Seconds that the host works on a step while the device does: it launches kernel after kernel, unless a graph
+    does, and keeps account of requests where the engine lets that overlap. No step takes less."""
+    seconds = engine.host_row * batch.decodes
+    if not batch.graph or batch.decodes > engine.graph_rows:
+        seconds += engine.layer_eager * sum(count * kernels(layer) for layer, count in stage.kinds)
+    return seconds
 
 
 def rows_at_corner(device: Device, efficiency: Efficiency) -> float:
@@ -231,6 +241,17 @@ def flops_of(device: Device, weight_bits: float, efficiency: Efficiency) -> floa
             if rates:
                 return max(rates) * power_limit(device) * efficiency.matmul[bits]
     return device.flops["fp32"] * efficiency.matmul[16]
+
+
+def reached(engine: Engine, device: Device) -> float:
+    """Of what kernels reach, what those of an engine do: less on devices that were new when it was measured."""
+    return engine.matmul * (engine.matmul_blackwell if device.capability.startswith(BLACKWELL) else 1)
+
+
+def read_rate(device: Device, weight_bits: float, efficiency: Efficiency) -> float:
+    """Bytes of weights per second: less where they are multiplied in 4 bits as they are, in tiles for many rows."""
+    native = weight_bits <= 4.8 and "fp4" in device.flops
+    return device.memory_bandwidth * (efficiency.memory_4bit if native else efficiency.memory)
 
 
 def power_limit(device: Device) -> float:
@@ -279,10 +300,10 @@ def expert_work(stage: Stage, layer: Layer, rows: float, efficiency: Efficiency)
     read = min(touched * busiest, experts.num_experts) * each * stored_bits(stage.expert_bits) / 8
     macs = routed * each * busiest
     flops = flops_of(stage.device, stage.expert_bits, efficiency)
-    return read / (stage.device.memory_bandwidth * efficiency.memory), 2 * macs / flops
+    return read / read_rate(stage.device, stage.expert_bits, efficiency), 2 * macs / flops
 
 
-def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficiency) -> float:
+def _attention(stage: Stage, layer: Layer, batch: StepBatch, engine: Engine, efficiency: Efficiency) -> float:
     attention = layer.attention
     if attention is None:
         return 0.0
@@ -293,6 +314,8 @@ def _attention(stage: Stage, layer: Layer, batch: StepBatch, efficiency: Efficie
     seconds = 0.0
     if batch.decodes:
         numbers = attention.numbers_read(round(batch.context)) / cut
+        if attention.kind != "latent":
+            numbers *= min(attention.num_heads / heads, engine.group_reads)
         seconds += batch.decodes * numbers * stage.kv_bits / 8 / (device.memory_bandwidth * efficiency.kv)
     if batch.prompt_tokens and attention.kind != "linear":
         seen = attention.tokens_read(batch.prompt_context)
@@ -310,7 +333,7 @@ def all_reduces(layer: Layer) -> int:
     return mixes + others
 
 
-def launches(layer: Layer) -> float:
+def kernels(layer: Layer) -> float:
     """Kernels of a layer against those of a dense one, which has four products: routed experts bring their products,
     and the choice, the sorting and the adding up of rows."""
     routed = len(layer.experts.matrices) + 3 if layer.experts else 0

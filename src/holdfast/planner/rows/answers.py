@@ -73,6 +73,8 @@ def _served(asked: ServingRow, known: Coefficients, concurrency: float | None = 
     assert asked.input_len is not None
     assert asked.output_len is not None
     engine = known.engines[asked.engine]
+    if concurrency is not None:
+        engine = replace(engine, host_row=0)  # a benchmark of all that fits: nobody is sent each token as it comes
     run = run_of(asked, known)
     requests = (concurrency or asked.batch or 0) / asked.replicas
     workload = Workload(

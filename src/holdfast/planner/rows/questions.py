@@ -183,7 +183,9 @@ def serving_of(row: Row) -> ServingRow:
     assumed = f"dtype {dtype!r} is not known: weights taken as the checkpoint has them" if dtype else ""
     engine = _engine(f"{source} {row.get('metric') or ''}")
     weights_only = _WEIGHTS_ONLY.search(f"{dtype} {row.get('model')}".lower())
-    small = (bits or shape.weight_bits) <= 8 and engine != "fastertransformer" and not weights_only
+    # The cache is as small as the weights where engines multiply with these; SGLang's has the model's type all the
+    # same (--kv-cache-dtype auto; docs.sglang.ai, server arguments).
+    small = (bits or shape.weight_bits) <= 8 and engine not in ("fastertransformer", "sglang") and not weights_only
     return ServingRow(
         engine=engine,
         source=source,

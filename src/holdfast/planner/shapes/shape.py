@@ -157,6 +157,10 @@ class ModelShape:
     tower_params: int = 0
     """Of encoders of images or sound, and what joins them to the decoder, at 16 bits."""
 
+    def __hash__(self) -> int:
+        """Of what tells models apart, not of every layer: shapes are keys wherever something is reckoned once."""
+        return hash((self.name, self.hidden, self.num_layers, self.weight_bits, self.expert_bits))
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)

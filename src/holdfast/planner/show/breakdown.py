@@ -94,7 +94,7 @@ def _of_stage(question: Question, some: Estimate, index: int, stage: Stage, batc
     tensor, times = stage.tensor_parallel, sum(count * all_reduces(layer) for layer, count in stage.kinds)
     message = batch.rows * stage.hidden * 2
     found = []
-    if path := stage.graph_path if batch.graph else stage.eager_path:
+    if path := stage.path:
         found.append(
             Exchange(
                 index, "all-reduces", "all_reduce", times, tensor, groups[index].slowest_link, path, message,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from holdfast.planner.estimate import Estimate, Question, StageMemory, estimate, rank_key
+from holdfast.planner.estimate import MARGIN, Estimate, Question, StageMemory, estimate, rank_key
 from holdfast.planner.quantities import bytes_per_second, count, of_bytes, of_seconds, percent, requests
 from holdfast.planner.search import ALIKE, Found, alike
 from holdfast.planner.show.alternatives import most_requests
@@ -20,6 +20,7 @@ from holdfast.planner.show.breakdown import (
 )
 from holdfast.planner.show.levers import request_time, what_it_takes
 from holdfast.planner.show.shortfall import does_not_fit
+from holdfast.planner.timing import read_rate
 
 
 def why(found: Found, other: Estimate) -> str:
@@ -44,6 +45,8 @@ def _why(found: Found, other: Estimate) -> str:
         return _breaks_limits(question, other)
     if best.served is None or best.misses:
         return ""
+    if other.tight and not best.tight:
+        return f"it keeps its limits with less than {MARGIN - 1:.0%} to spare, which predictions may be off by"
     if alike(question.goal, other, best):
         return _as_good(question, best, other)
     if question.goal.objective == "memory":
@@ -244,9 +247,9 @@ def _subject(question: Question, some: Estimate, part: Part) -> str:
 def weights_read(question: Question, some: Estimate) -> float:
     """Bytes of weights that one rank of each stage reads in a decoding step, all stages together."""
     assert some.served is not None
-    share = question.known.efficiency.memory
+    efficiency = question.known.efficiency
     stages = replica_of(question, some).stages
     return sum(
-        time.linear_memory * stage.device.memory_bandwidth * share
+        time.linear_memory * read_rate(stage.device, stage.weight_bits, efficiency)
         for time, stage in zip(some.served.decode, stages, strict=True)
     )

@@ -14,11 +14,12 @@ from rich.text import Text
 
 from holdfast.planner.estimate import Estimate, Question, price_per_hour
 from holdfast.planner.search import Found
-from holdfast.planner.serving import Replica, Workload, step_of
+from holdfast.planner.serving import FRONT_SHARPNESS, Replica, Workload, in_front, step_of
 from holdfast.planner.show.breakdown import prompt_parts, replica_of, workload_of
 from holdfast.planner.show.formulas_memory import memory_lines
 from holdfast.planner.show.formulas_step import step_lines
 from holdfast.planner.show.lines import Line, number, seconds_of
+from holdfast.planner.timing import rounded_max
 
 USERS = "What users see"
 
@@ -123,7 +124,7 @@ def _first_token_lines(running: float, prompt: float, workload: Workload, replic
     step = step_of([time.total for time in replica.decode(workload, running)], running)
     through, _ = replica.prompt(workload, running)
     chunks = math.ceil(workload.input_len / engine.chunk)
-    first = load["first_wave"]
+    first = engine.burst
     lines = [
         _plain("the engine", "before a prompt and after its token", engine.first_token),
         _plain("its prompt", "what it adds to a step of each stage", through),
@@ -133,7 +134,7 @@ def _first_token_lines(running: float, prompt: float, workload: Workload, replic
             (chunks + 0.5) * step, seconds_of((chunks + 0.5) * step),
         ),
         Line(
-            USERS, "prompts of the same time", "share of first requests × (requests − 1) / 2 × a prompt",
+            USERS, "prompts of the same time", "share of those that come together × (requests − 1) / 2 × a prompt",
             f"{number(first)} · ({number(running)} − 1) / 2 · {seconds_of(prompt)}",
             first * (running - 1) / 2 * prompt, seconds_of(first * (running - 1) / 2 * prompt),
         ),
@@ -150,8 +151,8 @@ def _first_token_lines(running: float, prompt: float, workload: Workload, replic
                 queue, seconds_of(queue),
             )
         )  # fmt: skip
-    busy = workload.concurrency * (engine.front_request + engine.front_token * workload.output_len)
-    front = ((total + queue) ** 8 + busy**8) ** (1 / 8) - total - queue
+    busy = workload.concurrency * in_front(engine, workload)
+    front = rounded_max(total + queue, busy, FRONT_SHARPNESS) - total - queue
     if front > 1e-6:
         lines.append(_plain("the process in front", "what it is busy longer than a request takes", front))
     return lines

@@ -5,41 +5,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from holdfast.planner.all_to_all import all_to_all
-from holdfast.planner.coefficients import Efficiency
+from holdfast.planner.coefficients import Efficiency, Engine
 from holdfast.planner.communication import Path, imbalance, wire_bytes
 from holdfast.planner.serving import Replica
 from holdfast.planner.shapes.shape import Layer
 from holdfast.planner.show.lines import Line, bytes_of, flops_of, number, rate_of, seconds_of
 from holdfast.planner.timing import (
+    HOST_SHARPNESS,
     LOGIT_PASSES,
     Stage,
     StepBatch,
     activation_numbers,
     all_reduces,
-    launches,
+    host_time,
+    kernels,
     plain_work,
+    reached,
+    read_rate,
     rounded_max,
     rows_at_corner,
     stored_bits,
 )
 from holdfast.planner.timing import flops_of as flops_reached
 
+NOTHING = 1e-9
+"""Seconds that are not worth a line."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What all formulas of a step need. `matmul`: of the FLOP/s, what the engine's kernels reach."""
+    """What all formulas of a step need."""
 
     section: str
     stage: Stage
     batch: StepBatch
     efficiency: Efficiency
-    matmul: float
+    engine: Engine
 
 
 def step_lines(section: str, stage: Stage, batch: StepBatch, replica: Replica) -> list[Line]:
     """What one step of `stage` takes, part by part, and their sum."""
     efficiency, engine = replica.known.efficiency, replica.engine
-    step = _Step(section, stage, batch, efficiency, engine.matmul)
+    step = _Step(section, stage, batch, efficiency, engine)
     lines = []
     for index, (layer, layers) in enumerate(stage.kinds, 1):
         which = f" {index}" if len(stage.kinds) > 1 else ""
@@ -47,17 +54,17 @@ def step_lines(section: str, stage: Stage, batch: StepBatch, replica: Replica) -
         lines += _attention(step, layer, layers, which)
         lines.append(_activations(step, layer, layers, which))
     lines += _communication(section, stage, batch, efficiency)
-    launched = sum(layers * launches(layer) for layer, layers in stage.kinds)
-    each = engine.layer if batch.graph else max(engine.layer, engine.layer_eager)
-    overhead = launched * each
+    launched = sum(layers * kernels(layer) for layer, layers in stage.kinds)
+    overhead = launched * engine.layer
     lines.append(
         Line(
             section, "layer overhead", "layers × their kernels / a dense one's × what that takes at least",
-            f"{number(launched)} · {seconds_of(each)}",
+            f"{number(launched)} · {seconds_of(engine.layer)}",
             overhead, seconds_of(overhead),
         )
     )  # fmt: skip
     lines += _logits(section, stage, batch, efficiency)
+    lines += _host(section, stage, batch, engine, sum(line.value for line in lines if line.name[0] != "·"))
     scheduler = engine.step + engine.row * batch.decodes
     lines.append(
         Line(
@@ -83,18 +90,18 @@ def _products(step: _Step, layer: Layer, layers: int, which: str) -> list[Line]:
     section, stage, batch, efficiency = step.section, step.stage, step.batch, step.efficiency
     weights, macs = plain_work(layer, stage.tensor_parallel, batch.rows)
     each = stored_bits(stage.weight_bits) / 8
-    bandwidth = stage.device.memory_bandwidth
-    reached = flops_reached(stage.device, stage.weight_bits, efficiency) * step.matmul
-    read, multiplied = weights * each / (bandwidth * efficiency.memory), 2 * macs / reached
+    rate = read_rate(stage.device, stage.weight_bits, efficiency)
+    flops = flops_reached(stage.device, stage.weight_bits, efficiency) * reached(step.engine, stage.device)
+    read, multiplied = weights * each / rate, 2 * macs / flops
     found = [
         Line(
-            section, f"· reading a layer{which}", "weights of the rank × bytes / (bandwidth × share)",
-            f"{number(weights)} · {number(each)} B / ({rate_of(bandwidth)} · {number(efficiency.memory)})",
+            section, f"· reading a layer{which}", "weights of the rank × bytes / bandwidth reached",
+            f"{number(weights)} · {number(each)} B / {rate_of(rate)}",
             read, seconds_of(read),
         ),
         Line(
             section, f"· multiplying with it{which}", "2 × weights × rows / FLOP/s reached",
-            f"2 · {number(weights)} · {number(batch.rows)} / {flops_of(reached)}", multiplied, seconds_of(multiplied),
+            f"2 · {number(weights)} · {number(batch.rows)} / {flops_of(flops)}", multiplied, seconds_of(multiplied),
         ),
     ]  # fmt: skip
     if layer.experts is not None:
@@ -127,10 +134,10 @@ def _experts(step: _Step, layer: Layer, which: str) -> list[Line]:
     each = experts.params_each / ranks
     busiest = imbalance(count, stage.expert_parallel, rows * chosen)
     held = min(touched * busiest, count)
-    size, bandwidth = stored_bits(stage.expert_bits) / 8, stage.device.memory_bandwidth
-    reached = flops_reached(stage.device, stage.expert_bits, efficiency) * step.matmul
-    read = held * each * size / (bandwidth * efficiency.memory)
-    multiplied = 2 * rows * chosen * each * busiest / reached
+    size, rate = stored_bits(stage.expert_bits) / 8, read_rate(stage.device, stage.expert_bits, efficiency)
+    flops = flops_reached(stage.device, stage.expert_bits, efficiency) * reached(step.engine, stage.device)
+    read = held * each * size / rate
+    multiplied = 2 * rows * chosen * each * busiest / flops
     return [
         Line(
             section, f"· experts touched{which}", "experts × (1 − (1 − chosen / experts)^rows)",
@@ -141,15 +148,15 @@ def _experts(step: _Step, layer: Layer, which: str) -> list[Line]:
             f"min({touched:.4g} · {number(busiest)}, {count})", held, f"{held:.4g}",
         ),
         Line(
-            section, f"· reading experts{which}", "touched × an expert / ranks × bytes / (bandwidth × share)",
+            section, f"· reading experts{which}", "touched × an expert / ranks × bytes / bandwidth reached",
             f"{held:.4g} · {number(experts.params_each)} / {ranks} · {number(size)} B "
-            f"/ ({rate_of(bandwidth)} · {number(efficiency.memory)})",
+            f"/ {rate_of(rate)}",
             read, seconds_of(read),
         ),
         Line(
             section, f"· multiplying with them{which}", "2 × rows × chosen × an expert / ranks × imbalance / FLOP/s",
             f"2 · {number(rows)} · {chosen} · {number(experts.params_each)} / {ranks} "
-            f"· {number(busiest)} / {flops_of(reached)}",
+            f"· {number(busiest)} / {flops_of(flops)}",
             multiplied, seconds_of(multiplied),
         ),
     ]  # fmt: skip
@@ -208,7 +215,7 @@ def _activations(step: _Step, layer: Layer, layers: int, which: str) -> Line:
 def _communication(section: str, stage: Stage, batch: StepBatch, efficiency: Efficiency) -> list[Line]:
     found = []
     message = batch.rows * stage.hidden * 2
-    path = stage.graph_path if batch.graph else stage.eager_path
+    path = stage.path
     if path is not None:
         ranks, times = stage.tensor_parallel, sum(layers * all_reduces(layer) for layer, layers in stage.kinds)
         sent = wire_bytes("all_reduce", ranks, message)
@@ -239,6 +246,24 @@ def _communication(section: str, stage: Stage, batch: StepBatch, efficiency: Eff
     if stage.next_path is not None:
         found.append(_one(section, "to the next stage", stage.next_path, message))
     return found
+
+
+def _host(section: str, stage: Stage, batch: StepBatch, engine: Engine, busy: float) -> list[Line]:
+    """What a step takes longer because the host, which launches it, is slower than the device, busy for so long."""
+    host = host_time(stage, batch, engine)
+    if not host:
+        return []
+    longer = rounded_max(busy, host, HOST_SHARPNESS) - busy
+    if longer < NOTHING:
+        return []
+    return [
+        Line(
+            section, "waiting for the host", "(device^p + host^p)^(1/p) − device",
+            f"({seconds_of(busy)}^{HOST_SHARPNESS} + {seconds_of(host)}^{HOST_SHARPNESS})^(1 / {HOST_SHARPNESS}) "
+            f"− {seconds_of(busy)}",
+            longer, seconds_of(longer),
+        )
+    ]  # fmt: skip
 
 
 def _one(section: str, name: str, path: Path, sent: float) -> Line:

@@ -35,9 +35,7 @@ _FASTER: Mapping[str, Callable[[Stage, float], Stage]] = MappingProxyType(
     {
         "memory": lambda stage, factor: replace(stage, device=_memory(stage.device, factor)),
         "arithmetic": lambda stage, factor: replace(stage, device=_arithmetic(stage.device, factor)),
-        "all-reduces": lambda stage, factor: replace(
-            stage, graph_path=_path(stage.graph_path, factor), eager_path=_path(stage.eager_path, factor)
-        ),
+        "all-reduces": lambda stage, factor: replace(stage, path=_path(stage.path, factor)),
         "gathered weights": lambda stage, factor: replace(stage, gather_path=_path(stage.gather_path, factor)),
         "all-to-alls": lambda stage, factor: replace(stage, dispatch_path=_path(stage.dispatch_path, factor)),
         "pipeline hops": lambda stage, factor: replace(stage, next_path=_path(stage.next_path, factor)),
