@@ -34,7 +34,7 @@ OF_ENGINE = {
     "layerwise": ("matmul", "group_reads", "layer", "layer_eager"),
 }
 PULLS = {"first_token": 0.4, "matmul_blackwell": 0.4}
-SHORT, PULL_SHORT = ("sglang", "first_token"), 2.0
+SHORT, PULL_SHORT = {("sglang", "first_token"), ("sglang", "layer")}, 2.0
 """Of an engine, what cannot be far from where it began; else a short series is explained by it."""
 PULL_SHARE, PULL = 0.4, 0.05
 """Standard deviations of the logarithm: 1 / pull · the scale of an error."""
@@ -75,7 +75,7 @@ def names(tables: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
         yield ("load", load), PULL
     for engine, parts in OF_ENGINE.items():
         for part in parts:
-            pull = PULL_SHORT if (engine, part) == SHORT else PULLS.get(part, PULL)
+            pull = PULL_SHORT if (engine, part) in SHORT else PULLS.get(part, PULL)
             yield ("engine", engine, part), pull
     for index, run in enumerate(tables["run"]):
         if "cached" in run:
