@@ -37,6 +37,11 @@ def blocks(service: Service, what: str) -> float:
     return service.metrics()[f"holdfast:checkpoint_disk_blocks{what}"]
 
 
+def _backs(service: Service) -> list[object]:
+    """When what was lost served again, of every incident so far."""
+    return [incident["back"] for incident in service.incidents()]
+
+
 def ask(service: Service, prompt: str, max_tokens: int = 20) -> tuple[str, int, int]:
     """Text, tokens of the prompt that were not computed, all of them."""
     body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "seed": 1, "temperature": 0.7}
@@ -101,7 +106,7 @@ def test_a_store_that_is_killed_while_it_writes_loses_nothing_that_counts(model:
     service = Service(model, *FLAGS, *SMALL, *disk(folder), log=tmp_path / "log").wait_ready()
     try:
         calm = asyncio.run(all_of(service.url))
-        for _ in range(5):
+        for turn in range(1, 6):
             written = blocks(service, "_written_total")
 
             async def killed(written: float = written) -> list[str]:
@@ -114,7 +119,7 @@ def test_a_store_that_is_killed_while_it_writes_loses_nothing_that_counts(model:
             for body in bodies:
                 body["prompt"] = f"{dice.random()} {body['prompt']}"
             texts = asyncio.run(killed())
-            wait_for("it is back", lambda: service.incidents()[-1]["back"], 30)
+            wait_for("it is back", lambda turn=turn: _backs(service)[turn - 1 :] and all(_backs(service)), 30)
             assert asyncio.run(all_of(service.url)) == texts
         assert blocks(service, "_broken_total") == 0, "what is named is whole"
     finally:

@@ -23,6 +23,7 @@ class Replica:
     slots: dict[bytes, int] = field(default_factory=dict)
     num_ranks: int = 2
     num_blocks: int = 32
+    max_model_len: int = 100
     listens: bool = True
 
     def __post_init__(self) -> None:
@@ -33,7 +34,7 @@ class Replica:
         """Places of blocks that one of the ranks finds broken."""
         config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         self.pool = BlockPool(self.num_blocks, SIZE)
-        self.scheduler = Scheduler(config, self.pool, max_model_len=100, eos_token_ids=frozenset())
+        self.scheduler = Scheduler(config, self.pool, max_model_len=self.max_model_len, eos_token_ids=frozenset())
         self.keeper = Keeper(self.pool, self.num_ranks, self.asked.append, self.told.append, lambda: self.time)
 
     def submit(self, name: str, tokens: list[int], output: list[int] | None = None) -> None:
@@ -183,3 +184,17 @@ def test_a_preempted_request_is_looked_up_again():
             computed[name].append(count)
     assert replica.keeper.num_restored > 5, "its blocks had been given away"
     assert max(computed["b"][2:]) < 16, computed["b"]
+
+
+def test_who_is_let_in_waits_for_blocks_that_are_being_filled_for_another():
+    """With nobody running, too: the pool is small, and the next in line wants more than the other's load leaves."""
+    replica = Replica(kept_by_another(), num_blocks=12, max_model_len=48)
+    replica.submit("b", list(range(100, 124)))
+    replica.submit("a", PROMPT)
+    replica.answer()
+    replica.keeper.prepare(replica.scheduler.upcoming(8), 0)
+    [load] = replica.told
+    assert isinstance(load, LoadBlocks)
+    assert len(load.blocks) > 12 - 6
+    assert replica.scheduler.schedule() is None
+    assert replica.turn() == {"b": 24}

@@ -117,9 +117,13 @@ class StoreMemory:
         target[...] = np.array(sums, np.uint64).reshape(target.shape)
         return True
 
-    def cells_of(self, slot: int) -> bytes:
-        """All cells of a slot, whatever they are."""
-        return os.pread(self._descriptor, self.layout.slot_bytes, self._start(slot))
+    def take(self, slot: int, prefix_hash: bytes) -> tuple[np.ndarray, bytes] | None:
+        """Checksums (uint64 of each) and bytes of all cells, if they are what was sealed as this block."""
+        checksums, size = self.checksums[slot].ravel().copy(), 2 * self.layout.cell_bytes
+        found = os.pread(self._descriptor, self.layout.slot_bytes, self._start(slot))
+        numbers = range(self.layout.num_cells)
+        sums = sums_of(memoryview(found), range(0, len(found), size), size, prefix_hash, numbers)
+        return (checksums, found) if sums == checksums.tolist() else None
 
     def fill(self, slot: int, cells: bytes) -> bool:
         """All cells of a slot; they count once its `checksums` are set. False: the system has no memory for them."""

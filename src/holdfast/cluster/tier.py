@@ -125,13 +125,18 @@ class Tier:
                 break
             entries.append((there, block, before, slot))
 
-        def copy() -> None:
+        def copy() -> list[bool]:
+            done = []
             for there, block, before, slot in entries:
-                file.write(there, block, before, self._memory.checksums[slot].ravel(), self._memory.cells_of(slot))
+                found = self._memory.take(slot, block)
+                if found is not None:
+                    file.write(there, block, before, *found)
+                done.append(found is not None)
+            return done
 
         if entries:
             self.writing |= {block for _, block, _, _ in entries}
-            self._submit(self._writer, copy, lambda _: self._wrote(entries))
+            self._submit(self._writer, copy, lambda done: self._wrote(entries, done))
         return len(entries)
 
     def read(self, blocks: Sequence[tuple[bytes, int]]) -> None:
@@ -214,12 +219,13 @@ class Tier:
             self._failure = ""
             self._file.free += reversed(result)
 
-    def _wrote(self, entries: Sequence[tuple[int, bytes, bytes, int]]) -> None:
-        for there, block, before, slot in entries:
+    def _wrote(self, entries: Sequence[tuple[int, bytes, bytes, int]], done: Sequence[bool]) -> None:
+        """One that was not what it should be stays in memory alone: a worker that was late wrote another there."""
+        for (there, block, before, slot), is_there in zip(entries, done, strict=True):
             if self._file is None:
                 return
             self.writing.discard(block)
-            if block not in self._forgotten and self._holds(block, slot):
+            if is_there and block not in self._forgotten and self._holds(block, slot):
                 self._file.index.add(block, before, there)
                 self._num_written += 1
             else:

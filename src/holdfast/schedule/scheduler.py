@@ -197,7 +197,7 @@ class Scheduler:
         cached = self._cached_prefix(sequence)
         num_cached = len(cached) * self.pool.block_size
         wanted = self.pool.blocks_for(sequence.num_tokens) - len(cached) + self.pool.num_idle(cached)
-        if wanted + len(self.running) > self.pool.num_available and self.running:
+        if wanted + len(self.running) > self.pool.num_available:  # what is being restored for another takes room, too
             return 0
         count = min(sequence.num_tokens - num_cached, budget)
         self.pool.take(cached)
