@@ -74,6 +74,7 @@ SERVE_FLAGS = [
     "--shutdown-timeout",
     "--startup-timeout",
     "--max-restarts",
+    "--spare-workers",
     "--regrow-interval",
     "--leak-window",
     "--token-log-dir",

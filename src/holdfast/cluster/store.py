@@ -15,7 +15,8 @@ from itertools import takewhile
 import zmq
 
 from holdfast.cache.store import StoreIndex, StoreLayout, StoreMemory
-from holdfast.cluster.child import Control, inherited, run_child
+from holdfast.cluster.child import Control, run_child
+from holdfast.cluster.orders import Line, Order
 from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
 from holdfast.core.checkpoints import Find, Forget, Found, Keep, Kept, ToStore
@@ -100,11 +101,9 @@ class Store:
         log.warning("memory is short: the checkpoint store has %d slots left", self._grown)
 
 
-def run(boot: Boot, control: Control) -> None:
+def run(boot: Boot, control: Control, order: Order, _: Line) -> None:
     """Answer engines until told to stop."""
-    descriptor = inherited("store")
-    assert descriptor is not None, "the supervisor makes the memory"
-    store = Store(descriptor, StoreLayout.of(boot.config, boot.model))
+    store = Store(order.descriptors["store"], StoreLayout.of(boot.config, boot.model))
     engines = control.context.socket(zmq.ROUTER)
     engines.bind(boot.endpoints.store)
     control.send(wire.encode(lifecycle.Ready()))

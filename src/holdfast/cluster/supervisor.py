@@ -109,8 +109,7 @@ class Supervisor:
                 case Said(name, lifecycle.Progress() as progress):
                     self._show(name, progress)
                 case Said(name, lifecycle.Ready() as ready):
-                    self.children.by_name[name].ready = True
-                    self.recovery.watch_memory(name, ready)
+                    self.recovery.is_ready(name, ready)
                     if all(child.ready for child in self.children.by_name.values()):
                         for member in self.members:
                             member.become("serving")

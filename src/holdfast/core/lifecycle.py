@@ -26,6 +26,8 @@ class Ready(Message, frozen=True):
 
     may_take: int = 0
     """Bytes of memory that it does not have yet and is to have: what a KV cache takes as it is filled."""
+    may_stay: bool = False
+    """A worker that can take part in its replica again, in another place too, after another of its processes died."""
 
 
 class Failed(Message, frozen=True):
@@ -108,6 +110,12 @@ class ReplicaLost(Message, frozen=True):
     """None: nothing was lost, the service ends."""
 
 
+class Spares(Message, frozen=True):
+    """To the gateway: so many spare workers wait."""
+
+    ready: int
+
+
 class StoreLost(Message, frozen=True):
     """To the gateway: the process of the checkpoint store is gone, which hits no request."""
 
@@ -123,4 +131,4 @@ class Stop(Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 
-ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | Stop
+ToChild = Drain | Replaces | ReplicaLost | Spares | StoreLost | StoreBack | Stop
