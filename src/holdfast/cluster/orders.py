@@ -101,10 +101,10 @@ class Line:
                 os._exit(1)
             name, epoch, whats = decode(data)
             with self._changed:
-                if self._next is None:
-                    os.eventfd_write(self.fd, 1)
+                before, self._next = self._next, Order(name, epoch, dict(zip(whats, numbers, strict=True)))
+                if before is None:
+                    os.eventfd_write(self.fd, 1)  # `check` knows of it by now
                 else:
-                    self._next.close()
-                self._next = Order(name, epoch, dict(zip(whats, numbers, strict=True)))
+                    before.close()
                 self._let_go()
                 self._changed.notify()

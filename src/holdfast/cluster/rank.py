@@ -99,8 +99,8 @@ def wait_for_order(control: Control, line: Line) -> None:
     poller = zmq.Poller()
     poller.register(control, zmq.POLLIN)
     poller.register(line.fd, zmq.POLLIN)
-    poller.poll()
-    line.check()
+    while control not in dict(poller.poll()):
+        line.check()
 
 
 def report(  # noqa: PLR0917

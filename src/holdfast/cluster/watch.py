@@ -13,8 +13,8 @@ from holdfast.core.config import ServerConfig
 
 STOPPED_SECONDS = {"starting": 1.0, "serving": 5.0}
 """That a process may be held by the system. One that serves is found out sooner, if it has something to do."""
-ANSWER_SECONDS = 5.0
-"""That a worker may take to leave its place for the next: it may be in the middle of a long operation."""
+ANSWER_SECONDS = 10.0
+"""That a worker may take to leave its place for the next: it may be in the middle of a long step, or cores are scarce."""
 
 
 class Suspect(NamedTuple):
