@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import shutil
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import setproctitle
 import zmq
@@ -43,7 +46,7 @@ def run_child(body: Body) -> None:
     """
     folder, line = sys.argv[2], int(sys.argv[3])
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
-    orders = Line(socket.socket(fileno=line), folder)
+    orders = Line(socket.socket(fileno=line), partial(_die_with_parent, folder))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # told to everybody; the supervisor decides
         signal.signal(number, signal.SIG_IGN)
     context = zmq.Context()
@@ -54,6 +57,11 @@ def run_child(body: Body) -> None:
         status = _follow(body, orders.take(), orders, context)
     context.destroy()
     sys.exit(status)
+
+
+def _die_with_parent(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _follow(body: Body, order: Order, line: Line, context: zmq.Context[Control]) -> int | None:

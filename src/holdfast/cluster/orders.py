@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -58,15 +57,16 @@ class Relieved(Exception):
 
 
 class Line:
-    """The child's end. A thread listens, so that the main one may be in the middle of anything."""
+    """The child's end. A thread listens, so that the main one may be in the middle of anything; it calls `gone` when
+    nobody is left to give orders."""
 
-    def __init__(self, line: socket.socket, folder: str) -> None:
+    def __init__(self, line: socket.socket, gone: Callable[[], None]) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)
         """Readable while there is another order."""
         self._changed = threading.Condition()
         self._next: Order | None = None
         self._let_go: Callable[[], None] = lambda: None
-        threading.Thread(target=self._listen, args=(line, folder), daemon=True).start()
+        threading.Thread(target=self._listen, args=(line, gone), daemon=True).start()
 
     def take(self) -> Order:
         """The latest order; waits for one."""
@@ -89,7 +89,7 @@ class Line:
             if self._next is not None:
                 let_go()
 
-    def _listen(self, line: socket.socket, folder: str) -> None:
+    def _listen(self, line: socket.socket, gone: Callable[[], None]) -> None:
         decode = msgspec.msgpack.Decoder(tuple[str, int, list[What]]).decode
         while True:
             try:
@@ -97,8 +97,7 @@ class Line:
             except ConnectionError:
                 data = b""
             if not data:
-                shutil.rmtree(folder, ignore_errors=True)
-                os._exit(1)
+                return gone()
             name, epoch, whats = decode(data)
             with self._changed:
                 before, self._next = self._next, Order(name, epoch, dict(zip(whats, numbers, strict=True)))

@@ -12,7 +12,7 @@ from holdfast.cluster.process import Child
 
 log = logging.getLogger(__name__)
 
-_AGAIN_SECONDS = 10.0
+_AGAIN_SECONDS = 5.0
 """After a spare has died before one is started again."""
 
 
