@@ -47,7 +47,7 @@ def test_the_latest_order_counts(ends: tuple[socket.socket, Line, threading.Even
     line.check()
     before = set(os.listdir("/proc/self/fd"))
     came = threading.Semaphore(0)
-    line.when_relieved(lambda: came.release())
+    line.when_relieved(came.release)
     for epoch in range(3):
         give(ours, "worker 0.0.1", epoch, b"%d" % epoch)
         assert came.acquire(timeout=10)

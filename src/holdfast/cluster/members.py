@@ -1,4 +1,4 @@
-"""The parts of a service that live and die whole: replicas, the checkpoint store, and the gateway."""
+"""The parts of a service that serve as a whole or not at all: replicas, the checkpoint store, and the gateway."""
 
 from __future__ import annotations
 

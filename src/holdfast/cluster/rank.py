@@ -23,6 +23,7 @@ from holdfast.core.boot import Boot
 from holdfast.core.errors import ModelError, RankGaveUp
 from holdfast.core.plan import Place
 from holdfast.kernels.cpu.kernels import CpuKernels
+from holdfast.kernels.select import import_kernels
 from holdfast.models.inspect import stamp_of
 from holdfast.models.load import Held
 from holdfast.worker.copier import BlockCopier
@@ -46,6 +47,7 @@ class Worker:
         """Load what is missing, report for duty, run steps until told to stop."""
         role, _, rank = order.name.partition(" ")
         if role == "spare":
+            import_kernels(boot.config.device.device)
             control.send(wire.encode(lifecycle.Ready()))
             return wait_for_order(control, line)
         gc.collect()  # what the last place needed

@@ -99,7 +99,8 @@ class Recovery:
             if due and member.state == "serving" and now >= due:
                 self._regrows[member.name] = (0.0, waited)
                 self._start_anew(member, "it is to have all its ranks again", stay=True)
-        if all(member.state != "starting" for member in self.members):  # they would take the cores from those
+        is_calm = self.drain_until is None and all(member.state != "starting" for member in self.members)
+        if is_calm:  # else they would take the cores from those that start
             try:
                 self.starter.start_spares()
             except OSError as error:

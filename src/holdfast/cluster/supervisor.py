@@ -3,8 +3,8 @@
     starting ──all ready──▶ serving ──signal──▶ draining ──gateway gone──▶ stopped
         └──────failure or signal──────────────────┴──▶ stopped
 
-It holds no device and serves no request. A member (a replica, the gateway) that loses a process is killed whole and
-started again.
+It holds no device and serves no request. A member (a replica, the gateway) that loses a process is started again:
+`cluster.recovery`.
 """
 
 from __future__ import annotations

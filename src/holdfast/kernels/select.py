@@ -15,7 +15,9 @@ numbers.
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -57,6 +59,12 @@ def select_kernels(
     except OSError as error:
         log.warning("%s; torch's kernels are used, slower and not exact", error)
         return ReferenceKernels(dtype)
+
+
+def import_kernels(device: str) -> None:
+    """All that `select_kernels` may need for `--device`, so that it need not wait for it. Touches no device."""
+    if device != "cpu" and Path("/dev/nvidiactl").exists() and find_spec("triton") is not None:
+        import_module("holdfast.kernels.cuda.kernels")
 
 
 def _for_gpu(dtype: torch.dtype, exactness: Exactness) -> Kernels[Any]:
