@@ -33,8 +33,8 @@ def start(model: str, tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
     def started(*flags: str) -> Service:
         log = tmp_path / f"log{len(services)}"
-        services.append(Service(model, *FLAGS, *flags, log=log).wait_ready())
-        return services[-1]
+        services.append(Service(model, *FLAGS, *flags, log=log))
+        return services[-1].wait_ready()
 
     yield started
     for service in services:
