@@ -1,7 +1,7 @@
 """The children of one `holdfast serve`: started, heard, watched, killed. Whatever happens comes through one poll.
 
-A name may be given again, to a new process or to one that had another name: each time is an epoch of its own, and what
-was said in an earlier one is not heard.
+A name may be given again, to a new process or to one that had another name: each time is an epoch of its own, and
+what was said in an earlier one is not heard.
 """
 
 from __future__ import annotations

@@ -171,9 +171,9 @@ class Recovery:
         stopped = [name for name in member.processes if self.children.by_name[name].is_stopped()]
         if kind == "hang" and stopped:
             process = stopped[0]
-        gone = {process, *stopped, *(name for name in member.processes if not self.children.is_alive(name))}
+        gone = self._gone(member) | {process}
         loss = impact_of(self.starter.boot.plan, process, kind, detected)
-        # who is at fault must be known, and a place that was tried in vain is not tried in that way again
+        # nobody stays where it is not known who is at fault, or where one was to take its place and did not
         is_known = kind != "hang" or process in stopped
         left = self._left(member, gone) if is_known and (member.state == "serving" or kind == "death") else []
         old, epoch = list(member.processes), member.epoch
@@ -206,7 +206,7 @@ class Recovery:
         but one, if there is one to do without."""
         assert member.number is not None
         loss = impact_of(self.starter.boot.plan, without or member.speaker, kind, time.time())
-        old, left = list(member.processes), self._left(member, {without}) if stay else []
+        old, left = list(member.processes), self._left(member, self._gone(member) | {without}) if stay else []
         if self._is_smaller(member):
             self.starter.use(member, self._whole.replicas[member.number], self._whole.devices[member.number])
         staying = self._release(left)
@@ -215,6 +215,11 @@ class Recovery:
         lost = lifecycle.ReplicaLost(member.number, reason, member.epoch, comes_back=True, loss=loss)
         self.children.send(GATEWAY, lost)
         self._start(member, staying)
+
+    def _gone(self, member: Member) -> set[str]:
+        """Processes of it that have ended, or that the system holds."""
+        alive, by_name = self.children.is_alive, self.children.by_name
+        return {name for name in member.processes if not alive(name) or by_name[name].is_stopped()}
 
     def _left(self, member: Member, gone: set[str]) -> list[tuple[Place, str]]:
         """Workers of a replica that nothing is wrong with, with their places. The engine is not worth keeping: it

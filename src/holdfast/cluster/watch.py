@@ -14,7 +14,7 @@ from holdfast.core.config import ServerConfig
 STOPPED_SECONDS = {"starting": 1.0, "serving": 5.0}
 """That a process may be held by the system. One that serves is found out sooner, if it has something to do."""
 ANSWER_SECONDS = 10.0
-"""That a worker may take to leave its place for the next: it may be in the middle of a long step, or cores are scarce."""
+"""That a worker may take to leave its place for the next: it may be in a long step, and cores may be scarce."""
 
 
 class Suspect(NamedTuple):
