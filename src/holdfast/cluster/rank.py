@@ -19,7 +19,7 @@ from holdfast.cache.store import StoreLayout, StoreMemory
 from holdfast.cluster.child import Control, run_child
 from holdfast.cluster.orders import Line, Order
 from holdfast.core import lifecycle, wire
-from holdfast.core.boot import Boot
+from holdfast.core.boot import RECONNECT_MS, Boot
 from holdfast.core.errors import ModelError, RankGaveUp
 from holdfast.core.plan import Place
 from holdfast.kernels.cpu.kernels import CpuKernels
@@ -70,6 +70,7 @@ class Worker:
             stack.callback(steps.close)
             stack.callback(results.close)
             steps.bind(boot.endpoints.worker(rank, order.epoch))
+            results.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
             results.connect(boot.endpoints.results(replica, order.epoch))
             meeting, own = boot.endpoints.meeting(replica, order.epoch), order.descriptors
             again = order.epoch > 0

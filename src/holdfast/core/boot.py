@@ -8,6 +8,10 @@ from holdfast.core.config import ServeConfig
 from holdfast.core.plan import Plan
 from holdfast.core.spec import ModelInfo
 
+RECONNECT_MS = 10
+"""Between two attempts to reach a process that is not there yet. libzmq's own 100 ms, twice, would be a good part of
+what a replica takes to come back."""
+
 
 class Endpoints(msgspec.Struct, frozen=True):
     """Where the processes of one `holdfast serve` meet: ipc:// addresses inside its private folder."""

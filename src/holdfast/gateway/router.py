@@ -14,7 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from holdfast.core.boot import Endpoints
+from holdfast.core.boot import RECONNECT_MS, Endpoints
 from holdfast.core.errors import QueueFull, Unavailable
 from holdfast.core.lifecycle import Loss, ReplicaLost
 from holdfast.core.wire import (
@@ -336,6 +336,7 @@ class Router:
         # a plain socket: with no limit on its queue a send never waits, so `abort` works in any `finally`
         socket = self._context.socket(zmq.PUSH)
         socket.set_hwm(0)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         socket.connect(self._endpoints.engine(replica))
         socket.send(encode(Hello(self.epoch)), zmq.NOBLOCK)
         return socket
