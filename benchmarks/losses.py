@@ -60,10 +60,10 @@ async def measure(service: Service, victims: tuple[str, ...]) -> dict[str, float
         process.send_signal(signal.SIGKILL)
     await asking
     told: list[dict[str, Any]] = [each for each in service.incidents() if each["loss"]["detected"] > at]
-    first, last = told[0], told[-1]
+    last = told[-1]
     return {
-        "noticed": first["loss"]["detected"] - at,
-        "token": last["first_token"] - at,
+        "noticed": told[0]["loss"]["detected"] - at,
+        "token": min(each["first_token"] for each in told if each["first_token"]) - at,
         "kept": last.get("weights_kept") or 0,
         "loaded": last.get("weights_loaded") or 0,
     }
