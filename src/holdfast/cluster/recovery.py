@@ -2,12 +2,14 @@
 
     its requests go on in other replicas, or wait            (the gateway decides: `gateway.router`)
     the member is started again, as it was                   up to --max-restarts times in a row
+        on the workers that stay, with a spare worker or else a new process for each that is lost
+        with new processes alone, where that failed
     the replica is started again without the lost ranks      as often as that, and as long as any rank is left
+        on the workers that stay; with new processes, where that failed
     definite errors, and the end of the service
 
 Who is lost is fenced before it is replaced: killed. So is all else of its member, but for a replica's workers that
-nothing is wrong with: they *stay*. They leave their places, with the weights they hold, and get others; that of a
-lost one is taken by a spare worker, or by a new process. Where a worker fails in that, none stays the next time.
+nothing is wrong with: they *stay*, leave their places with the weights they hold, and get others.
 What is lost with a process, `plans.impact_of` says; requests keep what they have in the token log, and blocks in the
 checkpoint store.
 """
@@ -122,10 +124,13 @@ class Recovery:
         return next((member for member in self.members if process in member.processes), None)
 
     def _take_spare(self, event: Said | Ended) -> None:
-        if isinstance(event, Ended):
-            self.starter.spares.ended(event.child)
-        elif isinstance(event.message, lifecycle.Ready):
-            self.children.by_name[event.child].ready = True
+        match event:
+            case Said(name, lifecycle.Ready()):
+                self.children.by_name[name].ready = True
+            case Said(name, lifecycle.Failed() as failed):
+                log.error("%s failed: %s", name, failed.traceback)
+            case Ended(name):
+                self.starter.spares.ended(name)
         self._tell_spares()
 
     def _tell_spares(self) -> None:
