@@ -59,15 +59,21 @@ def test_what_is_wrong_with_a_device_is_found_and_got_over(
             (folder / "0.0.1").unlink()
         return await asking
 
+    def pids() -> list[int]:
+        service.wait_ready()
+        return [service.child(f"holdfast worker 0.0.{rank}").pid for rank in range(2)]
+
     def kinds() -> list[object]:
         return [incident["loss"]["kind"] for incident in service.incidents()]
 
     try:
-        calm = asyncio.run(ask(service.url))
+        calm, before = asyncio.run(ask(service.url)), pids()
         assert asyncio.run(disturbed("error")) == calm
         assert kinds() == ["error"]
         assert service.incidents()[0]["loss"]["process"] == "worker 0.0.1"
         wait_for("back", lambda: service.health()[0] == 200, 30)
+        after = pids()
+        assert (after[0] == before[0], after[1] == before[1]) == (True, False), "whose device is broken does not stay"
         assert asyncio.run(disturbed("slow")) == calm
         assert kinds() == ["error"], "slow is not dead"
         assert asyncio.run(disturbed("corrupt")) == calm
@@ -79,6 +85,9 @@ def test_what_is_wrong_with_a_device_is_found_and_got_over(
             assert asyncio.run(ask(service.url)) == calm
         assert kinds() == ["error", "leak"]
         assert "MB/s more" in service.incidents()[1]["reason"]
+        wait_for("back", lambda: service.health()[0] == 200, 30)
+        before, after = after, pids()
+        assert (after[0] == before[0], after[1] == before[1]) == (True, False), "the one that leaks does not stay"
         assert asyncio.run(ask(service.url)) == calm
     finally:
         assert service.stop() == 0, service.text()[-3000:]

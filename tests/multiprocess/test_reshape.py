@@ -70,11 +70,14 @@ def test_rank_after_rank_is_lost_until_none_is_left(model: str, tmp_path: Path):
     flags = ("--tensor-parallel-size", "4", "--max-restarts", "0", "--regrow-interval", "0")
     service = Service(model, *FLAGS, *flags, log=tmp_path / "log").wait_ready()
     try:
+        pids = {child.pid for child in service.living_children()}
         for seed, (left, victim) in enumerate([(3, "worker 0.0.2"), (2, "worker 0.0.0"), (1, "worker 0.0.1")]):
             assert asyncio.run(killed_amid(service, seed, victim)) == expected[seed]
             assert ranks(service) == [left]
             assert service.incidents()[-1]["rung"] == "reshape"
             service.wait_ready()
+            workers = {service.child(f"holdfast worker 0.0.{rank}").pid for rank in range(left)}
+            assert workers <= pids, "they are the same processes"
         statuses = [status for status, _ in asyncio.run(killed_amid(service, 0, "worker 0.0.0"))]
         assert set(statuses) == {503}
         assert service.wait_end() == 1

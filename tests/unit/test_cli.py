@@ -77,6 +77,7 @@ SERVE_FLAGS = [
     "--shutdown-timeout",
     "--startup-timeout",
     "--max-restarts",
+    "--spare-workers",
     "--regrow-interval",
     "--leak-window",
     "--check-weights-interval",

@@ -1,7 +1,7 @@
 """The children of one `holdfast serve`: started, heard, watched, killed. Whatever happens comes through one poll.
 
-A child may be started again under its name: each start is an epoch of its own, and what an earlier one still said is
-not heard.
+A name may be given again, to a new process or to one that had another name: each time is an epoch of its own, and
+what was said in an earlier one is not heard.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import zmq
 
+from holdfast.cluster.orders import Order
 from holdfast.cluster.process import Child
 from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Endpoints
@@ -74,7 +75,7 @@ class Children:
         self._decode = wire.decoder(lifecycle.ToSupervisor).decode
 
     def __enter__(self) -> Children:
-        longest = self._endpoints.worker("00.00.00").removeprefix("ipc://")
+        longest = self._endpoints.worker("00.00.00", 100_000).removeprefix("ipc://")
         if len(longest.encode()) > zmq.IPC_PATH_MAX_LEN:
             raise ConfigError(f"TMPDIR {tempfile.gettempdir()}: too long for a socket's path ({longest})")
         self._context = zmq.Context()
@@ -103,18 +104,29 @@ class Children:
 
     # --- lives ---
 
-    def start(self, name: str, module: str, boot_file: str, memory: Mapping[str, int]) -> None:
-        """Start a child, or the next of this name once the one before is dead. `memory`: see `Child.start`."""
-        before = self.by_name.get(name)
+    def start(self, module: str, order: Order, child: Child | None = None) -> None:
+        """Give an order to `child`, which was released, or, without one, to a new process. Who had the name before is
+        dead or released. Raises `OSError`."""
+        if child is None:
+            child = Child.start(module, order.name, self._endpoints.folder)
+            self._watched[child.pidfd] = child
+            self._poller.register(child.pidfd, zmq.POLLIN)
+        self._drop(order.name)
+        self.by_name[order.name] = child
+        child.order(order)
+
+    def release(self, name: str) -> Child:
+        """It lives, and is to get another order at once: nothing is heard of this one any more."""
         self._drop(name)
-        child = Child.start(module, name, boot_file, memory, epoch=before.epoch + 1 if before else 0)
-        self.by_name[name] = child
-        self._watched[child.pidfd] = child
-        self._poller.register(child.pidfd, zmq.POLLIN)
+        return self.by_name.pop(name)
 
     def kill(self, names: Iterable[str]) -> None:
         """SIGKILL those that live; nothing is heard of it, nor of them."""
-        children = [self.by_name[name] for name in names]
+        self.end([self.by_name[name] for name in names])
+
+    def end(self, children: Iterable[Child]) -> None:
+        """The same, of those that may have been released."""
+        children = list(children)
         for child in children:
             self._drop(child.name)
         killed = [child for child in children if self._forget(child)]
@@ -185,11 +197,12 @@ class Children:
             while True:
                 identity, data = self._control.recv_multipart(zmq.NOBLOCK)
                 name, _, epoch = identity.decode().rpartition("@")
-                if name in self.by_name and self.by_name[name].epoch == int(epoch):
+                if name in self.by_name and (child := self.by_name[name]).epoch == int(epoch):
+                    child.answers = child.was_heard = True
                     message = self._decode(data)
                     self._happened.append(Said(name, message))
                     if isinstance(message, lifecycle.Failed):
-                        self._failed.add(identity.decode())
+                        self._failed.add(child.identity)
 
     def _hear_last_word(self, child: Child) -> None:
         """Who fails says why; where processors are busy that may still be on its way when its end is known."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
@@ -13,10 +12,11 @@ import msgspec
 import zmq
 
 from holdfast.cache.blocks import BlockPool
-from holdfast.cluster.child import Control, epoch, inherited, run_child
+from holdfast.cluster.child import Control, run_child
 from holdfast.cluster.experts import ExpertBalancer
 from holdfast.cluster.hang import LOOK_SECONDS, HangWatch
 from holdfast.cluster.keeper import Keeper
+from holdfast.cluster.orders import Line, Order
 from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
 from holdfast.core.checkpoints import Find, Forget, FromStore, Keep, Kept
@@ -37,26 +37,26 @@ MOST_UPCOMING = 8
 class Engine:
     """Owns the sockets of a replica; what runs when is the scheduler's business."""
 
-    def __init__(self, boot: Boot, control: Control, replica: int) -> None:
+    def __init__(self, boot: Boot, control: Control, order: Order) -> None:
         self.boot = boot
-        self.replica = replica
-        self.epoch = epoch()
+        self.replica = replica = int(order.name.removeprefix("engine "))
+        self.epoch = order.epoch
         self.points = Points(f"engine {replica}")
         self.control = control
         endpoints = boot.endpoints
         self.requests = self._socket(zmq.PULL)
         self.requests.bind(endpoints.engine(replica))
         self.results = self._socket(zmq.PULL)
-        self.results.bind(endpoints.results(replica))
+        self.results.bind(endpoints.results(replica, self.epoch))
         self.plan = boot.plan.replicas[replica]
         self.places = places(self.plan)
         self.workers = []
         for place in self.places:
             worker = self._socket(zmq.PUSH)
-            worker.connect(endpoints.worker(f"{replica}.{place.name}"))
+            worker.connect(endpoints.worker(f"{replica}.{place.name}", self.epoch))
             self.workers.append(worker)
         self.keeper: Keeper | None = None
-        self._open_shared_memory()
+        self._open_shared_memory(order.descriptors["replica"])
         self.watch, self._looked = HangWatch(boot.config.device.collective_timeout), 0.0  # until workers are ready
         self._beat = 0.0
         self._gateway_epoch = -1
@@ -78,17 +78,17 @@ class Engine:
 
     def run(self) -> None:
         """Serve until told to stop."""
-        ready: list[wire.WorkerReady] = []
-        while len(ready) < len(self.workers):
+        self.ready: list[wire.WorkerReady] = []
+        while len(self.ready) < len(self.workers):
             if self._wait_for(self.results, busy=False):
                 return
-            ready.append(self._decode_result(self.results.recv()))
-        by_step = not all(each.counts_operations for each in ready)
+            self.ready.append(self._decode_result(self.results.recv()))
+        by_step = not all(each.counts_operations for each in self.ready)
         self.watch = HangWatch(self.boot.config.device.collective_timeout, by_step=by_step)
         depth = self.boot.plan.steps_in_flight(self.replica)
         if self.is_alone:
-            depth = 2 if ready[0].runs_ahead else 1
-        self.scheduler = self._make_scheduler(min(each.num_blocks for each in ready), depth)
+            depth = 2 if self.ready[0].runs_ahead else 1
+        self.scheduler = self._make_scheduler(min(each.num_blocks for each in self.ready), depth)
         if self.boot.config.cache.checkpoint_memory_bytes:
             self.keeper = Keeper(self.scheduler.pool, len(self.workers), self._ask_store, self._tell_workers)
         while not self._wait_for(*self._awaited(depth), busy=self._is_busy):
@@ -142,11 +142,10 @@ class Engine:
         """Whether there is one worker, with nobody to exchange anything with."""
         return len(self.places) == 1
 
-    def _open_shared_memory(self) -> None:
+    def _open_shared_memory(self, descriptor: int) -> None:
         """`counters` reads the tallies of all ranks, in the order of `places`; `balancer` watches their experts."""
         self.balancer: ExpertBalancer | None = None
-        descriptor, model, config = inherited("replica"), self.boot.model, self.boot.config
-        assert descriptor is not None, "an engine shares memory with its workers"
+        model, config = self.boot.model, self.boot.config
         layout = layout_of(self.plan, model.spec, config.scheduler)
         memory = attach(descriptor, layout)
 
@@ -249,7 +248,13 @@ class Engine:
             self.scheduler.abort_all()
             self._gateway_epoch = gateway
             ready = wire.EngineReady(
-                self.replica, self.epoch, self.scheduler.max_model_len, gateway, len(self.places)
+                self.replica,
+                self.epoch,
+                self.scheduler.max_model_len,
+                gateway,
+                len(self.places),
+                weights_kept=sum(each.weights_kept for each in self.ready),
+                weights_loaded=sum(each.weights_loaded for each in self.ready),
             )
             self.gateway.send(wire.encode(ready))
 
@@ -312,8 +317,8 @@ def settle(scheduler: Scheduler, result: wire.StepResult | wire.StepError) -> li
     return scheduler.fail(result.step_id, error)
 
 
-def run(boot: Boot, control: Control) -> None:
-    Engine(boot, control, replica=int(sys.argv[1].removeprefix("engine "))).run()
+def run(boot: Boot, control: Control, order: Order, _: Line) -> None:
+    Engine(boot, control, order).run()
 
 
 if __name__ == "__main__":

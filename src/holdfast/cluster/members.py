@@ -1,4 +1,4 @@
-"""The parts of a service that live and die whole: replicas, the checkpoint store, and the gateway."""
+"""The parts of a service that serve as a whole or not at all: replicas, the checkpoint store, and the gateway."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from holdfast.core.plan import Plan, ReplicaPlan, places
 
 GATEWAY = "gateway"
 STORE = "store"
+WORKER_MODULE = "holdfast.cluster.rank"
 STEADY_SECONDS = 60.0
 """A member that has served for so long starts with a clean record when it dies."""
 
@@ -27,6 +28,8 @@ class Member:
     speaker: str
     most_silent: float
     number: int | None = None
+    epoch: int = -1
+    """How often it was started before: all its processes have it."""
     state: State = "starting"
     since: float = field(default_factory=time.monotonic)
     """Of the state."""
@@ -36,6 +39,11 @@ class Member:
     """The speaker's last sign of life, once it serves."""
     failure: tuple[str, lifecycle.Failed] | None = None
     """Its first process to fail by itself, this time, and what it said."""
+
+    @property
+    def workers(self) -> list[str]:
+        """Of a replica, in the order of its places."""
+        return [name for name in self.processes if name.startswith("worker")]
 
     def become(self, state: State) -> None:
         self.state, self.since = state, time.monotonic()
@@ -57,7 +65,7 @@ class Member:
 
 def replica_processes(number: int, replica: ReplicaPlan) -> dict[str, str]:
     """Of a replica: name → module, the slowest to start first."""
-    workers = {f"worker {number}.{place.name}": "holdfast.cluster.rank" for place in places(replica)}
+    workers = {f"worker {number}.{place.name}": WORKER_MODULE for place in places(replica)}
     return {**workers, f"engine {number}": "holdfast.cluster.engine"}
 
 

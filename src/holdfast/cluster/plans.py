@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from holdfast.cache.store import StoreLayout
 from holdfast.core import lifecycle
 from holdfast.core.config import ServeConfig
 from holdfast.core.errors import ConfigError
-from holdfast.core.plan import Plan, places, read_plan
+from holdfast.core.plan import Place, Plan, places, read_plan
 from holdfast.core.spec import ModelInfo
 from holdfast.hardware.cluster import Cluster
 from holdfast.hardware.detect import this_machine
@@ -144,6 +145,28 @@ def impact_of(plan: Plan, process: str, kind: lifecycle.LossKind, detected: floa
     has_experts = bool(stage_plan.ranks[index].experts)
     group = next(group for group in groups_of(stage_plan) if index in group) if has_experts else range(0)
     return lifecycle.Loss(process, kind, stage, ranks, [ranks[other] for other in group], detected)
+
+
+def seats(left: Sequence[Place], there: Sequence[Place]) -> list[int]:
+    """Which of the places that are `there` ranks take that have left theirs, so that as many as can be find their
+    layers again, and of these their own share of them. In the same order: stages stay beside those they were beside.
+    """
+    best: list[tuple[int, list[int]]] = [(0, [])] * (len(there) + 1)
+    """Of the ranks so far, over the first so many places: how well they sit, and where."""
+    for rank, old in enumerate(left):
+        row: list[tuple[int, list[int]]] = [(-1, [])] * (len(there) + 1)
+        for seat in range(rank, len(there)):
+            well, before = best[seat]
+            here = (well + _fit(old, there[seat]), [*before, seat])
+            row[seat + 1] = max(row[seat], here, key=lambda each: each[0])
+        best = row
+    return best[-1][1]
+
+
+def _fit(old: Place, new: Place) -> int:
+    layers = max(0, min(old.layers[1], new.layers[1]) - max(old.layers[0], new.layers[0]))
+    same = msgspec.structs.replace(old.shard, rank=0) == msgspec.structs.replace(new.shard, rank=0)
+    return layers * (2 if same else 1)
 
 
 def check_memory(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:

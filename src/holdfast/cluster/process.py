@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from holdfast.cluster import orders
+from holdfast.cluster.orders import Order
 
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """Unless the user's own environment says otherwise. OpenMP threads that wait for each other must soon sleep: they
@@ -22,11 +25,17 @@ class Child:
     """A running child. `pidfd` becomes readable when it ends; it is never a guess about a reused pid."""
 
     name: str
-    epoch: int
     process: subprocess.Popen[bytes]
     pidfd: int
-    death_pipe: int
-    """Write end; the child ends when this closes."""
+    line: socket.socket
+    """Our end; the child ends when this closes."""
+    epoch: int = -1
+    ordered: float = 0.0
+    """When it got its order (`time.monotonic()`)."""
+    was_heard: bool = False
+    """Ever."""
+    answers: bool = False
+    """It has said something under its present order."""
     ready: bool = False
 
     @property
@@ -35,26 +44,31 @@ class Child:
         return f"{self.name}@{self.epoch}"
 
     @classmethod
-    def start(cls, module: str, name: str, boot_file: str, memory: Mapping[str, int], epoch: int = 0) -> Child:
-        """`python -m module name boot_file fd epoch=…`, in a process group of its own. `memory`: descriptors of what
-        it shares with others, by the names of `child.inherited`. `epoch`: how many had its name before."""
-        read_end, write_end = os.pipe()
-        more = [f"{what}={number}" for what, number in {"epoch": epoch, **memory}.items()]
+    def start(cls, module: str, name: str, folder: str) -> Child:
+        """`python -m module name folder fd`, in a process group of its own. It waits for an order."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, name, boot_file, str(read_end), *more],
-                pass_fds=[read_end, *memory.values()],
+                [sys.executable, "-m", module, name, folder, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
                 env={**ENVIRONMENT, **os.environ},
                 stdin=subprocess.DEVNULL,
                 process_group=0,
             )
             pidfd = os.pidfd_open(process.pid)
         except BaseException:
-            os.close(write_end)  # which ends the child, if there is one
+            ours.close()  # which ends the child, if there is one
             raise
         finally:
-            os.close(read_end)
-        return cls(name, epoch, process, pidfd, write_end)
+            theirs.close()
+        return cls(name, process, pidfd, ours)
+
+    def order(self, order: Order) -> None:
+        """Be this from now on. Raises `OSError` when it cannot be told."""
+        self.name, self.epoch = order.name, order.epoch
+        self.answers = self.ready = False
+        self.ordered = time.monotonic()
+        orders.send(self.line, order)
 
     def wait(self, deadline: float) -> bool:
         """Whether it has ended by `deadline` (`time.monotonic()` seconds)."""
@@ -75,7 +89,7 @@ class Child:
     def close(self) -> None:
         """Give back the descriptors of an ended child."""
         os.close(self.pidfd)
-        os.close(self.death_pipe)
+        self.line.close()
 
     def how_it_ended(self) -> str:
         """`exit status 1`, `killed by SIGKILL`."""

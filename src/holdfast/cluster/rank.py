@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
-import sys
+import os
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -14,63 +16,121 @@ import torch
 import zmq
 
 from holdfast.cache.store import StoreLayout, StoreMemory
-from holdfast.cluster.child import Control, epoch, inherited, run_child
+from holdfast.cluster.child import Control, run_child
+from holdfast.cluster.orders import Line, Order
 from holdfast.core import lifecycle, wire
-from holdfast.core.boot import Boot
-from holdfast.core.errors import ModelError
+from holdfast.core.boot import RECONNECT_MS, Boot
+from holdfast.core.errors import ModelError, RankGaveUp
 from holdfast.core.plan import Place
 from holdfast.core.points import Points
 from holdfast.kernels.cpu.kernels import CpuKernels
+from holdfast.kernels.select import import_kernels
 from holdfast.models.inspect import stamp_of
+from holdfast.models.load import Held
 from holdfast.worker.copier import BlockCopier
 from holdfast.worker.experts import ExpertMover
 from holdfast.worker.faults import Faults
 from holdfast.worker.runner import Launched, Runner
 from holdfast.worker.start import Post, start_runner
-from holdfast.worker.weights import WeightCheck
+from holdfast.worker.weights import Sums, WeightCheck
 
 log = logging.getLogger(__name__)
 
 
-def run(boot: Boot, control: Control) -> None:
-    """Load the model, report for duty, run steps until told to stop."""
-    rank = sys.argv[1].removeprefix("worker ")
-    replica, stage, index = (int(part) for part in rank.split("."))
-    place, meeting = Place(boot.plan.replicas[replica], stage, index), boot.endpoints.meeting(replica, epoch())
-    post = Post(boot.plan, replica, place, inherited("replica"), inherited("weights"), meeting, again=epoch() > 0)
+class Worker:
+    """A process that has one place after another, or waits for one: the weights it holds outlive them."""
 
-    points = Points(f"worker {rank}")
+    def __init__(self) -> None:
+        self._cores = os.sched_getaffinity(0)
+        """Ours; each place takes its share of them."""
+        self._held: Held | None = None
+        self._sums: Sums = {}
+        """What is known of these weights to be right."""
 
-    def progress(text: str, fraction: float | None) -> None:
-        control.send(wire.encode(lifecycle.Progress(text, fraction)))
-        points.reach("loading")
+    def follow(self, boot: Boot, control: Control, order: Order, line: Line) -> None:
+        """Load what is missing, report for duty, run steps until told to stop."""
+        role, _, rank = order.name.partition(" ")
+        if role == "spare":
+            import_kernels(boot.config.device.device)
+            control.send(wire.encode(lifecycle.Ready()))
+            return wait_for_order(control, line)
+        gc.collect()  # what the last place needed
+        os.sched_setaffinity(0, self._cores)
+        replica, stage, index = (int(part) for part in rank.split("."))
+        place, points = Place(boot.plan.replicas[replica], stage, index), Points(order.name)
 
-    steps = control.context.socket(zmq.PULL)
-    steps.bind(boot.endpoints.worker(rank))
-    results = control.context.socket(zmq.PUSH)
-    results.connect(boot.endpoints.results(replica))
-    runner = start_runner(boot.config, boot.model, progress, post)
-    if stamp_of(boot.model) != boot.stamp:
-        raise ModelError(f"{boot.model.path}: has changed since the service was started")
+        def progress(text: str, fraction: float | None) -> None:
+            line.check()
+            control.send(wire.encode(lifecycle.Progress(text, fraction)))
+            points.reach("loading")
+
+        if kept := self._keep(boot, place):
+            progress(f"keeps {kept / 1e6:.1f} MB of weights", None)
+        progress("loading weights", 0.0)  # an answer is waited for
+        with contextlib.ExitStack() as stack:
+            steps, results = control.context.socket(zmq.PULL), control.context.socket(zmq.PUSH)
+            stack.callback(steps.close)
+            stack.callback(results.close)
+            steps.bind(boot.endpoints.worker(rank, order.epoch))
+            results.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+            results.connect(boot.endpoints.results(replica, order.epoch))
+            meeting, own = boot.endpoints.meeting(replica, order.epoch), order.descriptors
+            memory, weights = own["replica"], own.get("weights")
+            post = Post(boot.plan, replica, place, memory, weights, meeting, again=order.epoch > 0)
+            runner = start_runner(boot.config, boot.model, progress, post, self._held)
+            if stamp_of(boot.model) != boot.stamp:
+                raise ModelError(f"{boot.model.path}: has changed since the service was started")
+            loaded = Held.of(runner.decoder.weights).nbytes - kept
+            line.when_relieved(runner.abort)
+            may_stay = announce(boot, control, results, runner, rank, kept, loaded)
+            mover, check = ExpertMover(boot.model, boot.stamp, runner, rank), WeightCheck(runner, rank, self._sums)
+            stack.callback(mover.close)
+            stack.callback(check.close)
+            copier = None
+            if (store := own.get("store")) is not None:
+                blocks = StoreMemory(store, StoreLayout.of(boot.config, boot.model), points)
+                copier = BlockCopier(runner.pages, blocks, place)
+            self._held, self._sums = None, {}
+            try:
+                serve(control, line, steps, results, runner, mover, check, copier)
+            except RankGaveUp:
+                if not may_stay:
+                    raise
+                wait_for_order(control, line)
+            finally:
+                self._held, self._sums = Held.of(runner.decoder.weights), check.sums
+
+    def _keep(self, boot: Boot, place: Place) -> int:
+        """Bytes of what `place` needs as it is here. All else is let go, before anything is loaded."""
+        if self._held is None:
+            return 0
+        self._held = self._held.at(boot.model.spec, place)
+        here = {**self._held.packed, **self._held.norms}
+        self._sums = {name: known for name, known in self._sums.items() if known[0] is here.get(name)}
+        return self._held.nbytes
+
+
+def wait_for_order(control: Control, line: Line) -> None:
+    """Until told to stop; raises `Relieved`."""
+    poller = zmq.Poller()
+    poller.register(control, zmq.POLLIN)
+    poller.register(line.fd, zmq.POLLIN)
+    while control not in dict(poller.poll()):
+        line.check()
+
+
+def announce(  # noqa: PLR0917
+    boot: Boot, control: Control, results: Socket, runner: Runner, rank: str, kept: int, loaded: int
+) -> bool:
+    """That it is ready, to its engine and to the supervisor; whether it may stay when another dies. What a GPU holds,
+    and NCCL, are not taken from one place to the next yet; weights that replicas hold together stay as they are."""
+    on_host, is_ours = runner.device.type == "cpu", isinstance(runner.decoder.kernels, CpuKernels)
+    may_stay = is_ours and not boot.plan.shard_weights
     ahead = boot.config.scheduler.runs_ahead(runner.device.type)
-    results.send(
-        wire.encode(
-            wire.WorkerReady(rank, runner.pages.num_blocks, ahead, isinstance(runner.decoder.kernels, CpuKernels))
-        )
-    )
-    on_host = runner.device.type == "cpu"
-    control.send(wire.encode(lifecycle.Ready(runner.pages.data.nbytes if on_host else 0, gpu_of(runner.device))))
-
-    mover, check = ExpertMover(boot.model, boot.stamp, runner, rank), WeightCheck(runner, rank)
-    copier = None
-    if (store := inherited("store")) is not None:
-        memory = StoreMemory(store, StoreLayout.of(boot.config, boot.model), points)
-        copier = BlockCopier(runner.pages, memory, place)
-    try:
-        serve(control, steps, results, runner, mover, check, copier)
-    finally:
-        check.close()
-        mover.close()
+    results.send(wire.encode(wire.WorkerReady(rank, runner.pages.num_blocks, ahead, is_ours, kept, loaded)))
+    may_take = runner.pages.data.nbytes if on_host else 0
+    control.send(wire.encode(lifecycle.Ready(may_take, gpu_of(runner.device), may_stay)))
+    return may_stay
 
 
 def gpu_of(device: torch.device) -> str:
@@ -80,6 +140,7 @@ def gpu_of(device: torch.device) -> str:
 
 def serve(  # noqa: PLR0917
     control: Control,
+    line: Line,
     steps: Socket,
     results: Socket,
     runner: Runner,
@@ -87,7 +148,7 @@ def serve(  # noqa: PLR0917
     check: WeightCheck,
     copier: BlockCopier | None,
 ) -> None:
-    """Take steps and give results until told to stop."""
+    """Take steps and give results until told to stop; raises `Relieved` when there is something else to do."""
     rank, speaks, faults = mover.rank, runner.decoder.place.speaks, Faults(mover.rank)
     points = Points(f"worker {rank}")
     decode = wire.decoder(wire.ToWorker).decode
@@ -97,8 +158,10 @@ def serve(  # noqa: PLR0917
     poller.register(control, zmq.POLLIN)
     poller.register(mover.fd, zmq.POLLIN)
     poller.register(check.fd, zmq.POLLIN)
+    poller.register(line.fd, zmq.POLLIN)
     while True:
         readable = dict(poller.poll(_patience(copier) if not launched else 0))
+        line.check()
         if copier is not None:
             copier.pump()
         report(readable, results, mover, check)
@@ -210,4 +273,4 @@ def attempt(runner: Runner, step: wire.Step, rank: str, do: Callable[[], T]) -> 
 
 
 if __name__ == "__main__":
-    run_child(run)
+    run_child(Worker().follow)

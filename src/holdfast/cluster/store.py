@@ -22,7 +22,8 @@ import zmq
 
 from holdfast.cache.disk import DiskFile
 from holdfast.cache.store import StoreIndex, StoreLayout, StoreMemory
-from holdfast.cluster.child import Control, epoch, inherited, run_child
+from holdfast.cluster.child import Control, run_child
+from holdfast.cluster.orders import Line, Order
 from holdfast.cluster.owner import owner_of
 from holdfast.cluster.tier import PART_BYTES, Tier
 from holdfast.core import lifecycle, wire
@@ -260,18 +261,16 @@ class Store:
         log.warning("memory is short: the checkpoint store has %d slots left", self._grown)
 
 
-def run(boot: Boot, control: Control) -> None:
+def run(boot: Boot, control: Control, order: Order, _: Line) -> None:
     """Answer engines until told to stop. Raises `ConfigError` for a folder of `--checkpoint-disk` that is not to be
     used, when the service starts; later on it is done without."""
-    descriptor = inherited("store")
-    assert descriptor is not None, "the supervisor makes the memory"
     layout, cache = StoreLayout.of(boot.config, boot.model), boot.config.cache
     open_disk = None
     if cache.checkpoint_disk is not None:
         folder, size = Path(cache.checkpoint_disk), cache.checkpoint_disk_bytes or 0
         open_disk = partial(DiskFile, folder, owner_of(boot), layout, size)
-    store = Store(descriptor, layout, open_disk)
-    if store.tier is not None and epoch() == 0:
+    store = Store(order.descriptors["store"], layout, open_disk)
+    if store.tier is not None and order.epoch == 0:
         store.tier.start()
     engines = control.context.socket(zmq.ROUTER)
     engines.bind(boot.endpoints.store)

@@ -3,8 +3,8 @@
     starting ──all ready──▶ serving ──signal──▶ draining ──gateway gone──▶ stopped
         └──────failure or signal──────────────────┴──▶ stopped
 
-It holds no device and serves no request. A member (a replica, the gateway) that loses a process is killed whole and
-started again.
+It holds no device and serves no request. A member (a replica, the gateway) that loses a process is started again:
+`cluster.recovery`.
 """
 
 from __future__ import annotations
@@ -109,8 +109,7 @@ class Supervisor:
                 case Said(name, lifecycle.Progress() as progress):
                     self._show(name, progress)
                 case Said(name, lifecycle.Ready() as ready):
-                    self.children.by_name[name].ready = True
-                    self.recovery.watch_memory(name, ready)
+                    self.recovery.is_ready(name, ready)
                     if all(child.ready for child in self.children.by_name.values()):
                         for member in self.members:
                             member.become("serving")

@@ -8,6 +8,10 @@ from holdfast.core.config import ServeConfig
 from holdfast.core.plan import Plan
 from holdfast.core.spec import ModelInfo
 
+RECONNECT_MS = 10
+"""Between two attempts to reach a process that is not there yet. libzmq's own 100 ms, twice, would be a good part of
+what a replica takes to come back."""
+
 
 class Endpoints(msgspec.Struct, frozen=True):
     """Where the processes of one `holdfast serve` meet: ipc:// addresses inside its private folder."""
@@ -28,13 +32,14 @@ class Endpoints(msgspec.Struct, frozen=True):
         """PULL bound by the engine; the gateway pushes `ToEngine`."""
         return f"ipc://{self.folder}/engine-{replica}"
 
-    def results(self, replica: int) -> str:
-        """PULL bound by the engine; its workers push `ToEngineFromWorker`."""
-        return f"ipc://{self.folder}/results-{replica}"
+    def results(self, replica: int, epoch: int) -> str:
+        """PULL bound by the engine; its workers push `ToEngineFromWorker`. `epoch`: the replica's: a worker that was
+        in an earlier one cannot be heard in this."""
+        return f"ipc://{self.folder}/results-{replica}-{epoch}"
 
-    def worker(self, rank: str) -> str:
+    def worker(self, rank: str, epoch: int) -> str:
         """PULL bound by the worker; its engine pushes `ToWorker`."""
-        return f"ipc://{self.folder}/worker-{rank}"
+        return f"ipc://{self.folder}/worker-{rank}-{epoch}"
 
     @property
     def store(self) -> str:
@@ -47,7 +52,7 @@ class Endpoints(msgspec.Struct, frozen=True):
 
 
 class Boot(msgspec.Struct, frozen=True):
-    """What every child reads when it starts (`boot.json` in the run folder)."""
+    """What every child is told with each order."""
 
     config: ServeConfig
     model: ModelInfo

@@ -269,6 +269,11 @@ class ServerConfig:
         "that, a replica goes on without the rank that does not live. Its requests go on in other replicas, or "
         "wait. A minute of service begins the count anew.",
     )
+    spare_workers: int = option(
+        0,
+        "Worker processes that are started beforehand and wait, without a device: one takes the place of a worker "
+        "that died at once, where a new process would have to import for a second or more first.",
+    )
     regrow_interval: float = option(
         300.0,
         "Seconds after which a replica that had to go on with fewer ranks is started with all of them again; twice "
@@ -336,6 +341,7 @@ class ServeConfig:
             ("--startup-timeout", self.server.startup_timeout, 0),
             ("--max-restarts", self.server.max_restarts, 0),
             ("--resume-window", self.server.resume_window, 0),
+            ("--spare-workers", self.server.spare_workers, 0),
             ("--regrow-interval", self.server.regrow_interval, 0),
             ("--check-weights-interval", self.server.check_weights_interval, 0),
             ("--leak-window", self.server.leak_window, 0),
@@ -351,6 +357,7 @@ class ServeConfig:
             ("--tensor-parallel-size", self.device.tensor_parallel_size, 64),
             ("--pipeline-parallel-size", self.device.pipeline_parallel_size, 64),
             ("--block-size", self.cache.block_size, 4096),
+            ("--spare-workers", self.server.spare_workers, 64),
             ("--max-num-batched-tokens", self.scheduler.max_num_batched_tokens, 1 << 20),
         ):
             if value is not None and value > most:

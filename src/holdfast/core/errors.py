@@ -14,7 +14,8 @@ HoldfastError
 └── MachineError            what the machine did wrong: names the rank and the step
     ├── StartupError        a process did not come up
     ├── ProcessDied         a process ended that should not have
-    ├── CollectiveFailed    ranks did not meet: one gave up, or was late
+    ├── CollectiveFailed    ranks did not meet: one was late
+    │   └── RankGaveUp          or gave up
     ├── StepFailed          a step raised on a device
     ├── DeviceGone          a device is lost, and does not come back
     └── ReplicaHangs        no rank comes further
@@ -115,6 +116,10 @@ class ProcessDied(MachineError):
 
 class CollectiveFailed(MachineError):
     """Ranks did not meet: one of them gave up, or was not there by the deadline. Nothing they share can be used."""
+
+
+class RankGaveUp(CollectiveFailed):
+    """One of them gave up, and says itself why: nothing is wrong with this one."""
 
 
 class StepFailed(MachineError):

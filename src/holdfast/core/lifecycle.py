@@ -28,6 +28,8 @@ class Ready(Message, frozen=True):
     """Bytes of memory that it does not have yet and is to have: what a KV cache takes as it is filled."""
     gpu: str = ""
     """UUID of the GPU that it runs on."""
+    may_stay: bool = False
+    """A worker that can take part in its replica again, in another place too, after another of its processes died."""
 
 
 class Failed(Message, frozen=True):
@@ -130,6 +132,12 @@ class ReplicaLost(Message, frozen=True):
     """None: nothing was lost, the service ends."""
 
 
+class Spares(Message, frozen=True):
+    """To the gateway: so many spare workers wait."""
+
+    ready: int
+
+
 class StoreLost(Message, frozen=True):
     """To the gateway: the process of the checkpoint store is gone, which hits no request."""
 
@@ -149,4 +157,4 @@ class Stop(Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 
-ToChild = Drain | Replaces | ReplicaLost | StoreLost | StoreBack | DiskTier | Distrust | Stop
+ToChild = Drain | Replaces | ReplicaLost | Spares | StoreLost | StoreBack | DiskTier | Distrust | Stop

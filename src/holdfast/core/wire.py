@@ -152,6 +152,10 @@ class EngineReady(Message, frozen=True):
     """Tokens a request may hold, prompt and output together."""
     gateway: int = 0
     num_ranks: int = 1
+    weights_kept: int = 0
+    """Bytes of weights that workers had in memory from before the last loss."""
+    weights_loaded: int = 0
+    """And that they had to read."""
 
 
 class WeightsChecked(Message, frozen=True):
@@ -267,6 +271,9 @@ class WorkerReady(Message, frozen=True):
     """A second step may be sent while one is running: the device is not kept waiting for the engine."""
     counts_operations: bool = False
     """Within a step, too, others see that it moves."""
+    weights_kept: int = 0
+    """Bytes that it had in memory from its last place."""
+    weights_loaded: int = 0
 
 
 NO_NUMBERS = -1

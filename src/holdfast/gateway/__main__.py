@@ -8,13 +8,14 @@ import uvloop
 import zmq.asyncio
 
 from holdfast.cluster.child import Control, run_child
+from holdfast.cluster.orders import Line, Order
 from holdfast.core.boot import Boot
 from holdfast.gateway.main import run
 
 
-def body(boot: Boot, control: Control) -> None:
+def body(boot: Boot, control: Control, order: Order, _: Line) -> None:
     async def main() -> None:
-        await run(boot, zmq.asyncio.Socket.shadow(control))
+        await run(boot, zmq.asyncio.Socket.shadow(control), order)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())

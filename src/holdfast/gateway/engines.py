@@ -5,7 +5,7 @@ from __future__ import annotations
 import zmq
 import zmq.asyncio
 
-from holdfast.core.boot import Endpoints
+from holdfast.core.boot import RECONNECT_MS, Endpoints
 from holdfast.core.wire import Hello, ToEngine, ToGateway, decoder, encode
 
 
@@ -48,6 +48,7 @@ class Engines:
         # a plain socket: with no limit on its queue a send never waits, so `abort` works in any `finally`
         socket = self._context.socket(zmq.PUSH)
         socket.set_hwm(0)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         socket.connect(self._endpoints.engine(replica))
         socket.send(encode(Hello(self._epoch)), zmq.NOBLOCK)
         return socket

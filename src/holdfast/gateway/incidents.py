@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from holdfast.core.lifecycle import Loss
+from holdfast.core.wire import EngineReady
 
 KEPT = 10_000
 """Incidents, the latest."""
@@ -44,6 +45,10 @@ class Incident(msgspec.Struct):
     """Tokens whose keys and values had been there before, and were neither cached nor restored."""
     recomputed_most: int = 0
     """Of one request."""
+    weights_kept: int | None = None
+    """Bytes of weights that its workers still had in memory when it served again."""
+    weights_loaded: int | None = None
+    """And that they had to read."""
 
     def went_on(self, recomputed: int) -> None:
         """One of its requests has got a token, after so many were computed again."""
@@ -58,6 +63,8 @@ class Incidents:
     """In order."""
 
     def __init__(self) -> None:
+        self.spare_workers = 0
+        """That wait to take the place of one that is lost."""
         self._kept: deque[Incident] = deque(maxlen=KEPT)
 
     def __iter__(self) -> Iterator[Incident]:
@@ -71,8 +78,10 @@ class Incidents:
         self._kept.append(incident)
         return incident
 
-    def came_back(self, member: str) -> None:
-        """It serves again."""
+    def came_back(self, member: str, ready: EngineReady | None = None) -> None:
+        """It serves again; of a replica, what it says."""
         for incident in self._kept:
             if incident.member == member and incident.back is None:
                 incident.back = time.time()
+                if ready is not None:
+                    incident.weights_kept, incident.weights_loaded = ready.weights_kept, ready.weights_loaded

@@ -17,7 +17,7 @@ import uvicorn
 import zmq.asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from holdfast.cluster.child import epoch, inherited
+from holdfast.cluster.orders import Order
 from holdfast.core.boot import Boot, Endpoints
 from holdfast.core.config import ServerConfig
 from holdfast.core.lifecycle import (
@@ -29,6 +29,7 @@ from holdfast.core.lifecycle import (
     Replace,
     Replaces,
     ReplicaLost,
+    Spares,
     Stop,
     StoreBack,
     StoreLost,
@@ -85,7 +86,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
+async def run(boot: Boot, control: zmq.asyncio.Socket, order: Order) -> None:
     """Serve HTTP until the supervisor says `Stop`, or a `Drain` is done.
 
     `control` is connected to the supervisor. Raises `ConfigError` when the chat template cannot be read, a sampling
@@ -95,10 +96,11 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
     name = config.model.served_model_name
     assert name is not None, "the supervisor names the model"
     metrics = Metrics(name)
-    descriptor = inherited("listener")
-    assert descriptor is not None, "the supervisor listens"
     file = LogFile(log_path(config.server, boot.endpoints), config.server.token_log_sync)
-    with socket.socket(fileno=descriptor) as listener, contextlib.closing(TokenLog(file, owner_of(boot))) as log:
+    with (
+        socket.socket(fileno=order.descriptors["listener"]) as listener,
+        contextlib.closing(TokenLog(file, owner_of(boot))) as log,
+    ):
         replicas = len(boot.plan.replicas)
         max_live = config.scheduler.max_num_seqs * replicas + config.scheduler.max_queued_seqs
         _raise_descriptor_limit(max_live)
@@ -109,7 +111,7 @@ async def run(boot: Boot, control: zmq.asyncio.Socket) -> None:
             max_live=max_live,
             num_replicas=replicas,
             per_replica=config.scheduler.max_num_seqs,
-            epoch=epoch(),
+            epoch=order.epoch,
         )
         calls = Calls(log, router, config.server.resume_window)
 
@@ -187,22 +189,31 @@ async def _obey(control: zmq.asyncio.Socket, service: Service) -> None:
                     router.stands_in(reason, loss)
                 case ReplicaLost() as lost:
                     router.replica_lost(lost)
-                case StoreLost(reason, loss):
-                    router.incidents.begin("store", reason, loss, "none")
-                case StoreBack():
-                    router.incidents.came_back("store")
-                case DiskTier() as state:
-                    service.disk = state
-                    service.metrics.disk_tier(state)
                 case Drain(deadline):
                     if draining is not None:
                         draining.cancel()
                     draining = asyncio.create_task(router.drain(deadline))
+                case message:
+                    _learn(service, message)
             receiving = asyncio.ensure_future(control.recv())
     finally:
         receiving.cancel()
         if draining is not None:
             draining.cancel()
+
+
+def _learn(service: Service, news: object) -> None:
+    """What is told of the store and of spare workers."""
+    match news:
+        case Spares(ready):
+            service.router.incidents.spare_workers = ready
+        case StoreLost(reason, loss):
+            service.router.incidents.begin("store", reason, loss, "none")
+        case StoreBack():
+            service.router.incidents.came_back("store")
+        case DiskTier() as state:
+            service.disk = state
+            service.metrics.disk_tier(state)
 
 
 async def _announce(boot: Boot, name: str, service: Service, control: zmq.asyncio.Socket) -> None:

@@ -144,7 +144,7 @@ class Router:
                     continue
                 self._ready[message.replica] = message
                 self._coming.discard(message.replica)
-                self.incidents.came_back(f"replica {message.replica}")
+                self.incidents.came_back(f"replica {message.replica}", message)
                 self._was_ready = True
                 self._move([live for live in self._live.values() if live.replica is None])
                 if self.epoch or len(self._ready) == self._num_replicas:

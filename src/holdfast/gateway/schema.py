@@ -79,11 +79,15 @@ class Incident(BaseModel):
     back: float | None
     recomputed: int
     recomputed_most: int
+    weights_kept: int | None
+    weights_loaded: int | None
 
 
 class Cluster(BaseModel):
     status: Literal["starting", "ready", "recovering", "draining", "lost"]
     replicas: list[Replica]
+    spare_workers: int
+    """That wait."""
     incidents: list[Incident]
 
 

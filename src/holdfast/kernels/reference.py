@@ -36,6 +36,10 @@ class StackedMatrix:
     activation: Activation | None
     gated: bool
 
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:

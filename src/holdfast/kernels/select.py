@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -81,6 +83,12 @@ def _flashinfer(device: str, exactness: Exactness) -> Callable[..., Any]:
         ) from error
     wrapper: Callable[..., Any] = BatchPrefillWithPagedKVCacheWrapper
     return wrapper
+
+
+def import_kernels(device: str) -> None:
+    """All that `select_kernels` may need for `--device`, so that it need not wait for it. Touches no device."""
+    if device != "cpu" and Path("/dev/nvidiactl").exists() and find_spec("triton") is not None:
+        import_module("holdfast.kernels.cuda.kernels")
 
 
 def _for_gpu(dtype: torch.dtype, exactness: Exactness, flashinfer: Callable[..., Any] | None) -> Kernels[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.plan import Place, Range, places
-from holdfast.core.spec import ModelInfo
+from holdfast.core.spec import DecoderSpec, ModelInfo
 from holdfast.kernels.interface import FP8_GROUP, GROUP, Kernels, Matrix
 from holdfast.models.checkpoint import Checkpoint, Format
 from holdfast.models.decoder import Decoder
@@ -36,6 +36,7 @@ def load_decoder(
     place: Place | None = None,
     collectives: Collectives | None = None,
     in_order: bool = False,
+    held: Held | None = None,
 ) -> Decoder:
     """The model of `info` (from `inspect_model`) in memory, on `device`: norms in float32, all else in `dtype`,
     except what is quantized in a way that kernels take. `place`: only that rank's share is read; without one, all.
@@ -44,7 +45,7 @@ def load_decoder(
     that is less than the model allows. Raises `ModelError` for a file that has been damaged since it was inspected.
     """
     weights = load_weights(
-        info, kernels, dtype, torch.device(device), progress, place, collectives, in_order=in_order
+        info, kernels, dtype, torch.device(device), progress, place, collectives, in_order=in_order, held=held
     )
     return Decoder(weights, max_positions)
 
@@ -59,9 +60,10 @@ def load_weights(  # noqa: PLR0917
     collectives: Collectives | None = None,
     *,
     in_order: bool = False,
+    held: Held | None = None,
 ) -> Weights:
     """Every matrix packed, and every norm. A head that only repeats the embeddings is not held twice. `in_order`: one
-    after the other, in the same order by whoever loads the same."""
+    after the other, in the same order by whoever loads the same. `held`: of the same place, by `Held.at`."""
     place = place or places(make_plan(info.spec).replicas[0])[0]
     loader = _Loader(Checkpoint(info), kernels, dtype, device, parameters(info.spec))
     packs, norms = packings_at(info.spec, place), norms_at(info.spec, place)
@@ -70,23 +72,60 @@ def load_weights(  # noqa: PLR0917
         del packs["head"]
     sizes = {name: share_of(packing, loader.wanted) for name, packing in packs.items()}
     sizes |= {name: _numel(loader.wanted[name]) for name in norms}
+    loaded: dict[str, Any] = {} if held is None else {**held.packed, **held.norms}
 
     def load(name: str) -> Any:
         return loader.packed(packs[name]) if name in packs else loader.norm(name)
 
-    loaded: dict[str, Any] = {}
-    total, done = sum(sizes.values()), 0
+    lacking = [name for name in sizes if name not in loaded]
+    total, done = sum(sizes[name] for name in lacking), 0
     threads = 1 if in_order else min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
-        for name, result in zip(sizes, pool.map(load, sizes), strict=True):
-            loaded[name] = result
-            done += sizes[name]
-            progress(done / total)
+        try:
+            for name, result in zip(lacking, pool.map(load, lacking), strict=True):
+                loaded[name] = result
+                done += sizes[name]
+                progress(done / total)
+        finally:
+            pool.shutdown(cancel_futures=True)  # `progress` may raise: nobody waits for the rest then
     packed = {name: loaded[name] for name in packs}
     if repeated:
         packed["head"] = packed["embed"]
     held_norms = {name: loaded[name] for name in norms}
     return Weights(info.spec, kernels, dtype, device, packed, held_norms, place, collectives)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Weights that stay in memory while the rank that has them changes its place. They belong to the process: nothing
+    here knows kernels, pages or other ranks."""
+
+    packings: Mapping[str, Packing]
+    packed: Mapping[str, Any]
+    norms: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, weights: Weights) -> Held:
+        return cls(packings_at(weights.spec, weights.place), weights.packed, weights.norms)
+
+    def at(self, spec: DecoderSpec, place: Place) -> Held:
+        """What the rank at `place` needs exactly as it is here: the same ranges of the same matrices."""
+        packings, norms = packings_at(spec, place), set(norms_at(spec, place))
+        same = {name for name, packing in packings.items() if self.packings.get(name) == packing}
+        return Held(
+            packings,
+            {name: matrix for name, matrix in self.packed.items() if name in same},
+            {name: norm for name, norm in self.norms.items() if name in norms},
+        )
+
+    @property
+    def nbytes(self) -> int:
+        matrices = {id(matrix): matrix for matrix in self.packed.values()}  # a head may be the embeddings
+        return sum(_bytes_of(each) for each in (*matrices.values(), *self.norms.values()))
+
+
+def _bytes_of(matrix: Any) -> int:
+    return sum(map(_bytes_of, matrix.packed)) if isinstance(matrix, Pieces) else int(matrix.nbytes)
 
 
 def move_experts(

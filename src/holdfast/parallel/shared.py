@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import CollectiveFailed
+from holdfast.core.errors import CollectiveFailed, RankGaveUp
 from holdfast.core.plan import Place
 from holdfast.core.spec import DecoderSpec
 from holdfast.kernels.cpu import structs
@@ -40,7 +40,7 @@ class Watch:
 
     def check(self) -> None:
         if self.end.failed == structs.FAILED_ABORTED:
-            raise CollectiveFailed("another rank gave up")
+            raise RankGaveUp("another rank gave up")
         if self.end.failed == structs.FAILED_LATE:
             raise CollectiveFailed(f"another rank did not come within {self.timeout:g} s")
 

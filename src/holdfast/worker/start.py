@@ -21,7 +21,7 @@ from holdfast.hardware.host import available_memory, usable_cores
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.kernels.interface import Capturing, Kernels
 from holdfast.kernels.select import select_kernels
-from holdfast.models.load import load_decoder
+from holdfast.models.load import Held, load_decoder
 from holdfast.parallel.collectives import Collectives
 from holdfast.parallel.cuts import make_plan
 from holdfast.parallel.distributed import DistributedCollectives, FileStore
@@ -89,9 +89,10 @@ def start_runner(
     model: ModelInfo,
     progress: Progress,
     post: Post | None = None,
+    held: Held | None = None,
 ) -> Runner:
     """Load `model`, or the share of it that belongs to a post, on its device. `progress(text, fraction)` tells the
-    user how far it is.
+    user how far it is. `held`: what of it is in memory already.
 
     Raises `ConfigError` when the device or its memory is not there, `ModelError` when the checkpoint is bad.
     """
@@ -140,6 +141,7 @@ def start_runner(
         place=post.place,
         collectives=collectives,
         in_order=shared is not None,
+        held=held,
     )
     if shared is not None:
         shared.wait_for_others()

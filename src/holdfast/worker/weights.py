@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -30,18 +30,20 @@ log = logging.getLogger(__name__)
 SLICE_BYTES = 4_000_000
 IDLENESS = 3
 """Times as long as a slice took the thread waits before the next."""
+Sums = Mapping[str, tuple[Any, int]]
+"""By name: what lies in memory, and its checksum."""
 
 
 class WeightCheck:
     """Of one rank. A walk that begins at once learns what is right; `learn` has another one do so for what is new.
-    `ask`, and, once `fd` is readable, `report`."""
+    `ask`, and, once `fd` is readable, `report`. `sums`: what was right before this."""
 
-    def __init__(self, runner: Runner, rank: str) -> None:
+    def __init__(self, runner: Runner, rank: str, sums: Sums | None = None) -> None:
         self.fd = os.eventfd(0, os.EFD_SEMAPHORE)
         self._runner = runner
         self._rank = rank
-        self._known: dict[str, tuple[Any, int]] = {}
-        """By name: what lies in memory, and its checksum."""
+        self.sums: Sums = sums or {}
+        """What is right, of what was there at the last walk."""
         self._cores = os.sched_getaffinity(0)  # before the first step binds this thread to one of them
         self._stop = threading.Event()
         self._asked: SimpleQueue[str | None] = SimpleQueue()
@@ -90,7 +92,7 @@ class WeightCheck:
     @torch.inference_mode()
     def _walk(self) -> tuple[int, list[str]]:
         """Bytes, and names of what has changed. What is seen for the first time is right."""
-        num_bytes, wrong, known = 0, [], {}
+        num_bytes, wrong, sums = 0, [], dict[str, tuple[Any, int]]()
         for name, held in held_in(self._runner.decoder.weights).items():
             digest, begun = xxh3_64(), time.perf_counter()
             for data in slices(held):
@@ -99,12 +101,12 @@ class WeightCheck:
                 if self._stop.wait(IDLENESS * (time.perf_counter() - begun)):
                     return num_bytes, []
                 begun = time.perf_counter()
-            before, right = self._known.get(name, (None, 0))
-            known[name] = (held, digest.intdigest())
-            if before is held and right != known[name][1]:
+            before, right = self.sums.get(name, (None, 0))
+            sums[name] = (held, digest.intdigest())
+            if before is held and right != sums[name][1]:
                 wrong.append(name)
-                known[name] = (held, right)
-        self._known = known
+                sums[name] = (held, right)
+        self.sums = sums
         return num_bytes, wrong
 
 

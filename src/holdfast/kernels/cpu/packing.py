@@ -28,6 +28,10 @@ class PackedMatrix:
     bias: np.ndarray | None
     shards: np.ndarray | None
 
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
+
 
 def pack(
     library: Library,

@@ -48,6 +48,11 @@ class DeviceMatrix:
         return self.shard_ends.shape[0]
 
     @property
+    def nbytes(self) -> int:
+        parts = (self.codes.codes, self.codes.scales, self.codes.minima)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
     def addresses(self) -> list[int]:
         """Of codes, scales, minima and bias; 0 for what there is not."""
         parts = (self.codes.codes, self.codes.scales, self.codes.minima, self.bias)
