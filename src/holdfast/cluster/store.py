@@ -292,6 +292,7 @@ def serve(store: Store, control: Control, engines: zmq.Socket[bytes]) -> None:
     if store.tier is not None:
         poller.register(store.tier.fd, zmq.POLLIN)
     looked = time.monotonic()
+    store.look()  # which opens the disk, if that is to be done
     while True:
         readable = dict(poller.poll(int(1000 * store.patience)))
         if control in readable:
