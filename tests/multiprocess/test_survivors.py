@@ -148,7 +148,7 @@ def test_who_is_not_at_fault_stays(start: Callable[..., Service]):
     ("cut", "ranks", "victims"),
     [
         ("--tensor-parallel-size", 4, ("worker 0.0.1", "worker 0.0.2")),
-        ("--pipeline-parallel-size", 3, ("worker 0.0.0", "worker 0.1.0")),
+        pytest.param("--pipeline-parallel-size", 3, ("worker 0.0.0", "worker 0.1.0"), marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_are_lost_at_once(start: Callable[..., Service], cut: str, ranks: int, victims: tuple[str, ...]):
@@ -168,7 +168,11 @@ def test_two_ranks_are_lost_at_once(start: Callable[..., Service], cut: str, ran
     assert asyncio.run(ask(service.url)) == calm
 
 
-@pytest.mark.parametrize(("number", "kind"), [(KILL, "death"), (STOP, "hang")])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(KILL, "death"), pytest.param(STOP, "hang", marks=pytest.mark.slow)],
+    ids=["killed", "stopped"],
+)
 def test_one_that_stays_is_lost_on_the_way(start: Callable[..., Service], number: signal.Signals, kind: str):
     """Others stay again when it was killed. After one that stood still in that moment all are new: as if it had not
     taken its place."""
@@ -200,6 +204,7 @@ def test_nobody_is_left_waiting_when_the_supervisor_is_killed(start: Callable[..
     assert service.wait_end() == -KILL
 
 
+@pytest.mark.slow
 def test_nobody_stays_where_weights_are_held_together(start: Callable[..., Service]):
     service = start(
         "--data-parallel-size", "2", "--tensor-parallel-size", "2", "--shard-weights", "--max-restarts", "9"
