@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 from holdfast.cluster.child import Control, run_child
+from holdfast.cluster.orders import Line, Order
 from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
 
 
-def run(boot: Boot, control: Control) -> None:
+def run(boot: Boot, control: Control, order: Order, _: Line) -> None:
     gpus = json.loads(os.environ["IDLER_GPUS"])
-    control.send(wire.encode(lifecycle.Ready(gpu=gpus.get(sys.argv[1], ""))))
+    control.send(wire.encode(lifecycle.Ready(gpu=gpus.get(order.name, ""))))
     decode = wire.decoder(lifecycle.ToChild).decode
     while not isinstance(decode(control.recv()), lifecycle.Stop):
         pass

@@ -183,4 +183,6 @@ def test_a_replica_whose_gpu_breaks_is_killed_and_started_again(tmp_path: Path, 
         assert children.is_alive(GATEWAY)
         children.by_name["worker 0.0.0"].process.send_signal(signal.SIGKILL)
         until(lambda: not serve(all_members[0]))
-        assert told[-1].loss.kind == "death"
+        lost = [message for message in told if isinstance(message, lifecycle.ReplicaLost)][-1]
+        assert lost.loss is not None
+        assert lost.loss.kind == "death"
