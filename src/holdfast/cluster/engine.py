@@ -95,10 +95,9 @@ class Engine:
             self._take_requests()
             outputs = self._take_result()
             self._keep_blocks()
-            while self.scheduler.num_in_flight < depth and (step := self.scheduler.schedule()):
-                self._tell_workers(step)
-            if self.keeper is not None:
-                self.keeper.save()
+            self._schedule(depth)
+            if self.keeper is not None and self.keeper.save() and not self.scheduler.num_in_flight:
+                self._schedule(depth)  # what was held until it was saved may be the room that somebody waits for
             if self.balancer is not None and (placement := self.balancer.look()) is not None:
                 self._tell_workers(placement)
             waits = self.scheduler.num_in_flight or (self.keeper is not None and self.keeper.is_busy)
@@ -111,6 +110,10 @@ class Engine:
             )
             if not waits and log.isEnabledFor(logging.DEBUG):
                 self.scheduler.check_integrity()  # every reference to every block, whenever we fall idle
+
+    def _schedule(self, depth: int) -> None:
+        while self.scheduler.num_in_flight < depth and (step := self.scheduler.schedule()):
+            self._tell_workers(step)
 
     def _make_scheduler(self, num_blocks: int, depth: int) -> Scheduler:
         config, model = self.boot.config, self.boot.model

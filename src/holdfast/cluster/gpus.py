@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
+import time
 from collections import deque
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +29,19 @@ BREAKS = {
     120: "error of the GPU's system processor",
 }
 """Xids after which nothing that is on the device is of use."""
+FOR_GOOD = {64, 79}
+"""Of those: what no new process gets over."""
 _WAIT_MS = 500
 
 
-class GpuEvent(NamedTuple):
-    """A GPU, by UUID, is not to be used any more as it is."""
+@dataclass(frozen=True, slots=True)
+class GpuEvent:
+    """A GPU, by UUID, is not to be used any more as it is; or, `for_good`, not at all."""
 
     uuid: str
     reason: str
+    for_good: bool = False
+    heard: float = field(default_factory=time.monotonic, compare=False)
 
 
 class GpuWatch:
@@ -81,9 +88,13 @@ class GpuWatch:
         try:
             while True:
                 uuid = self._new.get_nowait()
-                handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-                nvml.nvmlDeviceRegisterEvents(handle, wanted & nvml.nvmlDeviceGetSupportedEventTypes(handle), events)
-                handles[uuid] = handle
+                try:
+                    handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+                    supported = nvml.nvmlDeviceGetSupportedEventTypes(handle)
+                    nvml.nvmlDeviceRegisterEvents(handle, wanted & supported, events)
+                    handles[uuid] = handle
+                except nvml.NVMLError as error:
+                    log.warning("events of %s are not heard: %s", uuid, error)
         except Empty:
             return
 
@@ -100,13 +111,15 @@ class GpuWatch:
                 raise
             for uuid in gone:
                 del handles[uuid]
-                self._happened.append(GpuEvent(uuid, f"{uuid} does not answer: {error}"))
+                self._watched.discard(uuid)  # who names it again finds it answering
+                self._happened.append(GpuEvent(uuid, f"{uuid} does not answer: {error}", for_good=True))
             return
         uuid = uuid.decode() if isinstance(uuid, bytes) else uuid  # old releases of nvidia-ml-py
         if event.eventType == nvml.nvmlEventTypeDoubleBitEccError:
             self._happened.append(GpuEvent(uuid, f"{uuid}: double-bit ECC error"))
         elif event.eventData in BREAKS:
-            self._happened.append(GpuEvent(uuid, f"{uuid}: Xid {event.eventData}, {BREAKS[event.eventData]}"))
+            reason = f"{uuid}: Xid {event.eventData}, {BREAKS[event.eventData]}"
+            self._happened.append(GpuEvent(uuid, reason, for_good=event.eventData in FOR_GOOD))
         else:
             log.warning("%s: Xid %d", uuid, event.eventData)
 

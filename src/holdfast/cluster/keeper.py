@@ -114,13 +114,16 @@ class Keeper:
         if gone:
             self._ask(Forget(gone))
 
-    def save(self) -> None:
-        """Tell the workers: after the next step, so that they copy while the engine is at work."""
-        if self._saves:
-            self.num_saved += len(self._saves)
-            self._tell(SaveBlocks(self._saves))
-            self.pool.release([block for block, _, _ in self._saves])
-            self._saves = []
+    def save(self) -> bool:
+        """Tell the workers: after the next step, so that they copy while the engine is at work. Whether there was
+        something."""
+        if not self._saves:
+            return False
+        self.num_saved += len(self._saves)
+        self._tell(SaveBlocks(self._saves))
+        self.pool.release([block for block, _, _ in self._saves])
+        self._saves = []
+        return True
 
     def forget(self, blocks: list[bytes]) -> None:
         """They may be broken."""

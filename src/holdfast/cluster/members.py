@@ -39,6 +39,8 @@ class Member:
     """The speaker's last sign of life, once it serves."""
     failure: tuple[str, lifecycle.Failed] | None = None
     """Its first process to fail by itself, this time, and what it said."""
+    failing: set[str] = field(default_factory=set)
+    """Processes that have said they cannot go on, this time."""
 
     @property
     def workers(self) -> list[str]:
@@ -48,12 +50,13 @@ class Member:
     def become(self, state: State) -> None:
         self.state, self.since = state, time.monotonic()
         self.heard = self.since
+        if state == "starting":
+            self.failure, self.failing = None, set()
 
     def count_death(self) -> int:
         """How many there were in a row, this one included."""
         steady = self.state == "serving" and time.monotonic() - self.since > STEADY_SECONDS
         self.deaths = 1 if steady else self.deaths + 1
-        self.failure = None
         return self.deaths
 
     def due(self, startup_timeout: float) -> float:

@@ -24,7 +24,7 @@ def owner_of(boot: Boot) -> str:
     model, device, cache = boot.config.model, boot.config.device, boot.config.cache
     gpus = [] if device.device == "cpu" else [(each.name, each.capability) for each in this_machine().devices]
     instructions = cpu_device(1, available_memory(), cpu_flags()).capability
-    settings = (model.dtype, model.quantized_activations, device.device, device.exactness)
+    settings = (model.dtype, model.quantized_activations, device.device, device.exactness, device.attention_backend)
     formats = (cache.block_size, cache.kv_cache_dtype)
     matters = (boot.stamp, settings, formats, gpus, instructions, _builds())
     return f"{hashlib.blake2b(repr(matters).encode(), digest_size=16).hexdigest()} of {boot.model.path}"
@@ -33,7 +33,7 @@ def owner_of(boot: Boot) -> str:
 def _builds() -> list[object]:
     """Versions of what computes, and the compiled kernels as they lie there."""
     found: list[object] = [__version__, *(os.environ.get(name) for name in _VARIABLES)]
-    for name in ("torch", "triton"):
+    for name in ("torch", "triton", "flashinfer-python"):
         try:
             found.append(version(name))
         except PackageNotFoundError:

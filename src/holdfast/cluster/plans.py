@@ -92,8 +92,9 @@ def planned(config: ServeConfig, model: ModelInfo, machine: Cluster | None) -> P
     return emit.plan_of(model.spec, best)
 
 
-def check_balancing(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
-    """That there is something for `--enable-eplb` to do. Raises `ConfigError`."""
+def check_flags(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
+    """That they suit the plan: weights can be checked, and there is something for `--enable-eplb` to do. Raises
+    `ConfigError`."""
     if config.server.check_weights_interval and plan.shard_weights:
         raise ConfigError("--check-weights-interval: weights that replicas hold together cannot be checked yet")
     redundant = config.device.num_redundant_experts
@@ -135,7 +136,7 @@ def with_checkpoint_memory(config: ServeConfig, model: ModelInfo) -> ServeConfig
 
 
 def impact_of(plan: Plan, process: str, kind: lifecycle.LossKind, detected: float) -> lifecycle.Loss:
-    """What goes with a process of a replica, named as in `supervisor.modules`. `detected`: seconds since 1970."""
+    """What goes with a process of a replica (`members.replica_processes`). `detected`: seconds since 1970."""
     role, _, where = process.partition(" ")
     if role != "worker":
         return lifecycle.Loss(process, kind, None, [], [], detected)

@@ -59,6 +59,8 @@ class Recovery:
         self.drain_until: float | None = None
         self._may_stay = False
         """Workers can, on their devices."""
+        self._distrusts = False
+        """The store is to forget all it has once it is heard."""
 
     # --- what happens ---
 
@@ -80,10 +82,12 @@ class Recovery:
                 self.is_ready(name, ready)
                 self._welcome_back(member)
             case Said(_, lifecycle.Replace(number, reason, kind, process)):
-                if self.replicas[number].state == "serving":
-                    self._start_anew(self.replicas[number], reason, kind, process or "", stay=False)
+                replica = self.replicas[number]
+                if replica.state == "serving" or (replica.state == "starting" and kind == "corruption"):
+                    self._start_anew(replica, reason, kind, process or "", stay=False)
             case Said(name, lifecycle.Failed() as failed):  # others fail because of it, perhaps before it
                 log.error("%s failed: %s", name, failed.traceback)
+                member.failing.add(name)
                 if not failed.follows:
                     member.failure = member.failure or (name, failed)
             case Ended(name):
@@ -98,7 +102,7 @@ class Recovery:
                 if found.kind == "leak":
                     self._start_anew(member, found.reason, "leak", found.process, stay=True)
                 else:
-                    self._lose(member, found.process, found.reason, found.kind)
+                    self._lose(member, found.process, found.reason, found.kind, for_good=found.for_good)
         for member in self.replicas:
             due, waited = self._regrows.get(member.name, (0.0, 0.0))
             if due and member.state == "serving" and now >= due:
@@ -162,6 +166,9 @@ class Recovery:
         member.become("serving")
         if member.number is None and member is not self.gateway:
             self.children.send(GATEWAY, lifecycle.StoreBack())
+            if self._distrusts:
+                self._distrusts = False
+                self.children.send(STORE, lifecycle.Distrust())
         elif member.number is not None and self._is_smaller(member) and self.config.server.regrow_interval:
             _, waited = self._regrows.get(member.name, (0.0, 0.0))
             wait = min(2 * waited or self.config.server.regrow_interval, LONGEST_REGROWTH)
@@ -169,10 +176,19 @@ class Recovery:
 
     # --- the ladder ---
 
-    def _lose(self, member: Member, process: str, reason: str, kind: lifecycle.LossKind = "death") -> None:
+    def _lose(
+        self,
+        member: Member,
+        process: str,
+        reason: str,
+        kind: lifecycle.LossKind = "death",
+        *,
+        for_good: bool = False,
+    ) -> None:
         """A process of it has ended that should not, or stands still. Nobody waits for it: the rest is let go or
-        killed. Then, down the ladder. Raises `ProcessDied` when there is nobody left to serve."""
-        detected, for_good = time.time(), False
+        killed. Then, down the ladder. `for_good`: its device does not come back. Raises `ProcessDied` when there is
+        nobody left to serve."""
+        detected = time.time()
         if member.failure is not None and kind != "device":  # who failed first is the cause, whoever ended first
             process, failed = member.failure
             reason, kind = f"{process} died ({failed.error})", "hang" if failed.hangs else "error"
@@ -230,13 +246,17 @@ class Recovery:
     def _distrust(self) -> None:
         """What weights have computed that were wrong: all blocks that were kept."""
         self.starter.forget_blocks()
-        if STORE in self.children.by_name:
-            self.children.send(STORE, lifecycle.Distrust())
+        for member in self.members:
+            if member.name == STORE and member.state == "serving":
+                self.children.send(STORE, lifecycle.Distrust())
+            elif member.name == STORE:
+                self._distrusts = True
 
     def _gone(self, member: Member) -> set[str]:
-        """Processes of it that have ended, or that the system holds."""
+        """Processes of it that have ended or are about to, or that the system holds."""
         alive, by_name = self.children.is_alive, self.children.by_name
-        return {name for name in member.processes if not alive(name) or by_name[name].is_stopped()}
+        ended = {name for name in member.processes if not alive(name) or by_name[name].is_stopped()}
+        return ended | member.failing
 
     def _left(self, member: Member, gone: set[str]) -> list[tuple[Place, str]]:
         """Workers of a replica that nothing is wrong with, with their places. The engine is not worth keeping: it

@@ -6,9 +6,11 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
+from holdfast.cache.disk import remove
 from holdfast.cache.store import StoreLayout, StoreMemory
 from holdfast.cluster.children import Children
 from holdfast.cluster.members import GATEWAY, STORE, WORKER_MODULE, Member, replica_processes
@@ -53,7 +55,10 @@ class Starter:
         member.processes = replica_processes(member.number, plan)
 
     def forget_blocks(self) -> None:
-        """Nothing that is in the memory of the checkpoint store counts any more, whether its process lives or not."""
+        """Nothing that the checkpoint store has, in memory or on disk, counts any more, whether its process lives or
+        not."""
+        if self.boot.config.cache.checkpoint_disk is not None:
+            remove(Path(self.boot.config.cache.checkpoint_disk))
         if "store" in self._shared:
             StoreMemory(self._shared["store"], StoreLayout.of(self.boot.config, self.boot.model)).checksums[:] = 0
 

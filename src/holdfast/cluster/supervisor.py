@@ -28,7 +28,7 @@ import setproctitle
 from holdfast.cluster.children import STOP_SECONDS, Children, Ended, Event, Said, Signalled, TimedOut
 from holdfast.cluster.listener import listen, url_of
 from holdfast.cluster.members import GATEWAY, members
-from holdfast.cluster.plans import check_balancing, check_memory, plan_of, with_checkpoint_memory
+from holdfast.cluster.plans import check_flags, check_memory, plan_of, with_checkpoint_memory
 from holdfast.cluster.recovery import Recovery
 from holdfast.cluster.starter import Starter
 from holdfast.core import lifecycle
@@ -56,7 +56,7 @@ def serve(model: str, config: ServeConfig) -> int:
     name = config.model.served_model_name or Path(model).absolute().name.removesuffix(".gguf")
     config = replace(config, model=replace(config.model, served_model_name=name))
     plan = plan_of(config, info)
-    check_balancing(config, info, plan)
+    check_flags(config, info, plan)
     check_memory(config, info, plan)
     config = with_checkpoint_memory(config, info)
     folder = tempfile.mkdtemp(prefix="holdfast-")

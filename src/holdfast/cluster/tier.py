@@ -69,7 +69,7 @@ class Tier:
     def start(self) -> None:
         """Open the file now. Raises `ConfigError` for a folder that must not be used."""
         try:
-            self._opened(self._open(False))
+            self._opened(self._open(False), anew=False)
         except OSError as error:
             self._fail(error)
 
@@ -196,14 +196,18 @@ class Tier:
             self._failed.close()
             self._failed = None
         if now >= self._retry_at:
-            self._submit(self._writer, partial(self._open, self._is_distrusted), self._opened)
+            anew = self._is_distrusted
+            self._submit(self._writer, partial(self._open, anew), partial(self._opened, anew=anew))
 
     def _submit(self, pool: ThreadPoolExecutor, do: Callable[[], Any], then: Callable[[Any], None]) -> None:
         job = pool.submit(do)
         self._jobs[job] = then
         job.add_done_callback(lambda _: os.eventfd_write(self.fd, 1))
 
-    def _opened(self, file: DiskFile) -> None:
+    def _opened(self, file: DiskFile, *, anew: bool) -> None:
+        if self._is_distrusted and not anew:  # since it was asked for
+            self._failed = file
+            return
         if self._failure:
             log.warning("the disk tier of the checkpoint store is there: %s", file.path)
         self._file, self._failure, self._is_full, self._is_distrusted = file, "", False, False

@@ -6,7 +6,7 @@ import time
 from typing import NamedTuple
 
 from holdfast.cluster.children import Children
-from holdfast.cluster.gpus import GpuWatch
+from holdfast.cluster.gpus import GpuEvent, GpuWatch
 from holdfast.cluster.leak import LeakWatch, private_memory
 from holdfast.cluster.members import Member
 from holdfast.core import lifecycle
@@ -24,6 +24,8 @@ class Suspect(NamedTuple):
     process: str
     reason: str
     kind: lifecycle.LossKind
+    for_good: bool = False
+    """Its device does not come back."""
 
 
 class Watch:
@@ -37,8 +39,8 @@ class Watch:
         self._gpu_watch = GpuWatch()
         self._gpus: dict[str, str] = {}
         """Of each worker that has one: the UUID."""
-        self._broken: dict[str, str] = {}
-        """GPUs that broke since their workers were ready: why."""
+        self._broken: dict[str, GpuEvent] = {}
+        """The last that was heard of a GPU, by its UUID."""
         self._stopped: dict[str, float] = {}
         """Processes that are held by the system: since when."""
 
@@ -47,7 +49,6 @@ class Watch:
         self._gpus[name] = ready.gpu
         if ready.gpu:
             self._gpu_watch.watch(ready.gpu)
-            self._broken.pop(ready.gpu, None)
         if name.startswith("worker") and self._config.leak_window:
             expected = private_memory(self._children.by_name[name].process.pid) + ready.may_take
             self._leaks[name] = LeakWatch(expected, self._config.leak_window)
@@ -64,11 +65,12 @@ class Watch:
         return found or self._late(member, now) or self._held(member, now) or self._leaking(member, now)
 
     def _on_broken_gpu(self, member: Member) -> Suspect | None:
-        """Of those that serve; one that starts will fail by itself."""
-        self._broken |= {event.uuid: event.reason for event in self._gpu_watch.look()}
+        """What was heard before a worker got its order is of the past. One that starts has not named its GPU yet."""
+        self._broken |= {event.uuid: event for event in self._gpu_watch.look()}
         for name in member.workers if member.state == "serving" else ():
-            if (reason := self._broken.get(self._gpus.get(name, ""))) is not None:
-                return Suspect(name, f"{name}: {reason}", "device")
+            event = self._broken.get(self._gpus.get(name, ""))
+            if event is not None and event.heard > self._children.by_name[name].ordered:
+                return Suspect(name, f"{name}: {event.reason}", "device", event.for_good)
         return None
 
     def _late(self, member: Member, now: float) -> Suspect | None:

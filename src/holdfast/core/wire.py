@@ -2,7 +2,7 @@
 
     gateway ──ToEngine──▶ engine ──ToWorker──▶ worker
     gateway ◀──ToGateway── engine ◀──ToEngineFromWorker── worker
-What the checkpoint store and the supervisor say is in `core.checkpoints` and `core.control`.
+What the checkpoint store and the supervisor say is in `core.checkpoints` and `core.lifecycle`.
 """
 
 from __future__ import annotations

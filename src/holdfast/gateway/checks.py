@@ -23,8 +23,8 @@ from holdfast.gateway.router import Router
 
 logger = logging.getLogger(__name__)
 
-MOST_SECONDS = 600.0
-"""That ranks have for an answer."""
+MOST_SECONDS = 540.0
+"""That ranks have for an answer; less than `holdfast check` waits."""
 _LOOK_SECONDS = 0.5
 
 

@@ -7,7 +7,7 @@ HOLDFAST_FAULTS names a folder. A file in it that is called like a worker ("0.0.
     corrupt    keys and values of the requests it has are no numbers any more
     slow       its steps take ten times as long, as long as the file is there
     flip       a byte of its weights is another
-    leak       it keeps more and more memory, 100 MB a second while it runs steps, as long as it lives
+    leak       it keeps more and more memory, 100 MB a second while it runs steps, as long as it keeps its place
 
 `core.points` has what strikes at a point in the code.
 """
