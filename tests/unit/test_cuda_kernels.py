@@ -4,6 +4,7 @@ company. On the device where there is one (`make test-gpu`), else through Triton
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from holdfast.kernels.cuda.close import CloseCudaKernels
 from holdfast.kernels.cuda.formats import Codes
-from holdfast.kernels.cuda.graphs import DecodeInputs, step_tensors
+from holdfast.kernels.cuda.graphs import DecodeInputs, GraphProgram, _Graph, step_tensors
 from holdfast.kernels.cuda.kernels import CudaKernels
 from holdfast.kernels.cuda.linear import DeviceMatrix
 from holdfast.kernels.interface import AttentionOptions, BatchLayout, Heads, Routing
@@ -287,6 +288,20 @@ def test_rows_that_fill_up_a_batch_touch_nothing():
     out = kernels.attention(rows[:, : 4 * 16].contiguous(), heads, *pages, inputs.layout, options)
     assert same_bits(out[:3], expected)
     assert not out[3:].any()
+
+
+def test_graphs_that_are_dropped_hold_nothing_and_are_run_no_more():
+    """NCCL's abort waits for as long as one holds its kernels. In the place of torch's graph, one that counts."""
+    device, told = torch.device(DEVICE), []
+    program = GraphProgram(lambda token_ids, batch: token_ids + 1, device)
+    graph = SimpleNamespace(replay=lambda: told.append("run"), reset=lambda: told.append("gone"))
+    inputs = DecodeInputs(1, 1, num_splits=1, device=device)
+    program._graphs[1, 1] = _Graph(inputs, graph, torch.zeros(1, dtype=torch.int64, device=device))
+    step = torch.tensor([7], device=device), DecodeInputs(1, 1, num_splits=1, device=device).layout
+    assert program(*step).tolist() == [0]
+    program.drop()
+    assert program(*step).tolist() == [8]
+    assert told == ["run", "gone"]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -136,6 +136,10 @@ class Capturing(Protocol):
         say yes; each rank asks it equally often."""
         ...
 
+    def drop(self) -> None:
+        """Undo `capture`. From any thread."""
+        ...
+
 
 W_contra = TypeVar("W_contra", contravariant=True)
 

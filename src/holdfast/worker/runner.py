@@ -15,6 +15,7 @@ from torch import Tensor
 from holdfast.cache.pages import KVPages
 from holdfast.core.config import LOGIT_ROWS
 from holdfast.core.wire import NewRequest, PromptLogprobs, SampledToken, Step, StepResult
+from holdfast.kernels.interface import Capturing
 from holdfast.models.decoder import Decoder
 from holdfast.models.layers import Weights
 from holdfast.worker.batch import UNKNOWN, Drawn, Requests, Work, layout
@@ -128,8 +129,11 @@ class Runner:
 
     def abort(self) -> None:
         """Let no other rank wait for this one any longer."""
-        if self.decoder.collectives is not None:
-            self.decoder.collectives.abort()
+        if self.decoder.collectives is None:
+            return
+        if isinstance(self.forward, Capturing):
+            self.forward.drop()  # NCCL's abort waits until no graph holds its kernels any more
+        self.decoder.collectives.abort()
 
     def forget(self, step: Step) -> None:
         """Drop the requests of a step that raised."""

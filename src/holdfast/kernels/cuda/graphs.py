@@ -21,6 +21,17 @@ from torch import Tensor
 from holdfast.kernels.cuda.attention import SPLIT
 from holdfast.kernels.interface import BatchLayout, Forward
 
+log = logging.getLogger(__name__)
+
+FEW_REQUESTS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of requests that have a graph; beyond them every `MORE_REQUESTS`."""
+MORE_REQUESTS = 32
+SPLITS = (1, 4, 16)
+"""Numbers of splits that have a graph, beside the most there can be: of a graph for many more than a batch has, most
+programs find nothing to do."""
+CAPTURE_SECONDS = 60
+"""How long a start may take longer for them."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
@@ -64,19 +75,6 @@ def _upload(numbers: object, layout: BatchLayout) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-log = logging.getLogger(__name__)
-
-FEW_REQUESTS = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of requests that have a graph; beyond them every `MORE_REQUESTS`."""
-MORE_REQUESTS = 32
-SPLITS = (1, 4, 16)
-"""Numbers of splits that have a graph, beside the most there can be: of a graph for many more than a batch has, most
-programs find nothing to do."""
-
-CAPTURE_SECONDS = 60
-"""How long a start may take longer for them."""
-
-
 class DecodeInputs:
     """The inputs of a graph: `size` requests of one token, tables `width` blocks wide."""
 
@@ -108,11 +106,11 @@ class _Graph:
 
 
 class GraphProgram:
-    """`Forward`, by way of a graph where there is one. A result is valid until the next call. `read`: what graphs
-    read, beside inputs, weights and pages."""
+    """`Forward`, by way of a graph where there is one. A result is valid until the next call. `keep`: what graphs
+    read, beside inputs, weights and pages; held as long as they may run."""
 
-    def __init__(self, forward: Forward, device: torch.device, read: object = None) -> None:
-        self._forward, self._device, self._read = forward, device, read
+    def __init__(self, forward: Forward, device: torch.device, keep: object = None) -> None:
+        self._forward, self._device, self._keep = forward, device, keep
         self._graphs: dict[tuple[int, int], _Graph] = {}
         """By the number of requests, and of splits."""
 
@@ -178,6 +176,12 @@ class GraphProgram:
             return None
         return _Graph(inputs, graph, result)
 
+    def drop(self) -> None:
+        """Let go of all graphs; steps run launch by launch. From any thread: a step that is under way may fail."""
+        graphs, self._graphs = self._graphs, {}
+        for each in graphs.values():
+            each.graph.reset()
+
     def __call__(self, token_ids: Tensor, batch: BatchLayout) -> Tensor:
         graph = self._graph_for(batch)
         if graph is None:
@@ -190,5 +194,6 @@ class GraphProgram:
         if max(batch.query_lens) > 1:
             return None
         count, splits = len(batch.query_lens), -(-max(batch.context_lens) // SPLIT)
-        fitting = [key for key in self._graphs if key[0] >= count and key[1] >= splits]
-        return self._graphs[min(fitting)] if fitting else None
+        graphs = self._graphs  # `drop` may replace them meanwhile
+        fitting = [key for key in graphs if key[0] >= count and key[1] >= splits]
+        return graphs[min(fitting)] if fitting else None
