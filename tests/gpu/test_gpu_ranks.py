@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def answers(model: str, log: Path, *flags: str) -> Answers:
     more = ("--device", "cuda", "--dtype", "bfloat16", "--kv-cache-memory-bytes", "50M")
-    service = Service(model, *FLAGS, *more, *flags, log=log).wait_ready()
+    service = Service(model, *FLAGS, *more, *flags, log=log).wait_ready(600)
     try:
         return asyncio.run(ask(service.url))
     finally:

@@ -277,6 +277,23 @@ def test_torch_distributed_ends_at_the_deadline():
         DistributedCollectives(CpuKernels(threads=1), spec(), place, torch.device("cpu"), dist.HashStore(), 0.3)
 
 
+def test_ranks_of_torch_distributed_get_a_shorter_deadline_once_they_stand():
+    store, ranks = dist.HashStore(), places(make_plan(spec(), tensor=2).replicas[0])
+
+    def run(place: Place) -> DistributedCollectives:
+        some = DistributedCollectives(CpuKernels(threads=1), spec(), place, torch.device("cpu"), store, 600.0)
+        assert some.least(place.index) == 0
+        some.set_timeout(0.3)
+        return some
+
+    with ThreadPoolExecutor(2) as pool:
+        one, _other = pool.map(run, ranks)
+    begun = time.monotonic()
+    with pytest.raises(CollectiveFailed):
+        one.least(0)
+    assert time.monotonic() - begun < 30
+
+
 def test_a_step_may_take_longer_than_a_wait():
     """The deadline is that of an exchange: ranks that compute for long are not late."""
     model = spec()

@@ -20,7 +20,8 @@ from holdfast.models.inspect import inspect_model
 from holdfast.models.rope import rope_table
 from holdfast.parallel.cuts import make_plan
 from holdfast.worker import start
-from holdfast.worker.start import Post, largest_step, longest_request, start_runner, trial_steps
+from holdfast.worker.start import Post, longest_request, pick_device, start_runner
+from holdfast.worker.trial import largest_step, trial_steps
 from support.checkpoints import random_model, save
 from support.local import LocalEngine
 from support.tiny import tiny_model
@@ -138,3 +139,30 @@ def test_ranks_of_a_replica_that_share_a_gpu_are_known():
     assert [post.device for post in posts] == [0, 1, 2, 3]
     assert all(post.shares_device(1) for post in posts)
     assert not any(post.shares_device(2) or post.shares_device(4) for post in posts)
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        (((0, 1), (2, 3)), None),
+        (((0, 0), (2, 3)), "2 of 4 ranks have GPU 0 of 4"),
+        (((0, 1), (2, 4)), "2 of 4 ranks have GPU 0 of 4"),
+        (((1, 0), (2, 1)), "2 of 4 ranks have GPU 1 of 4"),
+        (((3, 0), (1, 2)), None),
+    ],
+)
+def test_gpus_are_shared_by_those_who_ask_for_it(devices, said: str | None, monkeypatch: pytest.MonkeyPatch):
+    """Ranks of one replica or of two; a machine with GPUs to spare has none to share in silence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    plan = msgspec.structs.replace(make_plan(spec(), tensor=2, data=2), devices=devices)
+    post = Post(plan, 0, places(plan.replicas[0])[0])
+    allowed = DeviceConfig(device="cuda", allow_shared_gpu=True)
+    assert pick_device(allowed, post) == torch.device("cuda", devices[0][0])
+    assert post.sharing(4) == (1 if said is None else 2)
+    if said is None:
+        assert pick_device(DeviceConfig(device="cuda"), post) == torch.device("cuda", devices[0][0])
+        return
+    with pytest.raises(ConfigError, match=f"{said}: only --allow-shared-gpu"):
+        pick_device(DeviceConfig(device="cuda"), post)

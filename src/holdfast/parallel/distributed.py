@@ -34,8 +34,9 @@ __all__ = ["DistributedCollectives", "FileStore"]
 class DistributedCollectives:
     """`Collectives` of the rank at `place`. The ranks find each other through `store`; `timeout`: seconds that each
     exchange may take. `by_host`: numbers on a GPU go by way of the host's memory. Raises `CollectiveFailed` when the
-    ranks do not meet; with NCCL nobody waits on the host, and what ends an exchange there is its own watchdog, with
-    the process. Steps are not counted, nor how often experts are chosen."""
+    ranks do not meet; with NCCL nobody waits on the host: its watchdog ends the process of an exchange that takes too
+    long, but for those in CUDA graphs, which it does not see; there it is the engine that finds out (`cluster.hang`).
+    Steps are not counted, nor how often experts are chosen."""
 
     def __init__(  # noqa: PLR0917 - what it stands on
         self,
@@ -189,6 +190,13 @@ class DistributedCollectives:
         """Whether steps can be recorded as CUDA graphs: by NCCL, with nothing to be sent to another stage, for what
         `send` holds until it has arrived is the host's to let go."""
         return self._by_nccl and len(self.place.replica.stages) == 1
+
+    def set_timeout(self, seconds: float) -> None:
+        """That each exchange may take which begins from now on."""
+        self._timeout = timedelta(seconds=seconds)
+        for group in (self._stage, self._before, self._after):
+            if group is not None:
+                group.set_timeout(self._timeout)
 
     def count_step(self, seconds: float) -> None:
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,7 @@ from holdfast.cache.pages import bytes_per_block
 from holdfast.core.config import DeviceConfig, ServeConfig
 from holdfast.core.errors import ConfigError
 from holdfast.core.plan import Place, Plan, places
-from holdfast.core.request import SamplingParams
 from holdfast.core.spec import ModelInfo
-from holdfast.core.wire import NewRequest, Step
 from holdfast.hardware.host import available_memory, usable_cores
 from holdfast.kernels.cpu.kernels import CpuKernels
 from holdfast.kernels.interface import Capturing, Kernels
@@ -31,6 +29,7 @@ from holdfast.parallel.weights import SharedWeights
 from holdfast.worker.batch import Requests
 from holdfast.worker.runner import Runner
 from holdfast.worker.sampler import Sampler
+from holdfast.worker.trial import longest_decode, trial_steps
 
 PACE_VARIABLE = "HOLDFAST_STAGE_PACE"
 """Microseconds that a pipeline's stage takes beside its work, per step and per token, as in 2000,50. For measuring
@@ -39,6 +38,8 @@ Progress = Callable[[str, float | None], None]
 """Told what is being done, and how much of it is (None: no share of anything)."""
 CPU_CACHE_LIMIT = 4_000_000_000
 CPU_CACHE_SHARE = 0.4
+START_TIMEOUT = 600.0
+"""Seconds that an exchange may take until a rank that shares no memory stands: others may be compiling kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,11 @@ class Post:
         ranks = [shard.rank for stage in self.place.replica.stages for shard in stage.ranks]
         return len({self.plan.device_of(self.replica, rank) % count for rank in ranks}) < len(ranks)
 
+    def sharing(self, count: int) -> int:
+        """How many ranks, of all replicas, have the GPU of this one, of `count`."""
+        devices = self.plan.devices or self.plan.devices_in_order
+        return sum(device % count == self.device % count for some in devices for device in some)
+
     @property
     def num_ranks(self) -> int:
         """Of all replicas."""
@@ -97,7 +103,7 @@ def start_runner(
     Raises `ConfigError` when the device or its memory is not there, `ModelError` when the checkpoint is bad.
     """
     post = post or Post.alone(model)
-    device = pick_device(config.device, post.device, post.num_ranks)
+    device = pick_device(config.device, post)
     most, crowded = max(1, usable_cores() // post.num_ranks), len(os.sched_getaffinity(0)) < post.num_ranks
     if device.type == "cpu" and post.num_ranks > 1:
         os.sched_setaffinity(0, _share_of_cores(post.number, post.num_ranks))
@@ -155,16 +161,17 @@ def start_runner(
         moved=(lambda: None) if moves is None else moves.count,
     )
     num_blocks = _num_blocks(config, model, runner, post, progress)
-    together = _captured_together(collectives)
+    together = _graph_collectives(collectives)
     if together is not None:  # graphs are made for as long a context everywhere
         num_blocks = together.least(num_blocks)
     runner.use_pages(decoder.allocate_pages(num_blocks, config.cache.block_size))
-    capture = (collectives is None or together is not None) and not config.device.enforce_eager
-    if isinstance(runner.forward, Capturing) and capture:
+    if isinstance(runner.forward, Capturing) and _captures(config, runner):
         requests, size = config.scheduler.max_num_seqs, config.cache.block_size
         length = min(longest_request(config, model), num_blocks * size)
         agree = None if together is None else together.all_say
         runner.forward.capture(requests, length, size, lambda done: progress("capturing graphs", done), agree)
+    if isinstance(collectives, DistributedCollectives):
+        collectives.set_timeout(config.device.collective_timeout)
     tokens = num_blocks * config.cache.block_size
     place = kernels.name if device.type == "cpu" else device.type
     progress(f"{place}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
@@ -184,6 +191,7 @@ def _join_replica(  # noqa: PLR0917
         return None
     timeout = config.device.collective_timeout
     if not isinstance(kernels, CpuKernels):
+        timeout = max(timeout, START_TIMEOUT)  # until it stands
         store = FileStore(post.meeting, post.place.replica.num_ranks)
         by_host = device.type == "cuda" and post.shares_device(torch.cuda.device_count())
         return DistributedCollectives(kernels, model.spec, post.place, device, store, timeout, by_host=by_host)
@@ -192,8 +200,15 @@ def _join_replica(  # noqa: PLR0917
     return SharedCollectives(kernels, model.spec, post.place, layout, memory, timeout, _pace())
 
 
-def _captured_together(collectives: Collectives | None) -> DistributedCollectives | None:
-    """What ranks exchange, where that is captured with their steps."""
+def _captures(config: ServeConfig, runner: Runner) -> bool:
+    """Whether its steps of decodes are to be graphs."""
+    collectives = runner.decoder.collectives
+    possible = collectives is None or _graph_collectives(collectives) is not None
+    return isinstance(runner.forward, Capturing) and possible and not config.device.enforce_eager
+
+
+def _graph_collectives(collectives: Collectives | None) -> DistributedCollectives | None:
+    """These, where what they exchange is captured with the steps."""
     if isinstance(collectives, DistributedCollectives) and collectives.can_be_captured:
         return collectives
     return None
@@ -245,17 +260,21 @@ def _share_of_cores(number: int, num_ranks: int) -> set[int]:
     return set(cores[len(cores) * number // num_ranks : len(cores) * (number + 1) // num_ranks])
 
 
-def pick_device(config: DeviceConfig, number: int = 0, num_ranks: int = 1) -> torch.device:
-    """The torch device for `--device`; a GPU that is asked for must be there, and one for every rank."""
+def pick_device(config: DeviceConfig, post: Post) -> torch.device:
+    """The torch device for `--device`; a GPU that is asked for must be there, and be no other rank's unless they are
+    to share it. Raises `ConfigError`."""
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError("--device cuda: torch finds no CUDA device on this machine")
     if not available or config.device == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if num_ranks > count and not config.allow_shared_gpu:
-        raise ConfigError(f"{num_ranks} ranks: there are {count} GPUs; --allow-shared-gpu shares them")
-    device = torch.device("cuda", number % count)
+    if (sharing := post.sharing(count)) > 1 and not config.allow_shared_gpu:
+        raise ConfigError(
+            f"{sharing} of {post.num_ranks} ranks have GPU {post.device % count} of {count}: "
+            "only --allow-shared-gpu lets them share it"
+        )
+    device = torch.device("cuda", post.device % count)
     torch.cuda.set_device(device)
     return device
 
@@ -299,63 +318,23 @@ def _num_blocks(config: ServeConfig, model: ModelInfo, runner: Runner, post: Pos
 
 def _free_cuda_memory(config: ServeConfig, model: ModelInfo, runner: Runner, post: Post, progress: Progress) -> int:
     """Bytes left for the KV cache: `--gpu-memory-utilization` of the card, less what others hold, less the weights
-    and the peak workspace of a step, measured by running some; no more than is free beside that workspace."""
-    device = runner.device
-    torch.cuda.reset_peak_memory_stats(device)
-    steps = list(trial_steps(config, longest_request(config, model)))
+    and the peak workspace of a step, measured by running some; no more than is free beside that workspace. Graphs
+    hold a workspace of their own, of the largest decode."""
+    device, peaks = runner.device, []
+    decode = longest_decode(config, longest_request(config, model))
+    steps = [decode, *trial_steps(config, longest_request(config, model))]
     for done, step in enumerate(steps, 1):
+        torch.cuda.reset_peak_memory_stats(device)
         runner.run(step)
+        peaks.append(torch.cuda.max_memory_allocated(device))
         progress("compiling kernels and measuring memory", done / len(steps))
     runner.requests = Requests()
-    peak = torch.cuda.max_memory_allocated(device)
-    workspace = peak - torch.cuda.memory_allocated(device)
+    held, peak = torch.cuda.memory_allocated(device), max(peaks)
+    workspace, graphs = peak - held, max(peaks[0] - held, 0) if _captures(config, runner) else 0
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    sharing = -(-post.num_ranks // torch.cuda.device_count())
+    ours, sharing = int(total * config.cache.gpu_memory_utilization), post.sharing(torch.cuda.device_count())
     if sharing > 1:  # what the others hold is theirs, and still growing
-        return min(int(total * config.cache.gpu_memory_utilization) // sharing - peak, free - workspace)
+        return min(ours // sharing - peak, free - workspace) - graphs
     others = total - free - torch.cuda.memory_reserved(device)
-    return min(int(total * config.cache.gpu_memory_utilization) - others - peak, free - workspace)
-
-
-def trial_steps(config: ServeConfig, longest: int) -> Iterator[Step]:
-    """Those that take the most memory: the most tokens, and the longest context (its splits leave their states for
-    as many requests as there are). Then some of every number of rows that kernels are compiled for, as one prompt and
-    as decodes: now, not when a request waits, whose replica would seem to hang."""
-    scheduler = config.scheduler
-    yield largest_step(config, longest)
-    yield longest_decode(config, longest)
-    for tokens in (1, *(1 + (1 << i) for i in range((scheduler.max_num_batched_tokens - 1).bit_length()))):
-        yield largest_step(config, min(longest, tokens), tokens, 1)
-        if tokens <= scheduler.max_num_seqs:
-            yield largest_step(config, min(longest, tokens), tokens, tokens)
-
-
-def largest_step(
-    config: ServeConfig, max_positions: int, num_tokens: int | None = None, max_num_seqs: int | None = None
-) -> Step:
-    """As many tokens, and as many requests that sample, as a step can have (or as said); each prompt at most
-    `max_positions` long, all of them written into block 0: right for memory, worthless as text."""
-    num_tokens = num_tokens or config.scheduler.max_num_batched_tokens
-    lengths: list[int] = []
-    for left in range(max_num_seqs or config.scheduler.max_num_seqs, 0, -1):
-        length = min(num_tokens - sum(lengths) - (left - 1), max_positions)  # the others take one token at least
-        lengths.append(length)
-    return _trial(config, lengths, [0] * len(lengths))
-
-
-def longest_decode(config: ServeConfig, max_positions: int) -> Step:
-    """A decode that ends a context of `max_positions`, in the company of as many short ones as there can be."""
-    count = min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
-    return _trial(config, [1] * count, [max_positions - 1] + [0] * (count - 1))
-
-
-def _trial(config: ServeConfig, lengths: list[int], computed: list[int]) -> Step:
-    """Requests of so many tokens after those computed, in block 0, that sample by all that there is."""
-    params = SamplingParams(seed=0, max_tokens=1, top_p=0.5)
-    requests = []
-    for index, (length, before) in enumerate(zip(lengths, computed, strict=True)):
-        total = before + length
-        blocks = [0] * -(-total // config.cache.block_size)
-        requests.append(NewRequest(str(index), [0] * total, total, params, blocks, before))
-    return Step(0, requests, [], lengths, [])
+    return min(ours - others - peak, free - workspace) - graphs
