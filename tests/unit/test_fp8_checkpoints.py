@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from holdfast.core.errors import ModelError
+from holdfast.core.plan import places
 from holdfast.kernels.dequantize import numbers_of
 from holdfast.kernels.interface import Quantized
 from holdfast.models.inspect import inspect_model
+from holdfast.models.load import load_weights
 from holdfast.models.parameters import packings
+from holdfast.parallel.cuts import make_plan
 from support.checkpoints import random_model, save, stored_weights
 from support.cpu import generator
 from support.loading import Recorder, load
@@ -42,24 +45,41 @@ def fp8_twin(folder: Path, exact: Path) -> str:
     return str(folder)
 
 
-def test_fp8_matrices_are_read_with_their_scales(tmp_path: Path):
-    """A scale of another block, of columns for rows, or none; matrices that are stacked, and no whole blocks."""
+@pytest.mark.parametrize("sharded", [True, False])
+def test_fp8_matrices_are_read_with_their_scales(sharded: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A scale of another block, of columns for rows, or none; matrices that are stacked, and no whole blocks. Those
+    whose shards end within a block are widened, and the log says so, but only for kernels that have shards."""
     exact = tmp_path / "exact"
     exact.mkdir()
     sizes = {"hidden_size": 192, "intermediate_size": 320, "num_key_value_heads": 2}
     save(random_model(model_type="qwen3_moe", moe_intermediate_size=136, head_dim=48, **sizes), exact)
     twin = inspect_model(fp8_twin(tmp_path / "fp8", exact))
     kernels = Recorder()
+    kernels.sharded = sharded
     weights = load(twin, kernels, torch.bfloat16)
     originals = stored_weights(inspect_model(str(exact)))
-    kinds = set()
     for name, packing in packings(twin.spec).items():
         for part, module in zip(kernels.calls[id(weights.packed[name])][0], packing.modules, strict=True):
-            kinds.add(type(part))
+            is_quantized = name.endswith((".qkv", ".up")) or (not sharded and name.endswith((".o", ".down")))
+            assert isinstance(part, Quantized) == is_quantized, name
             found = numbers_of(part, torch.float32)
             expected = originals[f"{module}.weight"]
             assert torch.equal(found, expected if isinstance(part, Quantized) else expected.bfloat16()), module
-    assert kinds == {torch.Tensor, Quantized}
+    assert ("quantized matrices are held in bfloat16" in caplog.text) == sharded
+
+
+@pytest.mark.parametrize(("columns", "stays"), [(512, True), (320, False)])
+def test_fp8_without_shards_is_widened_where_a_plan_cuts_a_block(columns: int, stays: bool, tmp_path: Path):
+    exact = tmp_path / "exact"
+    exact.mkdir()
+    save(random_model(model_type="llama", intermediate_size=columns), exact)
+    info = inspect_model(fp8_twin(tmp_path / "fp8", exact))
+    for place in places(make_plan(info.spec, tensor=2).replicas[0]):
+        kernels = Recorder()
+        kernels.sharded = False
+        weights = load_weights(info, kernels, torch.bfloat16, torch.device("cpu"), lambda _: None, place)
+        pieces = weights.packed["layers.0.mlp.down"].packed
+        assert [isinstance(kernels.calls[id(piece)][0][0], Quantized) for piece in pieces] == [stays] * len(pieces)
 
 
 @pytest.mark.parametrize(

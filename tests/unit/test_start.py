@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -16,6 +18,8 @@ from holdfast.core.errors import ConfigError
 from holdfast.core.plan import places
 from holdfast.core.spec import RopeSpec
 from holdfast.hardware import host
+from holdfast.kernels.reference import ReferenceKernels
+from holdfast.kernels.select import select_kernels
 from holdfast.models.inspect import inspect_model
 from holdfast.models.rope import rope_table
 from holdfast.parallel.cuts import make_plan
@@ -166,3 +170,12 @@ def test_gpus_are_shared_by_those_who_ask_for_it(devices, said: str | None, monk
         return
     with pytest.raises(ConfigError, match=f"{said}: only --allow-shared-gpu"):
         pick_device(DeviceConfig(device="cuda"), post)
+
+
+def test_flashinfer_is_not_dropped_on_a_gpu_that_our_kernels_do_not_run_on(monkeypatch: pytest.MonkeyPatch):
+    library = SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=object)
+    monkeypatch.setitem(sys.modules, "flashinfer", library)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert isinstance(select_kernels("cuda"), ReferenceKernels)
+    with pytest.raises(ConfigError, match=r"--attention-backend flashinfer: needs .* capability is \(7, 5\)"):
+        select_kernels("cuda", exactness="off", attention="flashinfer")

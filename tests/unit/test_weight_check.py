@@ -6,12 +6,14 @@ import os
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from holdfast.core.errors import ConfigError
 from holdfast.core.plan import places
 from holdfast.kernels.reference import ReferenceKernels
 from holdfast.kernels.select import select_kernels
@@ -19,6 +21,7 @@ from holdfast.models.inspect import inspect_model
 from holdfast.models.load import load_weights
 from holdfast.parallel.cuts import make_plan
 from holdfast.worker import weights as module
+from holdfast.worker.faults import flip
 from holdfast.worker.weights import WeightCheck, held_in, slices
 from support.checkpoints import random_model, save
 from support.tiny import tiny_model
@@ -96,3 +99,10 @@ def test_it_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not check._thread.is_alive()
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(check.fd)
+
+
+def test_a_byte_on_a_gpu_is_not_changed_in_a_copy_only(tmp_path: Path):
+    info = inspect_model(tiny_model(tmp_path))
+    weights = load_weights(info, select_kernels("cpu"), torch.float32, torch.device("cpu"), lambda _: None)
+    with pytest.raises(ConfigError, match="HOLDFAST_FAULTS: flip works on CPUs only, not on cuda"):
+        flip(replace(weights, device=torch.device("cuda")))

@@ -169,7 +169,7 @@ def places(replica: ReplicaPlan) -> list[Place]:
 
 
 def read_plan(path: str) -> Plan:
-    """A plan from its JSON file; whether it fits a model, `parallel.shards.check_plan` says. Raises `ConfigError`."""
+    """A plan from its JSON file; whether it fits a model, `parallel.cuts.check_plan` says. Raises `ConfigError`."""
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Plan)
     except OSError as error:

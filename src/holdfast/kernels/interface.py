@@ -178,6 +178,8 @@ class Kernels(Protocol[W]):
     exact: bool
     """Whether a row's result is the same bits whatever rows share the call: contract 1 in docs/architecture.md."""
     max_head_dim: int
+    sharded: bool
+    """Whether `pack` heeds virtual shards."""
 
     def pack(
         self,

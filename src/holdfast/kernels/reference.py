@@ -76,6 +76,7 @@ class ReferenceKernels:
     name = "reference"
     exact = False
     max_head_dim = 1 << 20
+    sharded = False
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype

@@ -10,7 +10,9 @@
 
 exact: a request's bits depend on nothing but the request. That holds within one backend: another instruction set or
 GPU sums in another order. Held as they are: Q8_0, Q4_0 and Q4_1, in a model that is not float32; others become
-numbers.
+numbers, and so does a matrix that is cut within a group of numbers that share a scale: 128 columns in FP8, 32 else.
+What cuts it are its virtual shards or, with `--exactness batch` or `off` on a GPU, the plan. In FP8 that is `down` of
+many models: Qwen3-30B-A3B's has shards of 96 columns.
 """
 
 from __future__ import annotations
@@ -95,6 +97,8 @@ def _for_gpu(dtype: torch.dtype, exactness: Exactness, flashinfer: Callable[...,
     capability = torch.cuda.get_device_capability()
     if find_spec("triton") is None or capability < (8, 0):
         why = "triton is not installed" if capability >= (8, 0) else f"the GPU's compute capability is {capability}"
+        if flashinfer is not None:
+            raise ConfigError(f"--attention-backend flashinfer: needs triton and compute capability 8.0, and {why}")
         log.warning(
             "our kernels for GPUs need triton and compute capability 8.0, and %s; torch's are used, slower", why
         )

@@ -3,6 +3,7 @@ one copy of them."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from holdfast.models.layers import Pieces, Weights
 from holdfast.models.parameters import Packing, Parameter, norms_at, packings_at, parameters, share_of
 from holdfast.parallel.collectives import Collectives
 from holdfast.parallel.cuts import make_plan
+
+log = logging.getLogger(__name__)
 
 _MAX_THREADS = 8
 
@@ -70,6 +73,7 @@ def load_weights(  # noqa: PLR0917
     repeated = "head" in packs and "embed" in packs and loader.checkpoint.equal("embed.weight", "head.weight")
     if repeated:
         del packs["head"]
+    _tell_of_widened(loader, packs)
     sizes = {name: share_of(packing, loader.wanted) for name, packing in packs.items()}
     sizes |= {name: _numel(loader.wanted[name]) for name in norms}
     loaded: dict[str, Any] = {} if held is None else {**held.packed, **held.norms}
@@ -93,6 +97,19 @@ def load_weights(  # noqa: PLR0917
         packed["head"] = packed["embed"]
     held_norms = {name: loaded[name] for name in norms}
     return Weights(info.spec, kernels, dtype, device, packed, held_norms, place, collectives)
+
+
+def _tell_of_widened(loader: _Loader, packs: Mapping[str, Packing]) -> None:
+    """That matrices take more memory than in their file."""
+    stored = {name for name, packing in packs.items() if loader.checkpoint.format(_matrices(packing)) is not None}
+    widened = sum(loader.format(packs[name]) is None for name in stored)
+    if widened:
+        log.warning(
+            "%d of %d quantized matrices are held in %s: they are cut within groups of numbers that share a scale",
+            widened,
+            len(stored),
+            str(loader.dtype).removeprefix("torch."),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +207,16 @@ class _Loader:
             shards=shards,
         )
 
+    def format(self, packing: Packing) -> Format | None:
+        """In which the packed matrices stay quantized: if they have one in common, and are not cut within a group of
+        numbers that share a scale."""
+        kind = self.checkpoint.format(_matrices(packing))
+        group = FP8_GROUP if kind == "FP8" else GROUP
+        return None if any(end % group for end in _borders(packing, sharded=self.kernels.sharded)) else kind
+
     def _parts(self, packing: Packing, columns: Range | None) -> list[Matrix]:
         """The matrices, all quantized alike or all in `dtype`; on the CPU they may be views of the file."""
-        names, kind = _matrices(packing), _format(self.checkpoint, packing)
+        names, kind = _matrices(packing), self.format(packing)
         if kind is None:
             return [
                 self.checkpoint.dense(name, self.dtype, packing.rows_of(index), columns).to(self.device)
@@ -204,12 +228,13 @@ class _Loader:
         ]
 
 
-def _format(checkpoint: Checkpoint, packing: Packing) -> Format | None:
-    """In which the packed matrices stay quantized: if they have one in common, and no shard ends within a group of
-    numbers that share a scale. The same on every rank: all shards count, whoever holds them."""
-    kind = checkpoint.format(_matrices(packing))
-    group = FP8_GROUP if kind == "FP8" else GROUP
-    return None if any(end % group for end in packing.shards) else kind
+def _borders(packing: Packing, *, sharded: bool) -> tuple[int, ...]:
+    """Columns at which its matrices are cut: where virtual shards end, or, without these, pieces. All shards count,
+    whoever holds them, so that every plan has the same matrices quantized."""
+    if sharded or packing.pieces is None or not packing.shards:
+        return packing.shards if sharded else ()
+    borders = (0, *packing.shards)
+    return tuple(borders[shard] for piece in packing.pieces for shard in piece)
 
 
 def _matrices(packing: Packing) -> list[str]:

@@ -153,7 +153,8 @@ class DistributedCollectives:
         index = self.place.index - groups[number].start
         counts = [len(pieces) for pieces in tree.pieces]
         first = sum(counts[:index])
-        pieces = torch.zeros(sum(counts), ids.numel(), x.shape[1], device=x.device)
+        make = torch.empty if len(groups) == 1 else torch.zeros  # what one group does not write, another adds to
+        pieces = make(sum(counts), ids.numel(), x.shape[1], device=x.device)
         own = pieces[first : first + counts[index]]
         self._kernels.expert_pairs(x, mine, local.up, local.down, own)
         pairs = self.all_reduce(list(own), tree) if len(groups) == 1 else _joined(list(self._united(pieces)), tree)

@@ -2,8 +2,8 @@
 
 On CPUs a copy is done when it is asked for, between two steps. On a GPU the blocks are gathered on the stream of the
 steps, so no later step can have changed them, and go to pinned memory on a stream beside; when they are there, a look
-in passing (`pump`) puts them into the store. A copy that the GPU has no memory for is left out: it is of use, and
-nobody waits for it.
+in passing (`pump`) puts them into the store. A copy that the GPU or the host has no memory for is left out: it is of
+use, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,12 @@ class BlockCopier:
         if self._beside is not None:
             try:
                 self._send(entries)
-            except torch.OutOfMemoryError:
-                log.warning("the device has no memory to send %d blocks to the store: not kept", len(entries))
+            except RuntimeError as error:  # the host's memory that is to be pinned has no OutOfMemoryError
+                if "out of memory" not in str(error):
+                    raise
+                log.warning(
+                    "the device or its host has no memory to send %d blocks to the store: not kept", len(entries)
+                )
             return
         for block, slot, prefix_hash in entries:
             cells = self._cells[:, :, block].permute(1, 2, 0, 3).contiguous()
@@ -76,10 +80,12 @@ class BlockCopier:
         return broken
 
     def _fill(self, block: int, cells: np.ndarray) -> bool:
-        """Whether the device had the memory."""
+        """Whether the device, and its host, had the memory."""
         try:
             self._cells[:, :, block] = upload(cells, self._device).permute(2, 0, 1, 3)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
             return False
         return True
 

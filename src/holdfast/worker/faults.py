@@ -6,7 +6,7 @@ HOLDFAST_FAULTS names a folder. A file in it that is called like a worker ("0.0.
     gone       the same, and the device does not come back
     corrupt    keys and values of the requests it has are no numbers any more
     slow       its steps take ten times as long, as long as the file is there
-    flip       a byte of its weights is another
+    flip       a byte of its weights is another (on CPUs only)
     leak       it keeps more and more memory, 100 MB a second while it runs steps, as long as it keeps its place
 
 `core.points` has what strikes at a point in the code.
@@ -18,7 +18,7 @@ import os
 import time
 from pathlib import Path
 
-from holdfast.core.errors import DeviceGone
+from holdfast.core.errors import ConfigError, DeviceGone
 from holdfast.core.points import VARIABLE, Points
 from holdfast.core.wire import Step
 from holdfast.models.layers import Weights
@@ -87,7 +87,10 @@ class Faults:
 
 
 def flip(weights: Weights) -> None:
-    """All bits of a byte in the middle of every layer's first matrix, on a CPU: one alone may change no token."""
+    """All bits of a byte in the middle of every layer's first matrix, on a CPU: one alone may change no token.
+    Raises `ConfigError` on a GPU, of whose memory `slices` gives copies."""
+    if weights.device.type != "cpu":
+        raise ConfigError(f"{VARIABLE}: flip works on CPUs only, not on {weights.device.type}")
     for name, held in held_in(weights).items():
         if name.endswith(".qkv"):
             data = next(slices(held))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +51,15 @@ class Sampler:
         """min_tokens mask, logit_bias and penalties on one row [V], in place."""
         params = request.params
 
-        def there(values: Iterable[int]) -> Tensor:
-            return upload(np.array(list(values), dtype=np.int64), row.device)
+        def there(values: list[int] | np.ndarray) -> Tensor:
+            return upload(np.asarray(values, dtype=np.int64), row.device)
 
         if len(request.token_ids) - request.num_prompt_tokens < params.min_tokens:
             ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
             row.index_fill_(0, there(sorted(ends)), -torch.inf)
         if params.logit_bias:
             biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
-            row[there(params.logit_bias)] += upload(biases, row.device)
+            row[there(list(params.logit_bias))] += upload(biases, row.device)
         if not params.needs_history:
             return
         if params.repetition_penalty != 1.0:  # sorted out on the host: how many they are, a device would have to tell

@@ -44,6 +44,9 @@ class WeightCheck:
         self._rank = rank
         self.sums: Sums = sums or {}
         """What is right, of what was there at the last walk."""
+        device = runner.decoder.weights.device
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        """Made once: torch has 32 and hands them out by turns, NCCL's among them."""
         self._cores = os.sched_getaffinity(0)  # before the first step binds this thread to one of them
         self._stop = threading.Event()
         self._asked: SimpleQueue[str | None] = SimpleQueue()
@@ -95,7 +98,7 @@ class WeightCheck:
         num_bytes, wrong, sums = 0, [], dict[str, tuple[Any, int]]()
         for name, held in held_in(self._runner.decoder.weights).items():
             digest, begun = xxh3_64(), time.perf_counter()
-            for data in slices(held):
+            for data in slices(held, self._beside):
                 digest.update(data)
                 num_bytes += len(data)
                 if self._stop.wait(IDLENESS * (time.perf_counter() - begun)):
@@ -116,17 +119,17 @@ def held_in(weights: Weights) -> dict[str, Any]:
     return {name: held for name, held in named.items() if name != "head" or held is not named.get("embed")}
 
 
-def slices(held: Any) -> Iterator[Any]:
-    """Every byte of the tensors and arrays in a packed matrix, whatever its backend: uint8, piece by piece."""
+def slices(held: Any, beside: torch.cuda.Stream | None = None) -> Iterator[Any]:
+    """Every byte of the tensors and arrays in a packed matrix, whatever its backend: uint8, piece by piece. A GPU's
+    are copied on the stream `beside`."""
     for data in _arrays(held):
         flat = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
         flat = flat.detach().contiguous().flatten().view(torch.uint8)
-        beside = torch.cuda.Stream(flat.device) if flat.is_cuda else None  # type: ignore[no-untyped-call]
         for start in range(0, len(flat), SLICE_BYTES):
             yield _on_host(flat[start : start + SLICE_BYTES], beside).numpy()
 
 
-def _on_host(data: Tensor, beside: Any) -> Tensor:
+def _on_host(data: Tensor, beside: torch.cuda.Stream | None) -> Tensor:
     if beside is None:
         return data
     with torch.cuda.stream(beside):

@@ -45,6 +45,7 @@ class CpuKernels:
 
     exact = True
     max_head_dim = MAX_HEAD_DIM
+    sharded = True
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ class CudaKernels:
     def __init__(self, dtype: torch.dtype = torch.bfloat16, *, sharded: bool = True, num_stages: int = 3) -> None:
         self.dtype = dtype
         self._num_stages = num_stages
-        self._sharded = sharded
+        self.sharded = sharded
         self._tables: dict[tuple[DeviceMatrix, ...], Tensor] = {}
         """Where the experts of a layer are. Held with them, so that no address is of what is gone, and by the
         program whose graphs read it, for experts may be moved."""
@@ -81,7 +81,7 @@ class CudaKernels:
         gated: bool = False,
         shards: Sequence[int] = (),
     ) -> DeviceMatrix:
-        shards = shards if self._sharded else ()
+        shards = shards if self.sharded else ()
         assert len(shards) <= MAX_SHARDS
         assert not (gated and shards), "gate and up are cut by columns"
         group = FP8_GROUP if isinstance(parts[0], Quantized) and parts[0].format == "FP8" else GROUP
@@ -255,7 +255,7 @@ class CudaKernels:
         add_to: Tensor | None = None,
     ) -> Tensor:
         ids, shares = self.route(router_logits, routing)
-        pairs = torch.zeros(1, ids.numel(), down[0].rows, dtype=torch.float32, device=x.device)
+        pairs = torch.empty(1, ids.numel(), down[0].rows, dtype=torch.float32, device=x.device)
         self.expert_pairs(x, ids, up, [down], pairs)
         return self.combine(pairs[0], shares, x.dtype, add_to=add_to)
 
