@@ -107,6 +107,7 @@ def test_no_shard_cuts_a_group_of_quantized_numbers(tmp_path: Path):
     config = {"model_type": "bloom", "hidden_size": 64, "num_attention_heads": 4}
     _, twin = twins(config, tmp_path, "Q8_0")
     kernels = Recorder()
+    kernels.sharded = True
     weights = load(twin, kernels)
     for name in ("qkv", "o"):
         [*parts], _, options = kernels.calls[id(weights.packed[f"layers.0.attn.{name}"])]

@@ -104,33 +104,9 @@ def start_runner(
     """
     post = post or Post.alone(model)
     device = pick_device(config.device, post)
-    most, crowded = max(1, usable_cores() // post.num_ranks), len(os.sched_getaffinity(0)) < post.num_ranks
-    if device.type == "cpu" and post.num_ranks > 1:
-        os.sched_setaffinity(0, _share_of_cores(post.number, post.num_ranks))
-    threads = _num_threads(config.device, most)
-    pinned = config.device.pin_cpu_threads and not crowded  # ranks that share their cores would all take the first
     dtype = pick_dtype(config.model.dtype, model, device)
-    if device.type == "cpu":
-        torch.set_num_threads(threads)
-    bits = {"int8": 8, "int16": 16}[config.model.quantized_activations]
-    exactness = config.device.exactness
     shared = None if post.weights is None else SharedWeights(post.weights, post.replica, len(post.plan.replicas))
-    kernels = select_kernels(
-        device.type,
-        dtype,
-        threads,
-        pinned=pinned,
-        activation_bits=bits,
-        exactness=exactness,
-        attention=config.device.attention_backend,
-        memory=shared,
-    )
-    if not isinstance(kernels, CpuKernels):
-        _refuse_what_only_cpus_do(config, post, kernels)
-    if model.spec.head_dim > kernels.max_head_dim:
-        raise ConfigError(
-            f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
-        )
+    kernels = _kernels(config, model, device, dtype, post, shared)
     layout = layout_of(post.place.replica, model.spec, config.scheduler)
     memory = None if post.memory is None else attach(post.memory, layout)
     moves = None if memory is None else Moves(memory, layout, post.place)
@@ -160,8 +136,56 @@ def start_runner(
         runs_ahead=device.type == "cuda" and config.scheduler.runs_ahead(device.type),
         moved=(lambda: None) if moves is None else moves.count,
     )
+    num_blocks = _give_pages(config, model, runner, post, progress)
+    if isinstance(collectives, DistributedCollectives):
+        collectives.set_timeout(config.device.collective_timeout)
+    tokens = num_blocks * config.cache.block_size
+    place = kernels.name if device.type == "cpu" else device.type
+    progress(f"{place}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
+    return runner
+
+
+def _kernels(  # noqa: PLR0917
+    config: ServeConfig,
+    model: ModelInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    post: Post,
+    shared: SharedWeights | None,
+) -> Kernels[Any]:
+    """The backend, with this rank's share of the cores. Raises `ConfigError`."""
+    most, crowded = max(1, usable_cores() // post.num_ranks), len(os.sched_getaffinity(0)) < post.num_ranks
+    if device.type == "cpu" and post.num_ranks > 1:
+        os.sched_setaffinity(0, _share_of_cores(post.number, post.num_ranks))
+    threads = _num_threads(config.device, most)
+    pinned = config.device.pin_cpu_threads and not crowded  # ranks that share their cores would all take the first
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    bits = {"int8": 8, "int16": 16}[config.model.quantized_activations]
+    kernels = select_kernels(
+        device.type,
+        dtype,
+        threads,
+        pinned=pinned,
+        activation_bits=bits,
+        exactness=config.device.exactness,
+        attention=config.device.attention_backend,
+        memory=shared,
+    )
+    if not isinstance(kernels, CpuKernels):
+        _refuse_what_only_cpus_do(config, post, kernels)
+    if model.spec.head_dim > kernels.max_head_dim:
+        raise ConfigError(
+            f"heads of {model.spec.head_dim} numbers: {kernels.name} kernels take {kernels.max_head_dim}"
+        )
+    return kernels
+
+
+def _give_pages(config: ServeConfig, model: ModelInfo, runner: Runner, post: Post, progress: Progress) -> int:
+    """All the KV blocks there is memory for, their number; and graphs, where steps of decodes have them."""
+    decoder = runner.decoder
     num_blocks = _num_blocks(config, model, runner, post, progress)
-    together = _graph_collectives(collectives)
+    together = _graph_collectives(decoder.collectives)
     if together is not None:  # graphs are made for as long a context everywhere
         num_blocks = together.least(num_blocks)
     runner.use_pages(decoder.allocate_pages(num_blocks, config.cache.block_size))
@@ -170,12 +194,7 @@ def start_runner(
         length = min(longest_request(config, model), num_blocks * size)
         agree = None if together is None else together.all_say
         runner.forward.capture(requests, length, size, lambda done: progress("capturing graphs", done), agree)
-    if isinstance(collectives, DistributedCollectives):
-        collectives.set_timeout(config.device.collective_timeout)
-    tokens = num_blocks * config.cache.block_size
-    place = kernels.name if device.type == "cpu" else device.type
-    progress(f"{place}, {str(dtype).removeprefix('torch.')}, KV cache of {tokens:,} tokens", None)
-    return runner
+    return num_blocks
 
 
 def _join_replica(  # noqa: PLR0917
