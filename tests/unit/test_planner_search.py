@@ -104,7 +104,7 @@ def test_why_says_when_a_plan_keeps_its_limits_too_narrowly() -> None:
     found = search(LLAMA_70B, cluster_of("8xH100"), Goal(concurrency=64))
     second = next(some for some in found.ranking[1:] if some.served is not None)
     narrow = replace(second, tight=True)
-    assert "less than 5% to spare" in why(found, narrow)
+    assert f"less than {MARGIN - 1:.0%} to spare" in why(found, narrow)
 
 
 def test_a_slow_link_inside_a_group_costs_what_it_should() -> None:
