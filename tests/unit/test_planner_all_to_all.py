@@ -12,8 +12,8 @@ from holdfast.hardware.cluster import cluster_of
 from holdfast.hardware.cluster_file import parse_cluster
 from holdfast.planner.all_to_all import all_to_all
 from holdfast.planner.coefficients import coefficients
-from holdfast.planner.communication import imbalance
-from holdfast.planner.estimate import Question, estimate
+from holdfast.planner.communication import Path, imbalance
+from holdfast.planner.estimate import Question, dispatch_path, estimate
 from holdfast.planner.goal import Goal
 from holdfast.planner.runnable import Runtime
 from holdfast.planner.search import Found, candidates, search
@@ -83,6 +83,24 @@ def test_experts_shared_out_leave_more_room_and_a_slow_network_spoils_it() -> No
     assert over_ethernet.served is not None
     assert shared.served is not None
     assert over_ethernet.served.tpot > shared.served.tpot + 2 * 58 * 50e-6
+
+
+def test_measured_paths_are_taken_only_where_the_links_are_those_of_the_measured_machines() -> None:
+    """H100s joined by PCIe alone: what was measured over NVLink is not theirs."""
+
+    def path_of_plan(name: str, nodes: str) -> Path:
+        question = Question.of(load_shape("Mixtral-8x7B"), parse_cluster(f"nodes: [{nodes}]"), Goal(), coefficients())
+        path = dispatch_path(question, {some.name: some for some in candidates(question)}[name], 0)
+        assert path is not None
+        return path
+
+    for name in ("TP1 × DP8 × EP8", "TP2 × DP4 × EP8"):
+        assert path_of_plan(name, "gpus: 8xH100").source == "measured"
+        assert path_of_plan(name, "{gpus: 8xH100, link: pcie5}").source == "pcie5"
+        assert path_of_plan(name, "gpus: 8xL40S").source == "measured"
+    over_nodes = ["{gpus: 8xH100, count: 2}", "{gpus: 8xH100, count: 2, link: pcie5}"]
+    fast, slow = (path_of_plan("TP1 × PP2 × DP8 × EP8", nodes).rate_high for nodes in over_nodes)
+    assert slow < fast / 2
 
 
 def test_no_experts_are_shared_over_sites_or_where_nothing_joins_the_nodes() -> None:

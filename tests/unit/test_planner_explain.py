@@ -9,16 +9,18 @@ import pytest
 
 from holdfast.hardware.cluster import Cluster, cluster_of
 from holdfast.planner.coefficients import coefficients
-from holdfast.planner.estimate import Estimate, Question, estimate
+from holdfast.planner.estimate import Estimate, Question, estimate, stages_of
 from holdfast.planner.goal import Goal
 from holdfast.planner.quantities import of_seconds
-from holdfast.planner.search import Found, search
+from holdfast.planner.search import Found, candidates, search
+from holdfast.planner.serving import Replica
 from holdfast.planner.shapes.load import load_shape
 from holdfast.planner.show.alternatives import fits, larger_clusters, most_requests
-from holdfast.planner.show.breakdown import at_concurrency
-from holdfast.planner.show.explain import why
+from holdfast.planner.show.breakdown import at_concurrency, step_parts
+from holdfast.planner.show.explain import weights_read, why
 from holdfast.planner.show.levers import faster_by, needed, request_time
 from holdfast.planner.show.shortfall import nothing_fits, shortfall
+from holdfast.planner.timing import StepBatch
 
 LLAMA = "Llama-3.1-70B"
 
@@ -66,6 +68,30 @@ def test_few_ranks_are_beaten_by_the_weights_they_read() -> None:
     reason = why(found, named(found, "TP1 × PP8"))
     assert "reading weights (137 GB stage after stage)" in reason
     assert "of memory instead of 3.35 TB/s" in reason
+
+
+def test_experts_of_other_bits_are_counted_in_theirs() -> None:
+    """A request alone reads all plain weights in 16 bits, and of each layer the chosen experts in some 4, which
+    a B200 reads at another rate."""
+    found = found_for("gpt-oss-120b", "1xB200", Goal(concurrency=1))
+    shape = found.question.shape
+    assert shape.expert_bits < 5 < shape.weight_bits
+    plain = sum(count * matrix.params for layer, count in shape.kinds for matrix in layer.matrices)
+    experts = [(layer.experts, count) for layer, count in shape.kinds if layer.experts]
+    chosen = sum(count * some.num_chosen * some.params_each for some, count in experts)
+    expected = (plain * shape.weight_bits + chosen * shape.expert_bits) / 8
+    assert weights_read(found.question, named(found, "TP1")) == pytest.approx(expected, rel=1e-6)
+
+
+def test_products_of_experts_alone_are_all_experts() -> None:
+    """On Blackwell too, where an engine's kernels reach less."""
+    question = Question.of(load_shape("Mixtral-8x7B"), cluster_of("1xB200"), Goal(), coefficients())
+    (candidate, *_) = candidates(question)
+    replica = Replica(stages_of(question, candidate), 1, question.known.engines["vllm"], question.known)
+    (stage,) = replica.stages
+    stage = replace(stage, kinds=tuple((replace(layer, matrices=()), count) for layer, count in stage.kinds))
+    parts = step_parts(stage, StepBatch(0, 0, 8192, 4096), replica)
+    assert parts["weights"] == pytest.approx(0, abs=parts["experts"] * 1e-6)
 
 
 def test_little_room_for_kv_is_named() -> None:

@@ -28,6 +28,7 @@ CASES = {
     "one device": ("Llama-3.1-8B", "1xL4", Goal(weight_bits=8, kv_format="int8")),
     "windows and tied": ("Gemma-3-27B", "2xH100", Goal(tpot=0.03)),
     "waiting for room": ("Llama-3.1-70B", "4xH100", Goal(concurrency=4000, input_len=2000)),
+    "uneven": ("Llama-3.1-70B", "7xH100", Goal(objective="latency", concurrency=4, weight_bits=8)),
     "4 bits": ("Qwen3-235B-A22B", "8xH100", Goal(weight_bits=4, objective="latency")),
 }
 UNITS = {

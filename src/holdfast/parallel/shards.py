@@ -30,11 +30,15 @@ def head_shards(spec: DecoderSpec) -> tuple[int, ...]:
     """Ends of the virtual shards of the attention output, in query heads: those of one KV head each, and, with few KV
     heads, cut further, but not within 32 columns where quantized ones share a scale."""
     per_group = spec.num_heads // spec.num_kv_heads
-    whole = per_group * spec.head_dim % _SHARD_UNIT == 0
-    unit = _SHARD_UNIT // math.gcd(_SHARD_UNIT, spec.head_dim) if whole else 1
-    cuts = min(-(-MLP_SHARDS // spec.num_kv_heads), per_group // unit)
-    ends = [per_group // unit * (cut + 1) // cuts * unit for cut in range(cuts)]
+    ends = group_shards(per_group, spec.num_kv_heads, spec.head_dim)
     return tuple(group * per_group + end for group in range(spec.num_kv_heads) for end in ends)
+
+
+def group_shards(per_group: int, groups: int, head_dim: int) -> tuple[int, ...]:
+    """The same of one KV head alone, which `per_group` query heads share, one of so many KV heads."""
+    unit = _SHARD_UNIT // math.gcd(_SHARD_UNIT, head_dim) if per_group * head_dim % _SHARD_UNIT == 0 else 1
+    cuts = min(-(-MLP_SHARDS // groups), per_group // unit)
+    return tuple(per_group // unit * (cut + 1) // cuts * unit for cut in range(cuts))
 
 
 def attention_shards(spec: DecoderSpec) -> tuple[int, ...]:

@@ -143,7 +143,7 @@ def device_groups(cluster: Cluster, device: Device, degree: int) -> list[DeviceG
             network = min((link for link in networks if link), key=lambda link: link.bandwidth)
             places = tuple((number, index) for number, _ in some for index in range(per_node))
             inside = min((_slowest(node, range(per_node)) for _, node in some), key=lambda link: link.bandwidth)
-            groups.append(DeviceGroup(device, places, inside, network, _as_usual(device, inside, degree)))
+            groups.append(DeviceGroup(device, places, inside, network, joined_as_usual(device, inside, degree)))
     return groups
 
 
@@ -171,7 +171,7 @@ def _groups_of_node(number: int, node: Node, mine: Sequence[int], degree: int) -
         if all(node.devices[index] == device for index in group.devices):
             link = node.link or link_of(group.ring, device)
             places = tuple((number, index) for index in group.devices)
-            yield DeviceGroup(device, places, link, None, _as_usual(device, link, degree))
+            yield DeviceGroup(device, places, link, None, joined_as_usual(device, link, degree))
 
 
 def _slowest(node: Node, some: Sequence[int]) -> Link:
@@ -179,7 +179,7 @@ def _slowest(node: Node, some: Sequence[int]) -> Link:
     return min(links, key=lambda link: link.bandwidth) if links else node.devices[0].pcie
 
 
-def _as_usual(device: Device, link: Link, degree: int) -> bool:
+def joined_as_usual(device: Device, link: Link, degree: int) -> bool:
     """Whether a group's slowest link is what such devices have in a usual machine: their own links if they have any;
     else PCIe, and for more than four the way between two sockets."""
     if device.scale_up is not None and device.fabric != "none":

@@ -50,13 +50,15 @@ class Engine:
     layer: float
     """Seconds a layer takes at least, replayed from a graph."""
     layer_eager: float
-    """The same, launched kernel by kernel, as steps with prompts are."""
+    """Seconds of the host to launch a layer kernel by kernel, as in steps with prompts: a step takes no less than
+    all its layers (`timing.host_time`)."""
     step: float
     """Seconds per step."""
     row: float
     """Seconds per step and request."""
     host_row: float
-    """The same that the host spends, handing out tokens, while the device is at work: a step takes no less."""
+    """Seconds per request that the host spends, handing out tokens, while the device is at work: on top of what it
+    takes to launch the step, which takes no less than both."""
     mixing: float
     """Share of a prompt's time by which it delays the requests that decode meanwhile."""
     burst: float

@@ -24,7 +24,8 @@ from holdfast.hardware.catalogue import Link
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 Software = Literal["nccl", "vllm", "vllm-eager", "trtllm", "torch"]
 """Who moves the bytes: NCCL called from a CUDA graph or C++; the engines' own all-reduce over peer memory, recorded
-in a graph or launched one by one; NCCL called from Python."""
+in a graph; NCCL called from Python. `vllm-eager`, vLLM's launched one by one, is for rows of measurements alone: in
+steps without a graph the launches are the host's time (`timing.host_time`)."""
 
 SLOWEST_EXCHANGE = 0.1
 """Seconds a token may spend on latency between ranks; a service with fewer than ten tokens a second helps nobody."""

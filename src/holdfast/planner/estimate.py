@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from holdfast.hardware.catalogue import Link
 from holdfast.hardware.cluster import Cluster
-from holdfast.planner.candidates import Candidate, DeviceGroup
+from holdfast.planner.candidates import Candidate, DeviceGroup, joined_as_usual
 from holdfast.planner.coefficients import Coefficients
 from holdfast.planner.communication import Path, path_of
 from holdfast.planner.goal import Goal
@@ -313,12 +313,23 @@ def dispatch_path(question: Question, candidate: Candidate, stage: int) -> Path 
     nodes = {node for group in groups for node, _ in group.places}
     link = slowest_dispatch(question.cluster, candidate, stage)
     first, ranks = groups[0], candidate.expert_ranks
+    inside = _slowest_in_node(question.cluster, groups)
+    usual = first.as_usual and joined_as_usual(first.device, inside, ranks // len(nodes))
+    fabric = replace(first.fabric, link=inside, network=None, as_usual=usual)
     if len(nodes) == 1:
-        return path_of("nccl", replace(first.fabric, link=link, network=None), 1, ranks, "all_to_all")
+        return path_of("nccl", fabric, 1, ranks, "all_to_all")
     share = min(question.cluster.nodes[node].network_share for node in nodes)
     network = replace(link, bandwidth=min(link.bandwidth, share or link.bandwidth))
     even = ranks // len(nodes) * len(nodes)  # nodes of unlike sizes: as if they were alike
-    return path_of("nccl", replace(first.fabric, network=network), len(nodes), even, "all_to_all")
+    return path_of("nccl", replace(fabric, network=network), len(nodes), even, "all_to_all")
+
+
+def _slowest_in_node(cluster: Cluster, groups: Sequence[DeviceGroup]) -> Link:
+    """Between the first group and those in its node; where it is alone there, inside it."""
+    here = groups[0].places[0]
+    mates = [group.places[0] for group in groups[1:] if group.places[0][0] == here[0]]
+    links = [cluster.link_between(here, mate) for mate in mates] or [groups[0].link]
+    return min(links, key=lambda link: link.bandwidth)
 
 
 def path_between(cluster: Cluster, first: DeviceGroup, second: DeviceGroup) -> Path:

@@ -15,7 +15,7 @@ from heapq import nsmallest
 from itertools import pairwise
 
 from holdfast.planner.candidates import DeviceGroup, degrees_of, device_groups, kinds_of
-from holdfast.planner.estimate import MAX_SEQUENCES, Question
+from holdfast.planner.estimate import MARGIN, MAX_SEQUENCES, Question
 from holdfast.planner.memory.capacity import kv_room
 from holdfast.planner.memory.ranks import kv_bytes_per_block, rank_memory
 from holdfast.planner.memory.shares import RankShare
@@ -177,10 +177,7 @@ def _under(question: Question, parts: tuple[Part, ...], replicas: int, load: int
     each = [turns * part.seconds(max(load / stages, 1)) + waits * part.prompt for part in parts]
     tpot = question.shape.num_layers / sum(count / time for count, time in zip(counts, each, strict=True))
     layers = [tpot / time for time in each]
-    tokens = min(
-        (part.room - count * part.weights) / (count * part.kv) if part.kv else float("inf")
-        for part, count in zip(parts, layers, strict=True)
-    )
+    tokens = min(_tokens(question, part, count) for part, count in zip(parts, layers, strict=True))
     room = int(tokens / (goal.input_len + engine.reserve * goal.output_len))
     if room < 1:  # by other shares of the layers, perhaps
         held = sum(count * part.room / part.weights for part, count in zip(parts, counts, strict=True))
@@ -189,9 +186,15 @@ def _under(question: Question, parts: tuple[Part, ...], replicas: int, load: int
         return _under(question, parts, replicas, room)
     if turns < stages:
         tpot *= stages / turns
-    late = goal.tpot is not None and tpot > goal.tpot
+    prompts = [part.prompt * count for part, count in zip(parts, layers, strict=True)]
+    prompt = sum(seconds * count for seconds, count in zip(prompts, counts, strict=True))
+    step, burst = tpot - waits * max(prompts), engine.burst * (load - 1) / 2 * max(prompts)
+    ttft = engine.first_token + prompt + 1.5 * step + burst
+    limits = ((goal.ttft, ttft), (goal.tpot, tpot))
+    over = max((value * MARGIN / limit for limit, value in limits if limit is not None), default=0)
+    if over > 1:
+        return 1.0, over
     if goal.objective == "latency":
-        prompt = sum(part.prompt * count * n for part, count, n in zip(parts, layers, counts, strict=True))
         worth = tpot * goal.output_len + prompt
     elif goal.objective == "memory":
         worth = max(
@@ -200,4 +203,12 @@ def _under(question: Question, parts: tuple[Part, ...], replicas: int, load: int
         )
     else:
         worth = -replicas * load / tpot
-    return float(late), tpot if late else worth
+    return 0.0, worth
+
+
+def _tokens(question: Question, part: Part, layers: float) -> float:
+    """That the KV cache of so many layers has room for; states alone set no limit (`capacity.kv_capacity_tokens`)."""
+    left = part.room - layers * part.weights
+    if part.kv:
+        return left / (layers * part.kv)
+    return question.shape.max_context if left > 0 else 0

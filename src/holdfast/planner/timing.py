@@ -23,7 +23,8 @@ from holdfast.hardware.catalogue import Device
 from holdfast.planner.all_to_all import all_to_all_seconds
 from holdfast.planner.coefficients import Efficiency, Engine
 from holdfast.planner.communication import Fabric, Path, imbalance, path_of, wire_bytes
-from holdfast.planner.shapes.shape import Layer, Matrix, ModelShape
+from holdfast.planner.shapes.shape import Attention, Layer, Matrix, ModelShape
+from holdfast.planner.uneven import heads_of_fullest
 
 SCALES = 1.06
 """Of 4-bit weights with an 8-bit scale for every 32 (MXFP4): 4.25 bits. NVFP4 and most integer formats take some more
@@ -286,7 +287,7 @@ def expert_work(stage: Stage, layer: Layer, rows: float, efficiency: Efficiency)
 
     Of E experts, `rows` tokens that choose k each by chance touch E·(1 - (1 - k/E)^rows) (coupon collector). Groups
     of experts that are more than the stage's ranks lie in other replicas, whose tokens come to them too (DeepSeek-V3,
-    arXiv:2412.19437, section 3.4); that way itself is not in it.
+    arXiv:2412.19437, section 3.4); that way itself is `Stage.dispatch_path`.
     """
     experts = layer.experts
     assert experts is not None
@@ -308,21 +309,25 @@ def _attention(stage: Stage, layer: Layer, batch: StepBatch, engine: Engine, eff
     if attention is None:
         return 0.0
     tp, device = stage.tensor_parallel, stage.device
-    # Heads are whole: of 8 KV heads on 6 ranks, some read 2.
-    heads = attention.num_kv_heads
-    cut = 1 if attention.kind == "latent" else heads / math.ceil(heads / tp)
     seconds = 0.0
     if batch.decodes:
-        numbers = attention.numbers_read(round(batch.context)) / cut
+        numbers = attention.numbers_read(round(batch.context)) / kv_parts(attention, tp)
         if attention.kind != "latent":
-            numbers *= min(attention.num_heads / heads, engine.group_reads)
+            numbers *= min(attention.num_heads / attention.num_kv_heads, engine.group_reads)
         seconds += batch.decodes * numbers * stage.kv_bits / 8 / (device.memory_bandwidth * efficiency.kv)
     if batch.prompt_tokens and attention.kind != "linear":
         seen = attention.tokens_read(batch.prompt_context)
         width = attention.num_heads * (attention.head_dim + attention.value_dim)
-        flops = 2 * width * batch.prompt_tokens * seen / tp
+        flops = 2 * width * batch.prompt_tokens * seen * heads_of_fullest(attention, tp)
         seconds += flops / (flops_of(device, 16, efficiency) / efficiency.matmul[16] * efficiency.attention)
     return seconds
+
+
+def kv_parts(attention: Attention, tp: int) -> float:
+    """Into how many parts ranks cut what they read of keys and values. Heads are whole: of 8 KV heads on 6 ranks
+    some read 2, as of 4 ranks all do."""
+    heads = attention.num_kv_heads
+    return 1 if attention.kind == "latent" else heads / math.ceil(heads / tp)
 
 
 def all_reduces(layer: Layer) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from holdfast.parallel.shards import MLP_SHARDS
+from holdfast.parallel.cuts import split
+from holdfast.parallel.shards import MLP_SHARDS, group_shards
 from holdfast.planner.memory.ranks import is_mlp_matrix
 from holdfast.planner.shapes.shape import Attention, Layer, Matrix
 
@@ -26,9 +27,13 @@ def heads_of_fullest(attention: Attention, ranks: int) -> float:
         return _part(heads, ranks)
     if ranks <= groups:
         return _part(groups, ranks)
-    per_group, mates = heads // groups, -(-ranks // groups)
-    cuts = min(-(-MLP_SHARDS // groups), per_group)
-    return _part(cuts if mates <= cuts else per_group, mates) / groups
+    # Of seven ranks on four KV heads three are alone with one.
+    per_group, mates = heads // groups, ranks // groups
+    borders = (0, *group_shards(per_group, groups, attention.head_dim))
+    if mates >= len(borders):
+        return _part(per_group, mates) / groups
+    cuts = split(len(borders) - 1, [1] * mates)
+    return max(borders[last] - borders[first] for first, last in cuts) / heads
 
 
 def most_heads_of_fullest(layers: Iterable[Layer], ranks: int) -> float:

@@ -18,11 +18,11 @@ from holdfast.planner.all_to_all import all_to_all, all_to_all_seconds
 from holdfast.planner.communication import Operation, Path, wire_bytes
 from holdfast.planner.estimate import Estimate, Question, slowest_dispatch, stages_of
 from holdfast.planner.serving import Replica, Workload
-from holdfast.planner.timing import Stage, StepBatch, StepTime, all_reduces, expert_work, step_time
+from holdfast.planner.timing import Stage, StepBatch, StepTime, all_reduces, expert_work, reached, step_time
 
 Part = Literal[
     "weights", "experts", "attention", "activations", "all-reduces", "all-to-alls", "gathered weights",
-    "pipeline hops",     "layer overhead", "logits", "scheduler",
+    "pipeline hops", "layer overhead", "logits", "scheduler",
 ]  # fmt: skip
 """Of a step. `weights`: products with them; `experts`: those with routed experts'; `layer overhead`: launches and
 what else a layer takes however little it does; `scheduler`: and the sampler, and the input of each step."""
@@ -168,7 +168,7 @@ def _experts_share(stage: Stage, batch: StepBatch, replica: Replica, time: StepT
         if layer.experts is not None:
             reading, multiplying = expert_work(stage, layer, batch.rows, replica.known.efficiency)
             memory += count * reading
-            compute += count * multiplying / replica.engine.matmul
+            compute += count * multiplying / reached(replica.engine, stage.device)
     if time.linear_memory >= time.linear_compute:
         return memory / time.linear_memory
     return compute / time.linear_compute

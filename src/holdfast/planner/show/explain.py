@@ -12,6 +12,7 @@ from holdfast.planner.show.breakdown import (
     Part,
     at_concurrency,
     decode_parts,
+    decode_rows,
     exchanges,
     first_token_parts,
     replica_of,
@@ -20,7 +21,7 @@ from holdfast.planner.show.breakdown import (
 )
 from holdfast.planner.show.levers import request_time, what_it_takes
 from holdfast.planner.show.shortfall import does_not_fit
-from holdfast.planner.timing import read_rate
+from holdfast.planner.timing import expert_work, read_rate
 
 
 def why(found: Found, other: Estimate) -> str:
@@ -248,8 +249,11 @@ def weights_read(question: Question, some: Estimate) -> float:
     """Bytes of weights that one rank of each stage reads in a decoding step, all stages together."""
     assert some.served is not None
     efficiency = question.known.efficiency
-    stages = replica_of(question, some).stages
-    return sum(
-        time.linear_memory * read_rate(stage.device, stage.weight_bits, efficiency)
-        for time, stage in zip(some.served.decode, stages, strict=True)
-    )
+    rows, total = decode_rows(question, some).rows, 0.0
+    for time, stage in zip(some.served.decode, replica_of(question, some).stages, strict=True):
+        routed = sum(
+            count * expert_work(stage, layer, rows, efficiency)[0] for layer, count in stage.kinds if layer.experts
+        )
+        total += (time.linear_memory - routed) * read_rate(stage.device, stage.weight_bits, efficiency)
+        total += routed * read_rate(stage.device, stage.expert_bits, efficiency)
+    return total

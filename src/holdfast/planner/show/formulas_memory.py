@@ -139,15 +139,13 @@ def _weight_lines(question: Question, some: Estimate, share: RankShare, section:
 def _of_kind(kind: LayerSizes, layers: int, share: RankShare, plain: float, routed: float) -> list[tuple[str, float]]:
     """Attention, MLP, experts and the rest of `layers` equal layers: in numbers, and in bytes."""
     heads = _whole(kind.attention.num_kv_heads, share.kv_heads) if kind.attention and kind.per_kv_head else 0
-    degree = round(1 / share.query_heads)
-    columns = round(1 / share.columns)
+    degree, columns, cut = 1 / share.query_heads, 1 / share.columns, 1 / share.expert_columns
     held = _whole(kind.num_experts, share.experts)
-    cut = round(1 / share.expert_columns)
     other = kind.other + held * kind.expert_biases
-    attention = [f"{number(kind.by_query_heads)} / {degree}"]
+    attention = [f"{number(kind.by_query_heads)} / {number(degree)}"]
     attention += [f"{heads} · {number(kind.per_kv_head)}"] if heads else []
     attention += [number(kind.attention_replicated)] if kind.attention_replicated else []
-    mlp = [f"{number(kind.by_columns)} / {columns}"]
+    mlp = [f"{number(kind.by_columns)} / {number(columns)}"]
     mlp += [number(kind.mlp_replicated)] if kind.mlp_replicated else []
     return [
         (
@@ -159,7 +157,7 @@ def _of_kind(kind: LayerSizes, layers: int, share: RankShare, plain: float, rout
             layers * (kind.by_columns / columns + kind.mlp_replicated) * plain,
         ),
         (
-            f"{layers} · {held} · {number(kind.expert)} / {cut} · {number(routed)} B",
+            f"{layers} · {held} · {number(kind.expert)} / {number(cut)} · {number(routed)} B",
             layers * held * kind.expert / cut * routed,
         ),
         (f"{layers} · {number(other)} · 2 B", layers * other * 2),

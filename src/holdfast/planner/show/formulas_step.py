@@ -19,6 +19,7 @@ from holdfast.planner.timing import (
     all_reduces,
     host_time,
     kernels,
+    kv_parts,
     plain_work,
     reached,
     read_rate,
@@ -27,6 +28,7 @@ from holdfast.planner.timing import (
     stored_bits,
 )
 from holdfast.planner.timing import flops_of as flops_reached
+from holdfast.planner.uneven import heads_of_fullest
 
 NOTHING = 1e-9
 """Seconds that are not worth a line."""
@@ -167,7 +169,7 @@ def _attention(step: _Step, layer: Layer, layers: int, which: str) -> list[Line]
     attention, found = layer.attention, []
     if attention is None:
         return []
-    cut = 1 if attention.kind == "latent" else min(stage.tensor_parallel, attention.num_kv_heads)
+    cut, most = kv_parts(attention, stage.tensor_parallel), heads_of_fullest(attention, stage.tensor_parallel)
     if batch.decodes:
         numbers, each = attention.numbers_read(round(batch.context)), stage.kv_bits / 8
         rate = stage.device.memory_bandwidth
@@ -175,8 +177,8 @@ def _attention(step: _Step, layer: Layer, layers: int, which: str) -> list[Line]
         found.append(
             Line(
                 section, f"reading KV{which}",
-                "layers × requests × numbers read of a sequence / ranks × bytes / (bandwidth × share)",
-                f"{layers} · {number(batch.decodes)} · {number(numbers)} / {cut} · {number(each)} B "
+                "layers × requests × numbers read of a sequence / parts × bytes / (bandwidth × share)",
+                f"{layers} · {number(batch.decodes)} · {number(numbers)} / {number(cut)} · {number(each)} B "
                 f"/ ({rate_of(rate)} · {number(efficiency.kv)})",
                 seconds, seconds_of(seconds),
             )
@@ -185,14 +187,13 @@ def _attention(step: _Step, layer: Layer, layers: int, which: str) -> list[Line]
         seen = attention.tokens_read(batch.prompt_context)
         width = attention.num_heads * (attention.head_dim + attention.value_dim)
         rate = flops_reached(stage.device, 16, efficiency) / efficiency.matmul[16]
-        tensor = stage.tensor_parallel
-        seconds = layers * 2 * width * batch.prompt_tokens * seen / tensor / (rate * efficiency.attention)
+        seconds = layers * 2 * width * batch.prompt_tokens * seen * most / (rate * efficiency.attention)
         found.append(
             Line(
                 section, f"attention of the prompt{which}",
-                "layers × 2 × heads × (key + value) × tokens × seen / ranks / (FLOP/s × share)",
+                "layers × 2 × heads × (key + value) × tokens × seen × the fullest rank's part / (FLOP/s × share)",
                 f"{layers} · 2 · {attention.num_heads} · ({attention.head_dim} + {attention.value_dim}) · "
-                f"{number(batch.prompt_tokens)} · {number(seen)} / {tensor} / ({flops_of(rate)} · "
+                f"{number(batch.prompt_tokens)} · {number(seen)} · {number(most)} / ({flops_of(rate)} · "
                 f"{number(efficiency.attention)})",
                 seconds, seconds_of(seconds),
             )
