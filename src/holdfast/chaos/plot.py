@@ -51,8 +51,7 @@ def timeline(report: Report, path: Path) -> None:
     moments.set(xlabel="s", ylabel="moment (hollow: missed)")
     if report.faults:
         delays.set_yscale("log")
-        for panel in (served, delays):
-            panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.legend(loc="outside right upper")
     for panel in (served, delays, moments):
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")
