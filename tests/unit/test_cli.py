@@ -338,6 +338,7 @@ def test_commands_that_do_not_exist_are_not_offered() -> None:
         "serve",
         "plan",
         "drain",
+        "check",
         "topo",
         "probe",
         "predict",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import signal
 import socket
@@ -30,6 +31,8 @@ from holdfast.parallel.cuts import make_plan
 from support.tiny import tiny_model
 
 XID, ECC = 8, 2
+TESTS = str(Path(__file__).parents[1])
+"""Where processes find `support`."""
 
 
 class Driver:
@@ -131,6 +134,7 @@ def test_a_replica_whose_gpu_breaks_is_killed_and_started_again(tmp_path: Path, 
     monkeypatch.setitem(sys.modules, "pynvml", driver)
     gpus = {"worker 0.0.0": "GPU-a", "worker 1.0.0": "GPU-b"}
     monkeypatch.setenv("IDLER_GPUS", json.dumps(gpus))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])]))
     info = inspect_model(tiny_model(tmp_path))
     config = ServeConfig(cache=CacheConfig(checkpoint_memory_bytes=0))
     plan = make_plan(info.spec, data=2)
