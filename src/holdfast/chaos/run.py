@@ -33,6 +33,9 @@ _WIDTH = 150
 def run(model: str, config: ChaosConfig, flags: Sequence[str]) -> int:
     """0 when every request ended as it would have undisturbed, and nothing is left of the service; else 1. Raises
     `ConfigError` for faults that this service cannot have."""
+    for flag, path in (("--json", config.report.json), ("--plot", config.report.plot)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"{flag} {path}: there is no folder {Path(path).parent}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the service would outlive us
     report = asyncio.run(_run(model, config, flags))
     show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))

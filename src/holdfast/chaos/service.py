@@ -165,10 +165,9 @@ class Service:
 
     def spoil(self, dice: random.Random) -> None:
         """Change bytes of the checkpoint store's memory, here and there where there is something."""
-        store = self.processes()["store"]
-        [path] = [
+        [path] = [  # the supervisor's, since the store's own process may just be dead
             file
-            for file in Path(f"/proc/{store.pid}/fd").iterdir()
+            for file in Path(f"/proc/{self.process.pid}/fd").iterdir()
             if str(file.readlink()).startswith("/memfd:holdfast-store")
         ][:1]
         with path.open("r+b", buffering=0) as memory:

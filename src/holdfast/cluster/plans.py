@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,10 +130,22 @@ def with_checkpoint_memory(config: ServeConfig, model: ModelInfo) -> ServeConfig
         config = replace(config, cache=replace(config.cache, checkpoint_memory_bytes=0))
     if config.cache.checkpoint_disk is not None and not config.cache.checkpoint_memory_bytes:
         raise ConfigError("--checkpoint-disk: works with blocks in memory only (--checkpoint-memory-bytes)")
-    disk = config.cache.checkpoint_disk_bytes
-    if disk is not None and disk < (least := least_bytes(layout)):
-        raise ConfigError(f"--checkpoint-disk-bytes {disk}: must be at least {least} for this model")
+    _check_disk(config, least_bytes(layout))
     return config
+
+
+def _check_disk(config: ServeConfig, least: int) -> None:
+    """That `--checkpoint-disk` is a folder, or can be one, of a disk that is large enough. Raises `ConfigError`."""
+    folder, size = config.cache.checkpoint_disk, config.cache.checkpoint_disk_bytes
+    if folder is None or size is None:
+        return
+    if not folder:
+        raise ConfigError("--checkpoint-disk: must name a folder")
+    if size < least:
+        raise ConfigError(f"--checkpoint-disk-bytes {size}: must be at least {least} for this model")
+    there = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists())
+    if size > (whole := shutil.disk_usage(there).total):
+        raise ConfigError(f"--checkpoint-disk-bytes {size}: the disk of {folder} has {whole} in all")
 
 
 def impact_of(plan: Plan, process: str, kind: lifecycle.LossKind, detected: float) -> lifecycle.Loss:

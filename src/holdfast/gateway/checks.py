@@ -71,9 +71,9 @@ class WeightChecks:
                 await self.check()
 
     async def check(self) -> tuple[list[WeightsChecked], list[int]]:
-        """Have all ranks of the replicas that serve checked: what they report, and the replicas that were lost, or
-        too slow, before all of theirs had. Raises `Unavailable` when there is none, `InvalidRequest` when it cannot
-        be."""
+        """Have all ranks of the replicas that serve checked: what they report, and the replicas that do not serve, or
+        were lost or too slow before all of theirs had. Raises `Unavailable` when there is none, `InvalidRequest` when
+        it cannot be."""
         if self._shared:
             raise InvalidRequest("weights that replicas hold together (--shard-weights) cannot be checked yet")
         key = str(next(self._keys))
@@ -89,7 +89,9 @@ class WeightChecks:
                     await asyncio.wait_for(check.changed.wait(), _LOOK_SECONDS)
         finally:
             del self._pending[key]
-        return sorted(check.reports, key=lambda report: report.rank), _incomplete(check, ready)
+        whole = ready.keys() - set(_incomplete(check, ready))
+        missing = [replica for replica in self._router.numbers if replica not in whole]
+        return sorted(check.reports, key=lambda report: report.rank), missing
 
     def _awaited(self, check: _Check, ready: dict[int, EngineReady]) -> bool:
         """Whether a replica that lives as it was asked has not answered with all its ranks."""

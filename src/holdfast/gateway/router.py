@@ -158,6 +158,11 @@ class Router:
             self._engines.send(replica, message)
         return dict(self._ready)
 
+    @property
+    def numbers(self) -> range:
+        """Of all replicas, those that are lost too."""
+        return range(self._num_replicas)
+
     def epochs(self) -> dict[int, int]:
         """Of the engines of replicas that serve."""
         return {replica: ready.epoch for replica, ready in self._ready.items()}

@@ -103,7 +103,7 @@ class WeightsChecked(BaseModel):
     wrong: list[str]
     """Ranks whose weights have changed; their replicas are started anew."""
     lost: list[int]
-    """Replicas that were lost, or too slow, before all of their ranks had been checked."""
+    """Replicas that did not serve, or were lost or too slow before all of their ranks had been checked."""
 
 
 class ModelList(BaseModel):

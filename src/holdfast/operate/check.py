@@ -22,7 +22,7 @@ def run(url: str, config: CheckConfig) -> int:
         ]
     except (KeyError, TypeError) as error:
         raise client.stranger() from error
-    lines += [f"replica {replica}: was lost before all of its ranks were checked" for replica in lost]
+    lines += [f"replica {replica}: does not serve, or was lost before all ranks were checked" for replica in lost]
     lines += [f"replica {replica} is started anew" for replica in sorted({rank.partition(".")[0] for rank in wrong})]
     print(json.dumps(found) if config.service.json else "\n".join(lines), flush=True)
     return 1 if wrong or lost else 0

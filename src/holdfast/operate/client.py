@@ -14,6 +14,8 @@ class Client:
     """Talks to one service. Raises `ConfigError` when there is none, or it refuses."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"{url}: must be a URL with http:// or https://")
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 

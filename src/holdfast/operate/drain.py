@@ -16,7 +16,10 @@ def run(url: str, config: DrainConfig) -> int:
     or `StartupError` when one does not come back."""
     client = Client(url, config.service.api_key)
     found = client.replicas()
-    for number in config.service.replica or sorted(found):
+    lost = [number for number, replica in found.items() if replica["status"] == "lost"]
+    for number in lost if not config.service.replica else ():
+        print(f"replica {number} is lost: it is not started again", flush=True)
+    for number in config.service.replica or sorted(found.keys() - lost):
         if number not in found:
             raise ConfigError(f"--replica {number}: there are {', '.join(map(str, sorted(found)))}")
         begun, epoch = time.monotonic(), client.replicas()[number]["epoch"]

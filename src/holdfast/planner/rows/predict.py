@@ -49,7 +49,7 @@ class Prediction:
             return None
         if self.kind == "out_of_memory":
             return self.value - value
-        return self.value / value - 1 if value else None
+        return self.value / value - 1 if value > 0 else None
 
 
 def predict(row: Mapping[str, object], known: Coefficients | None = None) -> Prediction:

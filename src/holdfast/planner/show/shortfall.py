@@ -111,6 +111,10 @@ def _too_large(found: Found) -> str:
     )
 
 
+_ROUNDED = 1.005
+"""What is proposed is still enough when it is told in three digits."""
+
+
 def _too_slow(found: Found) -> str:
     question, best = found.question, found.best
     served, goal = best.served, question.goal
@@ -123,7 +127,7 @@ def _too_slow(found: Found) -> str:
     if less := fast_with_fewer_bits(question):
         ways.append(f"weights of {less[0]:g} bits ({less[1]})")
     reach = " and ".join(
-        f"a {name} of {of_seconds(value)}"
+        f"a {name} of {of_seconds(value * _ROUNDED)}"
         for name, limit, value in (("TTFT", goal.ttft, served.ttft), ("TPOT", goal.tpot, served.tpot))
         if limit is not None and value > limit
     )
