@@ -256,6 +256,10 @@ def test_the_size_of_a_store_is_known_before_anything_starts(monkeypatch: pytest
     with pytest.raises(ConfigError, match=r"--checkpoint-disk-bytes 1000000: must be at least 64\d{6} "):
         size(**disk)
     assert size(**disk | {"checkpoint_disk_bytes": 65_000_000})
+    with pytest.raises(ConfigError, match=r"--checkpoint-disk-bytes 10{18}: the disk of /d has \d+ in all"):
+        size(**disk | {"checkpoint_disk_bytes": 10**18})
+    with pytest.raises(ConfigError, match="--checkpoint-disk: must name a folder"):
+        size(checkpoint_disk="", checkpoint_disk_bytes=10**9)
     with pytest.raises(ConfigError, match=r"--checkpoint-disk: .*--checkpoint-memory-bytes"):
         size(**disk, checkpoint_memory_bytes=0)
     for given in disk.items():
