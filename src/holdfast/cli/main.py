@@ -90,12 +90,15 @@ def chaos(
     raise typer.Exit(run(model, config, flags or []))
 
 
+ServiceUrl = Annotated[
+    str, typer.Argument(metavar="URL", help="Of the service, as http://127.0.0.1:8000.", show_default=False)
+]
+
+
 @app.command(cls=PanelHelp)
 @with_flags(DrainConfig)
 def drain(
-    url: Annotated[
-        str, typer.Argument(metavar="URL", help="Of the service, as http://127.0.0.1:8000.", show_default=False)
-    ],
+    url: ServiceUrl,
     config: DrainConfig,
 ) -> None:
     """Start the replicas of a running service anew, one after another, while it serves on.
@@ -112,9 +115,7 @@ def drain(
 @app.command(cls=PanelHelp)
 @with_flags(CheckConfig)
 def check(
-    url: Annotated[
-        str, typer.Argument(metavar="URL", help="Of the service, as http://127.0.0.1:8000.", show_default=False)
-    ],
+    url: ServiceUrl,
     config: CheckConfig,
 ) -> None:
     """Compare the weights that a running service has in memory with what it loaded, while it serves on.

@@ -150,7 +150,6 @@ def serve(  # noqa: PLR0917
 ) -> None:
     """Take steps and give results until told to stop; raises `Relieved` when there is something else to do."""
     rank, speaks, faults = mover.rank, runner.decoder.place.speaks, Faults(mover.rank)
-    points = Points(f"worker {rank}")
     decode = wire.decoder(wire.ToWorker).decode
     launched: deque[tuple[wire.Step, Launched | wire.StepResult | wire.StepError]] = deque()
     poller = zmq.Poller()
@@ -186,7 +185,7 @@ def serve(  # noqa: PLR0917
         if isinstance(state, Launched):
             state = attempt(runner, step, rank, partial(runner.finish, state))
         if speaks:
-            points.reach("sampled")
+            faults.points.reach("sampled")
             results.send(wire.encode(state))
 
 

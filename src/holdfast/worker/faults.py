@@ -39,7 +39,7 @@ class Faults:
     def __init__(self, rank: str) -> None:
         folder = os.environ.get(VARIABLE)
         self._file = Path(folder) / rank if folder else None
-        self._points = Points(f"worker {rank}")
+        self.points = Points(f"worker {rank}")
         self._kept: list[bytes] = []
         self._leaked: float | None = None
         """When it last did; None: it does not."""
@@ -83,7 +83,7 @@ class Faults:
             ("decode", 1 in going_on),
         ):
             if is_here:
-                self._points.reach(point)
+                self.points.reach(point)
 
 
 def flip(weights: Weights) -> None:
