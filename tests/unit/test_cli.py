@@ -17,8 +17,9 @@ from holdfast import __version__
 from holdfast.cli.flags import format_bytes, parse_bytes, with_flags
 from holdfast.cli.help import PanelHelp
 from holdfast.cli.main import app
-from holdfast.core.config import ModelConfig, ServeConfig, ServerConfig, option
+from holdfast.core.config import ModelConfig, ServeConfig, ServerConfig
 from holdfast.core.errors import ConfigError
+from holdfast.core.options import option
 
 SERVE_FLAGS = [
     "--served-model-name",
@@ -85,6 +86,13 @@ SERVE_FLAGS = [
     "--token-log-sync",
     "--resume-window",
     "--log-level",
+    "--data-parallel-size-local",
+    "--headless",
+    "--no-headless",
+    "--data-parallel-address",
+    "--data-parallel-rpc-port",
+    "--node-key-file",
+    "--heartbeat-interval",
 ]
 
 CHAOS_FLAGS = [

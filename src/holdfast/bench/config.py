@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from holdfast.core.config import MOST, option
 from holdfast.core.errors import ConfigError
+from holdfast.core.options import MOST, option
 
 Metric = Literal["ttft", "tpot", "itl", "e2el"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from holdfast.core.config import option
 from holdfast.core.errors import ConfigError
+from holdfast.core.options import option
 
 FAULTS = (
     "kill-worker",

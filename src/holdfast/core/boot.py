@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from holdfast.core.config import ServeConfig
+from holdfast.core.machines import Network
 from holdfast.core.plan import Plan
 from holdfast.core.spec import ModelInfo
 
@@ -60,3 +61,5 @@ class Boot(msgspec.Struct, frozen=True):
     plan: Plan
     stamp: list[tuple[str, int, int, int]] = []
     """Of the checkpoint, see `models.inspect.stamp_of`: who reads it later must find the same."""
+    network: Network | None = None
+    """None: this machine is the only one."""

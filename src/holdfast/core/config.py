@@ -7,20 +7,13 @@ names are vLLM's where vLLM has the thing. `check()` refuses what cannot work, b
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from holdfast.core.errors import ConfigError
-
-
-def option(default: Any, help: str, **extra: Any) -> Any:
-    """A field that becomes a flag. `help` states meaning and unit."""
-    return field(default=default, metadata={"help": help, **extra})
-
-
-MOST = 10**15
-"""No flag takes a larger number; as seconds, it still fits into the milliseconds of every poll."""
+from holdfast.core.machines import MachinesConfig
+from holdfast.core.options import MOST, option
 
 LOGIT_ROWS = 64
 """Prompt positions whose logits are held at once for prompt logprobs: 64 · 150k vocabulary · 4 bytes = 38 MB."""
@@ -314,6 +307,7 @@ class ServeConfig:
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()
+    machines: MachinesConfig = field(default=MachinesConfig())
 
     def check(self) -> None:
         """Raise `ConfigError` for a value out of range, naming the flag, the value and the range."""
@@ -382,6 +376,7 @@ class ServeConfig:
             )
         self.device.layers_of_stages()
         self.device.check_plan_alone()
+        self.machines.check(self.device.data_parallel_size)
         for name in ("num_redundant_experts", "eplb_step_interval"):
             if getattr(self.device, name) != getattr(DeviceConfig(), name) and not self.device.enable_eplb:
                 raise ConfigError(f"--{name.replace('_', '-')}: works with --enable-eplb")

@@ -92,7 +92,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Replicas, all cut alike, hold their weights once between them: each rank 1/n of what its place has."""
 
     devices: tuple[tuple[int, ...], ...] = ()
-    """Of each replica, rank by rank: the number of its device on the machine. (): ranks take devices in order."""
+    """Of each replica, rank by rank: the number of its device on the machine. (): ranks take devices in order. Of a
+    replica that is on another machine: ()."""
     links: tuple[tuple[str, ...], ...] = ()
     """Of each replica, stage by stage: what joins its ranks, by the catalogue's name. Told, not used."""
     estimates: PlanEstimates | None = None
@@ -104,9 +105,19 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         counts = [replica.num_ranks for replica in self.replicas]
         return tuple(tuple(range(sum(counts[:index]), sum(counts[: index + 1]))) for index in range(len(counts)))
 
+    @property
+    def devices_here(self) -> tuple[tuple[int, ...], ...]:
+        """Of each replica, rank by rank; of those on other machines none."""
+        return self.devices or self.devices_in_order
+
+    @property
+    def here(self) -> list[int]:
+        """Numbers of the replicas on this machine."""
+        return [number for number, devices in enumerate(self.devices_here) if devices]
+
     def device_of(self, replica: int, rank: int) -> int:
         """The number of a rank's device on its machine."""
-        return (self.devices or self.devices_in_order)[replica][rank]
+        return self.devices_here[replica][rank]
 
     def steps_in_flight(self, replica: int) -> int:
         return self.microbatches or len(self.replicas[replica].stages)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from holdfast.core.config import option
 from holdfast.core.errors import ConfigError
+from holdfast.core.options import option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from holdfast.core.config import MOST, option
 from holdfast.core.errors import ConfigError
+from holdfast.core.options import MOST, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,9 +65,9 @@ class Post:
 
     @property
     def number(self) -> int:
-        """Counting the ranks of all replicas."""
-        before = self.plan.replicas[: self.replica]
-        return sum(replica.num_ranks for replica in before) + self.place.shard.rank
+        """Counting the ranks of all replicas of this machine."""
+        before = self.plan.devices_here[: self.replica]
+        return sum(len(devices) for devices in before) + self.place.shard.rank
 
     @property
     def device(self) -> int:
@@ -81,13 +81,12 @@ class Post:
 
     def sharing(self, count: int) -> int:
         """How many ranks, of all replicas, have the GPU of this one, of `count`."""
-        devices = self.plan.devices or self.plan.devices_in_order
-        return sum(device % count == self.device % count for some in devices for device in some)
+        return sum(device % count == self.device % count for some in self.plan.devices_here for device in some)
 
     @property
     def num_ranks(self) -> int:
-        """Of all replicas."""
-        return sum(replica.num_ranks for replica in self.plan.replicas)
+        """Of all replicas of this machine."""
+        return sum(len(devices) for devices in self.plan.devices_here)
 
 
 def start_runner(
