@@ -221,7 +221,7 @@ async def test_requests_wait_for_a_replica_that_comes_back(wire: Wire) -> None:
     with pytest.raises(Unavailable, match="recovering"):
         wire.submit("b")
     await wire.push.send(encode(EngineReady(0, 0, 64)))  # its own, on the way when it died
-    await wire.push.send(encode(EngineReady(0, 1, 64)))
+    await wire.push.send(encode(EngineReady(0, 1, 64, serial=1)))
     again = await wire.hear()
     assert isinstance(again, Submit)
     assert again.output_token_ids == [5, 6]
@@ -240,7 +240,7 @@ async def test_a_replica_that_comes_back_smaller_gets_what_fits(wire: Wire) -> N
     for _ in range(2):
         await wire.hear()
     wire.router.replica_lost(ReplicaLost(0, "killed", epoch=0, comes_back=True, loss=LOSS))
-    await wire.push.send(encode(EngineReady(0, 1, 20)))
+    await wire.push.send(encode(EngineReady(0, 1, 20, serial=1)))
     again = await wire.hear()
     assert isinstance(again, Submit)
     assert again.request_id == "b"

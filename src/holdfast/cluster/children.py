@@ -213,5 +213,7 @@ class Children:
             self._hear()
 
     def send(self, name: str, message: lifecycle.ToChild) -> None:
+        if name not in self.by_name:
+            return
         with contextlib.suppress(zmq.ZMQError):  # it never connected, or is gone: then its pidfd tells
             self._control.send_multipart([self.by_name[name].identity.encode(), wire.encode(message)])

@@ -59,8 +59,8 @@ class Engine:
         self._open_shared_memory(order.descriptors["replica"])
         self.watch, self._looked = HangWatch(boot.config.device.collective_timeout), 0.0  # until workers are ready
         self._beat = 0.0
-        self._gateway_epoch = -1
-        """Of the gateway that is served; none has said Hello yet."""
+        self._gateway_epoch, self._greeting = -1, -1
+        """Of the gateway that is served, and of its last Hello; none has said any yet."""
         self.gateway = self._socket(zmq.PUSH)
         self.gateway.connect(endpoints.gateway)
         self.store = self._socket(zmq.DEALER)
@@ -230,7 +230,7 @@ class Engine:
         while self.requests.poll(0):
             message = self._decode_request(self.requests.recv())
             if isinstance(message, wire.Hello):
-                self._greet(message.gateway)
+                self._greet(message)
             elif message.gateway != self._gateway_epoch:
                 continue  # of a gateway that is gone
             elif isinstance(message, wire.CheckWeights):
@@ -244,20 +244,21 @@ class Engine:
             else:
                 self.scheduler.abort(message.request_ids)
 
-    def _greet(self, gateway: int) -> None:
-        """A gateway is there, the first or the next. It knows what is to be gone on with, and asks for it again: the
-        blocks that are computed stay cached meanwhile."""
-        if gateway > self._gateway_epoch:
+    def _greet(self, hello: wire.Hello) -> None:
+        """A gateway is there, the first or the next, or by another way. It knows what is to be gone on with, and asks
+        for it again: the blocks that are computed stay cached meanwhile."""
+        if (hello.gateway, hello.serial) > (self._gateway_epoch, self._greeting):
             self.scheduler.abort_all()
-            self._gateway_epoch = gateway
+            self._gateway_epoch, self._greeting = hello.gateway, hello.serial
             ready = wire.EngineReady(
                 self.replica,
                 self.epoch,
                 self.scheduler.max_model_len,
-                gateway,
+                hello.gateway,
                 len(self.places),
                 weights_kept=sum(each.weights_kept for each in self.ready),
                 weights_loaded=sum(each.weights_loaded for each in self.ready),
+                serial=hello.serial,
             )
             self.gateway.send(wire.encode(ready))
 

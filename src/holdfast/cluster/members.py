@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from holdfast.core import lifecycle
+from holdfast.core.machines import Network
 from holdfast.core.plan import Plan, ReplicaPlan, places
 
 GATEWAY = "gateway"
 STORE = "store"
+HUB = "hub"
 WORKER_MODULE = "holdfast.cluster.rank"
 STEADY_SECONDS = 60.0
 """A member that has served for so long starts with a clean record when it dies."""
@@ -72,14 +74,18 @@ def replica_processes(number: int, replica: ReplicaPlan) -> dict[str, str]:
     return {**workers, f"engine {number}": "holdfast.cluster.engine"}
 
 
-def members(plan: Plan, *, has_store: bool) -> list[Member]:
-    """Of a service that runs this plan; the slowest to start come first."""
+def members(plan: Plan, *, has_store: bool, network: Network | None = None) -> list[Member]:
+    """Of a service that runs this plan, on this machine; the slowest to start come first. On one that is not the
+    first, an outpost is where the gateway would be."""
     replicas = []
-    for number, replica in enumerate(plan.replicas):
-        processes = replica_processes(number, replica)
+    for number in plan.here:
+        processes = replica_processes(number, plan.replicas[number])
         silence = 3 * lifecycle.BEAT_SECONDS
         replicas.append(Member(f"replica {number}", processes, f"engine {number}", silence, number))
     silence = 3 * lifecycle.BEAT_SECONDS
     store = [Member(STORE, {STORE: "holdfast.cluster.store"}, STORE, silence)] if has_store else []
+    is_first = network is None or network.is_first
+    hub = [Member(HUB, {HUB: "holdfast.cluster.hub"}, HUB, silence)] if network is not None and is_first else []
+    module = "holdfast.gateway" if is_first else "holdfast.cluster.outpost"
     # a gateway may be busy with a large body for a while, an engine never
-    return [*replicas, *store, Member(GATEWAY, {GATEWAY: "holdfast.gateway"}, GATEWAY, 10 * lifecycle.BEAT_SECONDS)]
+    return [*replicas, *store, *hub, Member(GATEWAY, {GATEWAY: module}, GATEWAY, 10 * lifecycle.BEAT_SECONDS)]

@@ -59,6 +59,19 @@ def plan_of(config: ServeConfig, model: ModelInfo) -> Plan:
     return msgspec.structs.replace(plan, devices=plan.devices or plan.devices_in_order)
 
 
+def shared_out(config: ServeConfig, plan: Plan) -> Plan:
+    """The plan with devices for those replicas alone that are to be on this machine. Raises `ConfigError`."""
+    local, count = config.machines.data_parallel_size_local, len(plan.replicas)
+    if local is None or local == count:
+        return plan
+    if local > count:
+        raise ConfigError(f"--data-parallel-size-local {local}: the plan has {count} replicas")
+    if plan.shard_weights:
+        raise ConfigError("--shard-weights: replicas on several machines cannot hold weights together")
+    devices = tuple(some if number < local else () for number, some in enumerate(plan.devices))
+    return msgspec.structs.replace(plan, devices=devices)
+
+
 def planned(config: ServeConfig, model: ModelInfo, machine: Cluster | None) -> Plan:
     """The planner's choice for the GPUs of a machine: as many tokens per second as it can have, with `--max-num-seqs`
     requests at once of a quarter of `--max-model-len`. One rank where there are no two GPUs: a CPU's has all cores.
@@ -189,8 +202,9 @@ def check_memory(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
     if config.device.device == "cuda" or (config.device.device == "auto" and Path("/dev/nvidiactl").exists()):
         return
     name = model.dtype if config.model.dtype == "auto" else config.model.dtype
-    everywhere = [place for replica in plan.replicas for place in places(replica)]
-    itemsize, copies = 4 if name == "float32" else 2, plan.replicas[:1] if plan.shard_weights else plan.replicas
+    replicas = [plan.replicas[number] for number in plan.here]
+    everywhere = [place for replica in replicas for place in places(replica)]
+    itemsize, copies = 4 if name == "float32" else 2, replicas[:1] if plan.shard_weights else replicas
     needed = sum(weight_bytes(model.spec, itemsize, place) for replica in copies for place in places(replica))
     extra = config.device.num_redundant_experts * expert_bytes(model.spec, itemsize) * len(copies)
     path = Path(model.path)

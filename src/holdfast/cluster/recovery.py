@@ -21,7 +21,8 @@ import logging
 import time
 
 from holdfast.cluster.children import Children, Ended, Said
-from holdfast.cluster.members import GATEWAY, STORE, Member
+from holdfast.cluster.members import GATEWAY, HUB, STORE, Member
+from holdfast.cluster.nodes import Nodes
 from holdfast.cluster.plans import impact_of, seats
 from holdfast.cluster.process import Child
 from holdfast.cluster.starter import Starter
@@ -48,8 +49,10 @@ class Recovery:
         self.children: Children = starter.children
         self.config = starter.boot.config
         self.members = members
-        self.replicas = [member for member in members if member.number is not None]
+        self.replicas = {member.number: member for member in members if member.number is not None}
+        """Of this machine, by number."""
         self.gateway = members[-1]
+        self.nodes = Nodes(starter.boot.plan, lambda message: self.children.send(GATEWAY, message))
         self.watch = Watch(self.children, self.config.server)
         self._whole = starter.boot.plan
         self._regrows: dict[str, tuple[float, float]] = {}
@@ -74,25 +77,45 @@ class Recovery:
         if member is self.gateway and isinstance(event, Said) and self._untold is not None:
             self._tell_gateway(self._untold)
         match event:
-            case Said(_, lifecycle.Beat()):
+            case Said(name, message):
+                self._hear(member, name, message)
+            case Ended(name):
+                how = self.children.by_name[name].how_it_ended()
+                self._lose(member, name, f"{name} died ({how})")
+
+    def _hear(self, member: Member, name: str, message: object) -> None:
+        match message:
+            case lifecycle.Beat():
                 member.heard = time.monotonic()
-            case Said(_, lifecycle.DiskTier() as state):
+            case lifecycle.DiskTier() as state:
                 self.children.send(GATEWAY, state)
-            case Said(name, lifecycle.Ready() as ready):
+            case lifecycle.Ready() as ready:
                 self.is_ready(name, ready)
                 self._welcome_back(member)
-            case Said(_, lifecycle.Replace(number, reason, kind, process)):
-                replica = self.replicas[number]
-                if replica.state == "serving" or (replica.state == "starting" and kind == "corruption"):
-                    self._start_anew(replica, reason, kind, process or "", stay=False)
-            case Said(name, lifecycle.Failed() as failed):  # others fail because of it, perhaps before it
+            case lifecycle.Replace() as wanted:
+                self._replace(wanted)
+            case lifecycle.Failed() as failed:  # others fail because of it, perhaps before it
                 log.error("%s failed: %s", name, failed.traceback)
                 member.failing.add(name)
                 if not failed.follows:
                     member.failure = member.failure or (name, failed)
-            case Ended(name):
-                how = self.children.by_name[name].how_it_ended()
-                self._lose(member, name, f"{name} died ({how})")
+            case lifecycle.Distrust():
+                self._distrust()
+            case lifecycle.NodeJoined() | lifecycle.NodeLost() | lifecycle.NodeSays() as said:
+                self.nodes.take(said)
+                if not self.nodes.num_replicas and all(each.state == "lost" for each in self.replicas.values()):
+                    raise ProcessDied("the last replica is lost, with its machine")
+
+    def _replace(self, wanted: lifecycle.Replace) -> None:
+        """A replica, here or elsewhere."""
+        if wanted.replica in self.nodes:
+            self.children.send(HUB, wanted)
+            if wanted.kind == "corruption":
+                self._distrust()
+            return
+        replica = self.replicas[wanted.replica]
+        if replica.state == "serving" or (replica.state == "starting" and wanted.kind == "corruption"):
+            self._start_anew(replica, wanted.reason, wanted.kind, wanted.process or "", stay=False)
 
     def look(self, now: float) -> None:
         """Whether someone is late, to start or to give a sign of life, or leaks; whether a replica can have all its
@@ -103,7 +126,7 @@ class Recovery:
                     self._start_anew(member, found.reason, "leak", found.process, stay=True)
                 else:
                     self._lose(member, found.process, found.reason, found.kind, for_good=found.for_good)
-        for member in self.replicas:
+        for member in self.replicas.values():
             due, waited = self._regrows.get(member.name, (0.0, 0.0))
             if due and member.state == "serving" and now >= due:
                 self._regrows[member.name] = (0.0, waited)
@@ -118,6 +141,8 @@ class Recovery:
     def is_ready(self, name: str, ready: lifecycle.Ready) -> None:
         """A child does its work from now on."""
         self.children.by_name[name].ready = True
+        if name == GATEWAY:  # which hears us from now on
+            self.nodes.tell_machines()
         self.watch.expect(name, ready)
         self._may_stay |= ready.may_stay
 
@@ -148,7 +173,8 @@ class Recovery:
         self._untold = None
         self.children.send(GATEWAY, replaces)
         self._tell_spares()
-        for replica in self.replicas:
+        self.nodes.retell()
+        for replica in self.replicas.values():
             if replica.state != "serving":
                 assert replica.number is not None
                 comes_back = replica.state == "starting"
@@ -164,7 +190,7 @@ class Recovery:
             return
         log.warning("%s serves again, after %.1f s", member.name, time.monotonic() - member.since)
         member.become("serving")
-        if member.number is None and member is not self.gateway:
+        if member.name == STORE:
             self.children.send(GATEWAY, lifecycle.StoreBack())
             if self._distrusts:
                 self._distrusts = False
@@ -215,9 +241,11 @@ class Recovery:
         self._say_lost(member, reason, after)
         if member is self.gateway:
             self._untold = lifecycle.Replaces(reason, loss)
-        elif member.number is None:
+        elif member.name == HUB:
+            self.nodes.hub_lost(reason, kind)
+        elif member.name == STORE:
             self.children.send(GATEWAY, lifecycle.StoreLost(reason, loss))
-        else:
+        elif member.number is not None:
             lost = lifecycle.ReplicaLost(member.number, reason, epoch, comes_back, reshapes, loss)
             self.children.send(GATEWAY, lost)
         member.become("lost")
@@ -246,6 +274,7 @@ class Recovery:
     def _distrust(self) -> None:
         """What weights have computed that were wrong: all blocks that were kept."""
         self.starter.forget_blocks()
+        self.children.send(HUB, lifecycle.Distrust())
         for member in self.members:
             if member.name == STORE and member.state == "serving":
                 self.children.send(STORE, lifecycle.Distrust())
@@ -317,7 +346,8 @@ class Recovery:
             self.children.send(GATEWAY, lifecycle.ReplicaLost(member.number, reason))
 
     def _say_lost(self, member: Member, reason: str, after: str) -> None:
-        serving = sum(other.state == "serving" for other in self.replicas if other is not member)
+        serving = sum(other.state == "serving" for other in self.replicas.values() if other is not member)
+        serving += self.nodes.num_replicas
         plural = ("s", "") if serving != 1 else ("", "s")
         log.error("%s: %s is lost, %d replica%s serve%s%s", reason, member.name, serving, *plural, after)
 
@@ -327,5 +357,7 @@ class Recovery:
 
     def _nobody_without(self, member: Member) -> bool:
         """Whether the service cannot go on without it."""
-        others = [other for other in self.replicas if other is not member]
-        return member is self.gateway or all(other.state == "lost" for other in others)
+        others = [other for other in self.replicas.values() if other is not member]
+        return member is self.gateway or not (
+            self.nodes.num_replicas or any(other.state != "lost" for other in others)
+        )

@@ -31,7 +31,7 @@ class Starter:
     """Starts members, each with what belongs to it, and spare workers. `boot` is what they read; its stamp is made
     here."""
 
-    def __init__(self, children: Children, boot: Boot, listener: socket.socket) -> None:
+    def __init__(self, children: Children, boot: Boot, listener: socket.socket | None) -> None:
         self.children = children
         self.boot = msgspec.structs.replace(boot, stamp=stamp_of(boot.model))
         self._listener = listener
@@ -70,7 +70,7 @@ class Starter:
         stay, own = dict(stay or {}), dict[What, int]()
         try:
             own["boot"] = self._boot_file()
-            if member.name == GATEWAY:
+            if member.name == GATEWAY and self._listener is not None:
                 own["listener"] = os.dup(self._listener.fileno())
             elif member.number is not None:
                 boot = self.boot

@@ -18,24 +18,27 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import setproctitle
 
 from holdfast.cluster.children import STOP_SECONDS, Children, Ended, Event, Said, Signalled, TimedOut
+from holdfast.cluster.headless import Node, check_own, first_network
 from holdfast.cluster.listener import listen, url_of
 from holdfast.cluster.members import GATEWAY, members
-from holdfast.cluster.plans import check_flags, check_memory, plan_of, with_checkpoint_memory
+from holdfast.cluster.plans import check_flags, check_memory, plan_of, shared_out, with_checkpoint_memory
 from holdfast.cluster.recovery import Recovery
 from holdfast.cluster.starter import Starter
 from holdfast.core import lifecycle
 from holdfast.core.boot import Boot, Endpoints
 from holdfast.core.config import ServeConfig
-from holdfast.core.errors import ConfigError, HoldfastError, ProcessDied, StartupError
+from holdfast.core.errors import ConfigError, Dismissed, HoldfastError, ProcessDied, StartupError
 from holdfast.core.logs import setup_logging
+from holdfast.core.spec import ModelInfo
 from holdfast.models.hub import resolve_model
 from holdfast.models.inspect import inspect_model
 
@@ -49,20 +52,46 @@ def serve(model: str, config: ServeConfig) -> int:
     """
     setup_logging("supervisor", config.server.log_level)
     setproctitle.setproctitle("holdfast supervisor")
+    if config.machines.headless:
+        check_own(config)
     info = inspect_model(resolve_model(model, config.model.revision))
     log.info("%s: %s, %d layers", info.path, info.spec.family, info.spec.num_layers)
+    if config.machines.headless:
+        return _lend(config, info)
     defaults = info.sampling_defaults | config.model.sampling_overrides()
     info = msgspec.structs.replace(info, sampling_defaults=defaults)
     name = config.model.served_model_name or Path(model).absolute().name.removesuffix(".gguf")
     config = replace(config, model=replace(config.model, served_model_name=name))
-    plan = plan_of(config, info)
+    plan = shared_out(config, plan_of(config, info))
     check_flags(config, info, plan)
-    check_memory(config, info, plan)
-    config = with_checkpoint_memory(config, info)
+    network = first_network(config.machines) if len(plan.here) < len(plan.replicas) else None
+    return _run(lambda endpoints: Boot(config, info, endpoints, plan, network=network))
+
+
+def _lend(config: ServeConfig, info: ModelInfo) -> int:
+    """Be part of another machine's service, and of the next one there."""
+    node = Node.of(config, info)
+    while (assigned := node.ask()) is not None:
+        try:
+            return _run(partial(node.boot, assigned))
+        except Dismissed as error:
+            log.warning("%s", error)
+    return 0
+
+
+def _run(make_boot: Callable[[Endpoints], Boot]) -> int:
+    """All that this machine has of a service, from its start to its end."""
     folder = tempfile.mkdtemp(prefix="holdfast-")
+    boot = make_boot(Endpoints(folder))
     try:
-        with contextlib.closing(listen(config.server)) as listener, Children(Endpoints(folder)) as children:
-            return Supervisor(children, Boot(config, info, Endpoints(folder), plan), listener).run()
+        check_memory(boot.config, boot.model, boot.plan)
+        boot = msgspec.structs.replace(boot, config=with_checkpoint_memory(boot.config, boot.model))
+        with contextlib.ExitStack() as stack:
+            listener = None
+            if boot.is_first:
+                listener = stack.enter_context(contextlib.closing(listen(boot.config.server)))
+            children = stack.enter_context(Children(boot.endpoints))
+            return Supervisor(children, boot, listener).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -74,12 +103,13 @@ _TICK_SECONDS = 0.5
 class Supervisor:
     """The life of one service; `run` is all of it."""
 
-    def __init__(self, children: Children, boot: Boot, listener: socket.socket) -> None:
+    def __init__(self, children: Children, boot: Boot, listener: socket.socket | None) -> None:
         self.children = children
-        self.config = boot.config
+        self.boot, self.config = boot, boot.config
         self.listener = listener
         self.starter = Starter(children, boot, listener)
-        self.members = members(boot.plan, has_store=bool(boot.config.cache.checkpoint_memory_bytes))
+        has_store = bool(boot.config.cache.checkpoint_memory_bytes)
+        self.members = members(boot.plan, has_store=has_store, network=boot.network)
         self.recovery = Recovery(self.starter, self.members)
         self._started = time.monotonic()
         self._shown: dict[str, float] = {}
@@ -97,6 +127,10 @@ class Supervisor:
             log.error("%s", error)  # noqa: TRY400 - the traceback is ours, the death is theirs
             self._end_requests(str(error))
             return 1
+        except Dismissed as error:
+            if error.again:
+                raise
+            log.info("%s", error)
         return 0
 
     # --- the stages of a life ---
@@ -113,7 +147,7 @@ class Supervisor:
                     if all(child.ready for child in self.children.by_name.values()):
                         for member in self.members:
                             member.become("serving")
-                        self._welcome(url_of(self.config.server, self.listener))
+                        self._welcome()
                         return True
                 case Said(name, lifecycle.Failed() as failed):
                     raise _startup_error(name, failed)
@@ -121,11 +155,14 @@ class Supervisor:
                     raise StartupError(f"{name} ended while starting ({self.children.by_name[name].how_it_ended()})")
                 case TimedOut():
                     late = [child.name for child in self.children.by_name.values() if not child.ready]
+                    late += self.recovery.nodes.missing
                     raise StartupError(
                         f"not ready after --startup-timeout {self.config.server.startup_timeout} s: {', '.join(late)}"
                     )
                 case Signalled():
                     return False
+                case _:
+                    self._take(event)
         raise AssertionError("events never end")
 
     def _show(self, name: str, progress: lifecycle.Progress) -> None:
@@ -135,8 +172,14 @@ class Supervisor:
             self._shown[key] = (fraction or 0.0) + 0.25
             log.info("%s: %s%s", name, progress.text, "" if fraction is None else f" {fraction:.0%}")
 
-    def _welcome(self, url: str) -> None:
-        model = self.config.model.served_model_name
+    def _welcome(self) -> None:
+        model, took = self.config.model.served_model_name, time.monotonic() - self._started
+        if self.listener is None:
+            assert self.boot.network is not None
+            numbers = ", ".join(map(str, self.boot.plan.here))
+            log.info("ready after %.1f s: replica %s of %s at %s", took, numbers, model, self.boot.network.hub)
+            return
+        url = url_of(self.config.server, self.listener)
         message = {
             "model": model,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -144,7 +187,7 @@ class Supervisor:
         log.info(
             "ready after %.1f s: serving %s at %s; stop with Ctrl-C. Try:\n\n"
             "curl %s/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '%s'\n",
-            time.monotonic() - self._started,
+            took,
             model,
             url,
             url,
@@ -185,6 +228,8 @@ class Supervisor:
         match event:
             case Said(name, lifecycle.Progress() as progress):
                 self._show(name, progress)
+            case Said(_, lifecycle.Over(reason, again)):
+                raise Dismissed(reason, again=again)
             case Said() | Ended():
                 self.recovery.take(event)
 
@@ -207,7 +252,7 @@ class Supervisor:
     def _end_requests(self, reason: str) -> None:
         """Give every live request its definite error, then let the gateway go."""
         if self.children.is_alive(GATEWAY):
-            for number in range(len(self.recovery.replicas)):
+            for number in range(len(self.boot.plan.replicas)):
                 self.children.send(GATEWAY, lifecycle.ReplicaLost(number, reason))
             self.children.send(GATEWAY, lifecycle.Drain(0.0))
             self.children.by_name[GATEWAY].wait(time.monotonic() + STOP_SECONDS)

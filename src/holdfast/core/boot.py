@@ -63,3 +63,8 @@ class Boot(msgspec.Struct, frozen=True):
     """Of the checkpoint, see `models.inspect.stamp_of`: who reads it later must find the same."""
     network: Network | None = None
     """None: this machine is the only one."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the gateway is on this machine."""
+        return self.network is None or self.network.is_first

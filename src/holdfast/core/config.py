@@ -376,7 +376,7 @@ class ServeConfig:
             )
         self.device.layers_of_stages()
         self.device.check_plan_alone()
-        self.machines.check(self.device.data_parallel_size)
+        self.machines.check(None if self.device.plan is not None else self.device.data_parallel_size or 1)
         for name in ("num_redundant_experts", "eplb_step_interval"):
             if getattr(self.device, name) != getattr(DeviceConfig(), name) and not self.device.enable_eplb:
                 raise ConfigError(f"--{name.replace('_', '-')}: works with --enable-eplb")

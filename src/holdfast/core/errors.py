@@ -130,6 +130,14 @@ class DeviceGone(MachineError):
     """A device is lost and does not come back: nobody need try to start its rank again."""
 
 
+class Dismissed(MachineError):
+    """This machine is not part of a service any more. `again`: it is to ask for a place in it anew."""
+
+    def __init__(self, reason: str, *, again: bool) -> None:
+        super().__init__(reason)
+        self.again = again
+
+
 class ReplicaHangs(MachineError):
     """No rank of a replica comes further with its step."""
 

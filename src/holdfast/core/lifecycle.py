@@ -47,13 +47,13 @@ class Failed(Message, frozen=True):
     """Its device does not come back."""
 
 
-LossKind = Literal["death", "error", "hang", "leak", "corruption", "device", "planned"]
+LossKind = Literal["death", "error", "hang", "leak", "corruption", "device", "machine", "planned"]
 """A process was killed or left; it said why it cannot go on; nobody came further; its memory grew and grew; its
-weights have changed; the driver says that its GPU is broken; somebody wanted it."""
+weights have changed; the driver says that its GPU is broken; a machine is gone, or not heard; somebody wanted it."""
 
 
 class Replace(Message, frozen=True):
-    """From the gateway: this replica is to be started anew."""
+    """From the gateway: this replica is to be started anew. Passed on to the machine that has it."""
 
     replica: int
     reason: str
@@ -83,7 +83,8 @@ class DiskTier(Message, frozen=True):
     """Why the disk is not used, or takes no more."""
 
 
-ToSupervisor = Progress | Ready | Failed | Replace | Beat | DiskTier
+class Distrust(Message, frozen=True):
+    """To the checkpoint store: forget every block, on disk too. From the first machine to all others."""
 
 
 # --- from the supervisor ---------------------------------------------------------------------------
@@ -149,12 +150,77 @@ class StoreBack(Message, frozen=True):
     """To the gateway: it is there again."""
 
 
-class Distrust(Message, frozen=True):
-    """To the checkpoint store: forget every block, on disk too."""
+MachineStatus = Literal["ready", "lost", "stopped"]
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """One of the others, of a service on several."""
+
+    name: str
+    replicas: list[int]
+    status: MachineStatus
+
+
+class Machines(Message, frozen=True):
+    """To the gateway: those that have joined so far, the last of each name."""
+
+    machines: list[Machine]
+
+
+class NodeJoined(Message, frozen=True):
+    """From the hub, on to the gateway: a machine is there with these replicas. Their engines are to be greeted."""
+
+    node: str
+    replicas: list[int]
 
 
 class Stop(Message, frozen=True):
     """Leave the loop and exit with 0."""
 
 
-ToChild = Drain | Replaces | ReplicaLost | Spares | StoreLost | StoreBack | DiskTier | Distrust | Stop
+ToChild = (
+    Drain
+    | Replaces
+    | ReplicaLost
+    | Spares
+    | StoreLost
+    | StoreBack
+    | DiskTier
+    | Distrust
+    | Replace
+    | Machines
+    | NodeJoined
+    | Stop
+)
+
+# --- of other machines, to the supervisor ----------------------------------------------------------
+
+
+class NodeLost(Message, frozen=True):
+    """From the hub: a machine is not there any more, nor are its replicas."""
+
+    node: str
+    replicas: list[int]
+    reason: str
+    kind: LossKind
+    detected: float
+    """Seconds since 1970."""
+
+
+class NodeSays(Message, frozen=True):
+    """From the hub: what a machine's supervisor says to the gateway."""
+
+    node: str
+    lost: ReplicaLost
+
+
+class Over(Message, frozen=True):
+    """From an outpost: the service has ended, or (`again`) its machine is to ask for a place in it anew."""
+
+    reason: str
+    again: bool
+
+
+ToSupervisor = (
+    Progress | Ready | Failed | Replace | Beat | DiskTier | Distrust | NodeJoined | NodeLost | NodeSays | Over
+)

@@ -40,9 +40,14 @@ class MachinesConfig:
         1.0, f"Seconds between signs of life of machines; one that misses {MISSED_BEATS} is taken for lost."
     )
 
+    @property
+    def are_several(self) -> bool:
+        """Whether this machine is to be one of them."""
+        return self.headless or self.data_parallel_address is not None
+
     def check(self, data_parallel_size: int | None) -> None:
-        """Raises `ConfigError` for what cannot work together, by flag name."""
-        local, size = self.data_parallel_size_local, data_parallel_size or 1
+        """`data_parallel_size`: None where a plan says it. Raises `ConfigError` for what cannot work together."""
+        local, size = self.data_parallel_size_local, data_parallel_size
         if local is not None and not 1 <= local <= 64:
             raise ConfigError(f"--data-parallel-size-local {local}: must be at least 1 and at most 64")
         if not 1 <= self.data_parallel_rpc_port <= 65534:
@@ -51,9 +56,9 @@ class MachinesConfig:
             raise ConfigError(f"--heartbeat-interval {self.heartbeat_interval}: must be at least 0.1 and at most 600")
         if self.headless:
             needs = "--headless"
-        elif local is not None and local > size:
+        elif local is not None and size is not None and local > size:
             raise ConfigError(f"--data-parallel-size-local {local}: is more than --data-parallel-size {size}")
-        elif local is not None and local < size:
+        elif local is not None and local != size:
             needs = f"--data-parallel-size-local {local}"
         else:
             for flag, value in (
@@ -83,6 +88,12 @@ class Network(msgspec.Struct, frozen=True):
     is_first: bool
     heartbeat: float
     """Seconds."""
+    service: str
+    """This run of it: nobody else's."""
+    node: str = ""
+    """What this machine is called, if it is not the first."""
+    session: str = ""
+    """Of its supervisor: nobody else's."""
 
     @property
     def hub(self) -> str:

@@ -45,10 +45,12 @@ class Abort(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """A gateway, of this epoch, is there: what an earlier one asked is forgotten. Answered by `EngineReady` once the
-    engine is."""
+    """A gateway, of this epoch, is there, or its way to this replica is another: what was asked before is forgotten.
+    Answered by `EngineReady` once the engine is."""
 
     gateway: int
+    serial: int = 0
+    """How often this gateway has lost the replica before."""
 
 
 class CheckWeights(Message, frozen=True):
@@ -156,6 +158,8 @@ class EngineReady(Message, frozen=True):
     """Bytes of weights that workers had in memory from before the last loss."""
     weights_loaded: int = 0
     """And that they had to read."""
+    serial: int = 0
+    """Of the greeting that it answers."""
 
 
 class WeightsChecked(Message, frozen=True):

@@ -105,9 +105,14 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
         """Replicas, and what was lost so far: which ranks, how many requests it hit, and when they went on."""
         router = service.router
         incidents = [msgspec.to_builtins(incident) for incident in router.incidents]
-        replicas, spares = router.replicas(), router.incidents.spare_workers
         return _json(
-            {"status": service.status, "replicas": replicas, "spare_workers": spares, "incidents": incidents}
+            {
+                "status": service.status,
+                "replicas": router.replicas(),
+                "machines": [msgspec.to_builtins(machine) for machine in router.incidents.machines],
+                "spare_workers": router.incidents.spare_workers,
+                "incidents": incidents,
+            }
         )
 
     @app.post("/cluster/replicas/{number}/restart", responses=schema.responses(schema.Replica))

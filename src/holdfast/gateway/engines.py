@@ -6,7 +6,7 @@ import zmq
 import zmq.asyncio
 
 from holdfast.core.boot import RECONNECT_MS, Endpoints
-from holdfast.core.wire import Hello, ToEngine, ToGateway, decoder, encode
+from holdfast.core.wire import EngineReady, Hello, ToEngine, ToGateway, decoder, encode
 
 
 class Engines:
@@ -20,6 +20,7 @@ class Engines:
         self._incoming = zmq.asyncio.Socket(self._context, zmq.PULL)
         self._incoming.set_hwm(0)
         self._incoming.bind(endpoints.gateway)
+        self._serials = [0] * count
         self._outgoing = [self._connect(replica) for replica in range(count)]
         self._decode = decoder(ToGateway).decode
 
@@ -33,9 +34,15 @@ class Engines:
     def send(self, replica: int, message: ToEngine) -> None:
         self._outgoing[replica].send(encode(message), zmq.NOBLOCK)
 
+    def is_answer(self, ready: EngineReady) -> bool:
+        """Whether it answers the last greeting: else it was on its way when its replica was lost."""
+        return ready.serial == self._serials[ready.replica]
+
     def renew(self, replica: int) -> None:
-        """This engine is gone, with what it had not read yet; what is sent from now on is for the next."""
+        """The engine, with what it had not read, or the way to it is gone: what is sent from now on is for the
+        next one."""
         self._outgoing[replica].close(linger=0)
+        self._serials[replica] += 1
         self._outgoing[replica] = self._connect(replica)
 
     def close(self) -> None:
@@ -50,5 +57,5 @@ class Engines:
         socket.set_hwm(0)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         socket.connect(self._endpoints.engine(replica))
-        socket.send(encode(Hello(self._epoch)), zmq.NOBLOCK)
+        socket.send(encode(Hello(self._epoch, self._serials[replica])), zmq.NOBLOCK)
         return socket

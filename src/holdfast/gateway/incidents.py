@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from holdfast.core.lifecycle import Loss
+from holdfast.core.lifecycle import Loss, Machine
 from holdfast.core.wire import EngineReady
 
 KEPT = 10_000
@@ -65,6 +65,8 @@ class Incidents:
     def __init__(self) -> None:
         self.spare_workers = 0
         """That wait to take the place of one that is lost."""
+        self.machines: list[Machine] = []
+        """That have joined so far, of a service on several."""
         self._kept: deque[Incident] = deque(maxlen=KEPT)
 
     def __iter__(self) -> Iterator[Incident]:

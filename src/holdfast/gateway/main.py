@@ -25,6 +25,8 @@ from holdfast.core.lifecycle import (
     Beat,
     DiskTier,
     Drain,
+    Machines,
+    NodeJoined,
     Ready,
     Replace,
     Replaces,
@@ -185,6 +187,8 @@ async def _obey(control: zmq.asyncio.Socket, service: Service) -> None:
             match decode(receiving.result()):
                 case Stop():
                     return None
+                case NodeJoined(_, replicas):
+                    router.greet(replicas)
                 case Replaces(reason, loss):
                     router.stands_in(reason, loss)
                 case ReplicaLost() as lost:
@@ -209,6 +213,8 @@ def _learn(service: Service, news: object) -> None:
             service.router.incidents.spare_workers = ready
         case StoreLost(reason, loss):
             service.router.incidents.begin("store", reason, loss, "none")
+        case Machines(machines):
+            service.router.incidents.machines = machines
         case StoreBack():
             service.router.incidents.came_back("store")
         case DiskTier() as state:

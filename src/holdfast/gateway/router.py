@@ -87,8 +87,6 @@ class Router:
         """What ranks have said of their weights."""
         self._all_ready = asyncio.Event()
         self._ready: dict[int, EngineReady] = {}
-        self._lost_epoch: dict[int, int] = {}
-        """Of each replica that was lost: what this engine, or one before, still says is not heard."""
         self._promised = 0
         """Tokens a request may hold, as the door knows it."""
         self._coming: set[int] = set(range(num_replicas)) if epoch else set()
@@ -140,7 +138,7 @@ class Router:
             if isinstance(message, WeightsChecked):
                 self.checked.put_nowait(message)
             elif isinstance(message, EngineReady):
-                if message.epoch <= self._lost_epoch.get(message.replica, -1):
+                if not self._engines.is_answer(message):
                     continue
                 self._ready[message.replica] = message
                 self._coming.discard(message.replica)
@@ -253,7 +251,6 @@ class Router:
             return  # an earlier one
         logger.error("replica %d is lost: %s", replica, lost.reason)
         self._ready.pop(replica, None)
-        self._lost_epoch[replica] = lost.epoch
         (self._coming.add if lost.comes_back else self._coming.discard)(replica)
         self._all_ready.clear()
         self._metrics.engine_lost(replica)
@@ -274,6 +271,12 @@ class Router:
                 live.replica = None
         else:
             self._fail([live.submit.request_id for live in orphans], lost.reason)
+
+    def greet(self, replicas: Sequence[int]) -> None:
+        """A machine is there with these: what was said to them before may be lost."""
+        for replica in replicas:
+            if replica not in self._ready:
+                self._engines.renew(replica)
 
     def stands_in(self, reason: str, loss: Loss) -> None:
         """For a gateway that was lost. Its requests are ours."""

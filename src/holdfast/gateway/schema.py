@@ -83,9 +83,17 @@ class Incident(BaseModel):
     weights_loaded: int | None
 
 
+class Machine(BaseModel):
+    name: str
+    replicas: list[int]
+    status: Literal["ready", "lost", "stopped"]
+
+
 class Cluster(BaseModel):
     status: Literal["starting", "ready", "recovering", "draining", "lost"]
     replicas: list[Replica]
+    machines: list[Machine]
+    """Beside the first: those that have joined so far."""
     spare_workers: int
     """That wait."""
     incidents: list[Incident]
