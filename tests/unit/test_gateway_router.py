@@ -125,7 +125,7 @@ async def test_a_lost_replica_ends_its_requests_once(wire: Wire) -> None:
     assert wire.router.status == "lost"
     with pytest.raises(Unavailable):
         wire.submit("b")
-    await wire.push.send(encode(EngineReady(0, 0, 64)))
+    await wire.push.send(encode(EngineReady(0, 0, 64, serial=1)))
     await asyncio.wait_for(wire.router.wait_ready(), DEADLINE)
     assert wire.router.status == "ready"
 

@@ -161,6 +161,7 @@ def _reaching(
         raise ConfigError(f"--data-parallel-address {network.address}: {error.strerror}") from error
     finally:
         hub.disable_monitor()
+        refusals.close()
         hub.close()
 
 

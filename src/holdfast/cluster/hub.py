@@ -64,6 +64,7 @@ class Hub:
         try:
             self._nodes.bind(network.hub)
         except zmq.ZMQError as error:
+            self.close()
             flags = f"--data-parallel-address {network.address} --data-parallel-rpc-port {network.port}"
             raise ConfigError(f"{flags}: {error.strerror}") from error
         self._gateway = context.socket(zmq.PUSH)
@@ -112,6 +113,7 @@ class Hub:
     def close(self) -> None:
         """What was said last gets out."""
         self._nodes.disable_monitor()
+        self._monitor.close()
         self._nodes.close(linger=1000)
         self._guard.stop()
 

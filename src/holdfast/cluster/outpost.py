@@ -79,6 +79,7 @@ class Outpost:
     def close(self) -> None:
         """What was said last gets out."""
         self._hub.disable_monitor()
+        self._monitor.close()
         self._hub.close(linger=1000)
 
     # --- from this machine ---

@@ -66,9 +66,7 @@ class MachinesConfig:
                 ("--node-key-file", self.node_key_file),
             ):
                 if value is not None:
-                    raise ConfigError(
-                        f"{flag}: of use with --headless, or a smaller --data-parallel-size-local, only"
-                    )
+                    raise ConfigError(f"{flag}: works with --headless, or a smaller --data-parallel-size-local")
             return
         for flag, value in (
             ("--data-parallel-address", self.data_parallel_address),
