@@ -215,6 +215,7 @@ def _learn(service: Service, news: object) -> None:
             service.router.incidents.begin("store", reason, loss, "none")
         case Machines(machines):
             service.router.incidents.machines = machines
+            service.metrics.machines.set(sum(machine.status == "ready" for machine in machines))
         case StoreBack():
             service.router.incidents.came_back("store")
         case DiskTier() as state:

@@ -89,35 +89,39 @@ class Metrics:
         self.recovery = self._histogram(
             "recovery_seconds", "From the loss of a replica to the next token of each request it had", _TTFT_SECONDS
         )
+        self.machines = self._new(Gauge, "machines", "Other machines that have joined and are there")
         self._last_stats: dict[int, EngineStats] = {}
+        """Of replicas that serve."""
+        self._counted: dict[int, tuple[int, EngineStats]] = {}
+        """Of each replica: the epoch of its engine, and up to where its counters were taken over. An engine whose
+        machine was lost may come back and count on."""
 
     def request_ended(self, reason: str) -> None:
         self._success.labels(self._model_name, reason).inc()
 
-    def engine_stats(self, replica: int, stats: EngineStats) -> None:
+    def engine_stats(self, replica: int, epoch: int, stats: EngineStats) -> None:
         """Take over an engine's gauges, and what its counters grew since its last message."""
-        last = self._last_stats.get(replica)
-        self._last_stats[replica] = stats
+        counted = self._counted.get(replica)
+        last = counted[1] if counted is not None and counted[0] == epoch else None
+        self._last_stats[replica], self._counted[replica] = stats, (epoch, stats)
         self._set_gauges()
-        self.prefix_queries.inc(stats.prefix_queries - (last.prefix_queries if last else 0))
-        self.prefix_hits.inc(stats.prefix_hits - (last.prefix_hits if last else 0))
-        self.preemptions.inc(stats.preemptions - (last.preemptions if last else 0))
-        self.retries.inc(stats.retries - (last.retries if last else 0))
+        self.prefix_queries.inc(_grown(last, stats, "prefix_queries"))
+        self.prefix_hits.inc(_grown(last, stats, "prefix_hits"))
+        self.preemptions.inc(_grown(last, stats, "preemptions"))
+        self.retries.inc(_grown(last, stats, "retries"))
         for field, counter in self._checkpoints.items():
-            counter.inc(getattr(stats, field) - getattr(last, field, 0))
+            counter.inc(_grown(last, stats, field))
         before = {rank.rank: rank for rank in last.ranks} if last else {}
         for rank in stats.ranks:
             for field, counter in self._ranks.items():
-                grown = getattr(rank, field) - getattr(before.get(rank.rank), field, 0)
-                counter.labels(self._model_name, rank.rank).inc(grown)
+                counter.labels(self._model_name, rank.rank).inc(_grown(before.get(rank.rank), rank, field))
 
     def disk_tier(self, state: DiskTier) -> None:
         """Take over its gauge, and what its counters grew; those of a new process begin at 0."""
         last, self._last_disk = self._last_disk, state
         self.disk_blocks.set(state.blocks)
         for field, counter in self._disk.items():
-            now, before = getattr(state, field), getattr(last, field, 0)
-            counter.inc(now - before if now >= before else now)
+            counter.inc(_grown(last, state, field))
 
     def restoring(self) -> set[int]:
         """Replicas that have taken blocks from the checkpoint store."""
@@ -127,7 +131,7 @@ class Metrics:
         self._losses.labels(self._model_name, kind, rung).inc()
 
     def engine_lost(self, replica: int) -> None:
-        """It holds nothing any more, and its successor counts from zero again."""
+        """It holds nothing any more."""
         self._last_stats.pop(replica, None)
         self._set_gauges()
 
@@ -148,3 +152,9 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return self._new(Histogram, name, text, buckets=buckets)
+
+
+def _grown(last: object, now: object, field: str) -> float:
+    """By how much a counter has, which begins at 0 when whoever counts is another one."""
+    before, here = getattr(last, field, 0), getattr(now, field)
+    return float(here - before if here >= before else here)

@@ -345,7 +345,7 @@ class Router:
         ready = self._ready.get(message.replica)
         if ready is None or ready.epoch != message.epoch:
             return  # its last words, heard after it was lost
-        self._metrics.engine_stats(message.replica, message.stats)
+        self._metrics.engine_stats(message.replica, message.epoch, message.stats)
         now = time.monotonic()
         wanted = []
         for output in message.outputs:
