@@ -52,7 +52,7 @@ lint: $(VENV)/.installed-dev ## ruff, mypy, import rules, length of modules
 	@find src -name '*.py' -exec awk 'END { if (NR > 400) { print FILENAME ": " NR " lines, more than 400"; exit 1 } }' {} \; \
 		| { ! grep .; }
 
-chaos: $(VENV)/.installed-dev ## let processes die under load, on three plans, and compare every token (ARGS="--kills 1000", of all plans together)
+chaos: $(VENV)/.installed-dev ## let processes die under load, on four plans, and compare every token (ARGS="--kills 1000", of all plans together)
 	@PYTHONPATH=tests $(PY) -m benchmarks.chaos $(ARGS)
 
 bench: $(VENV)/.installed-dev $(VENV)/.demo ## serve the demo model and measure it at 1, 8 and 32 streams

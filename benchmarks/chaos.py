@@ -1,10 +1,11 @@
-"""`make chaos`: `holdfast chaos` on three plans of tiny models; ends with 1 unless all replies were as undisturbed.
+"""`make chaos`: `holdfast chaos` on four plans of tiny models; ends with 1 unless all replies were as undisturbed.
 
 python -m benchmarks.chaos [--kills N] [--seed S] [--phase PHASES] [--plans NAMES] [--out FOLDER]
 
 TP2xPP2      one replica of 4 ranks: requests wait for it to come back
 DP2-of-TP2   two replicas of 2 ranks: requests go on in the other, and faults need not wait: it gets most of them
 EP4          a Mixtral with 16 experts on 4 ranks, which move to where the load is meanwhile
+2-machines   two replicas of 2 ranks, one of them on another machine: machines, and the way between them, are lost too
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ BALANCED = ("--enable-eplb", "--num-redundant-experts", "4", "--eplb-step-interv
 SMALL = ("--max-model-len", "2048", "--max-num-seqs", "8", "--max-num-batched-tokens", "128")
 """Requests have to queue, and prompts take several steps."""
 PLANS = {
-    "TP2xPP2": ("llama", 0.2, (TP, "2", PP, "2")),
-    "DP2-of-TP2": ("llama", 0.6, (TP, "2", DP, "2")),
-    "EP4": ("mixtral", 0.2, (TP, "4", EP, "4", *BALANCED)),
+    "TP2xPP2": ("llama", 0.2, 0, (TP, "2", PP, "2")),
+    "DP2-of-TP2": ("llama", 0.4, 0, (TP, "2", DP, "2")),
+    "EP4": ("mixtral", 0.2, 0, (TP, "4", EP, "4", *BALANCED)),
+    "2-machines": ("llama", 0.2, 1, (TP, "2", DP, "2")),
 }
-"""Model, share of the faults, flags."""
+"""Model, share of the faults, machines beside the first, flags."""
 
 
 def write_models(folder: Path) -> dict[str, str]:
@@ -56,16 +58,16 @@ def main() -> None:
     out = Path(chosen.out)
     out.mkdir(parents=True, exist_ok=True)
     plans = {name: PLANS[name] for name in chosen.plans.split(",")}
-    shares = sum(share for _, share, _ in plans.values())
+    shares = sum(share for _, share, _, _ in plans.values())
     bad = []
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(Path(folder))
-        for name, (model, share, flags) in plans.items():
+        for name, (model, share, machines, flags) in plans.items():
             print(f"==> {name}", flush=True)
             kills = max(1, round(chosen.kills * share / shares))
             command = [sys.executable, "-m", "holdfast.cli.main", "chaos", models[model]]
             command += ["--kills", str(kills), "--seed", str(chosen.seed), "--max-tokens", "60"]
-            command += ["--phase", chosen.phase]
+            command += ["--phase", chosen.phase, "--machines", str(machines)]
             command += ["--json", f"{out / name}.json", "--plot", f"{out / name}.png", "--", *flags, *SMALL]
             if subprocess.run(command, check=False).returncode:
                 bad.append(name)

@@ -6,15 +6,24 @@ import pytest
 
 from holdfast.chaos.config import FAULTS, PHASES, ChaosConfig, FaultConfig, kinds_at
 from holdfast.chaos.faults import Fault
+from holdfast.chaos.flags import value_of
 from holdfast.chaos.load import bodies, differences, with_stops
-from holdfast.chaos.service import value_of
 from holdfast.core.errors import ConfigError
 
 
 def test_without_a_store_no_fault_is_drawn_that_needs_one():
-    without = FaultConfig().kinds(has_store=False)
+    config = FaultConfig(machines=1)
+    without = config.kinds(has_store=False)
     assert set(FAULTS) - set(without) == {kind for kind in FAULTS if "store" in kind} | {"spoil-worker"}
-    assert FaultConfig().kinds(has_store=True) == list(FAULTS)
+    assert config.kinds(has_store=True) == list(FAULTS)
+
+
+@pytest.mark.parametrize("kind", ["kill-node", "cut-node", "stop-hub"])
+def test_a_fault_of_machines_needs_some(kind: str):
+    assert kind not in FaultConfig().kinds()
+    assert FaultConfig(faults=kind, machines=1).kinds() == [kind]
+    with pytest.raises(ConfigError, match=f"--faults {kind}: {kind} needs --machines"):
+        FaultConfig(faults=kind).kinds()
 
 
 @pytest.mark.parametrize("kind", ["kill-store", "kill-worker+store", "stop-store", "spoil-worker"])

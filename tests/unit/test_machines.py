@@ -625,3 +625,15 @@ def test_a_secret_must_be_one(tmp_path: Path) -> None:
         curve.read_key(str(file))
     file.write_bytes(KEY + b"\r\n")
     assert curve.read_key(str(file)) == KEY
+
+
+def test_what_a_lost_node_had_is_for_the_next_or_for_it_again(hub: Around) -> None:
+    one, other = Played(hub), Played(hub)
+    one.joins(1, session="a")
+    assert isinstance(hub.told(), lifecycle.NodeJoined)
+    assert isinstance(hub.told(), lifecycle.NodeLost)  # silent
+    assert one.joins(1, session="a", attempt=1) == nodes.Joined()
+    assert isinstance(hub.told(), lifecycle.NodeJoined)
+    assert isinstance(hub.told(), lifecycle.NodeLost)
+    assert isinstance(other.asks(hub, count=2, session="b"), nodes.Assigned)
+    assert isinstance(one.joins(1, session="a", attempt=2), nodes.StartOver)

@@ -25,10 +25,21 @@ FAULTS = (
     "slow-worker",
     "leak-worker",
     "corrupt-worker",
+    "kill-node",
+    "stop-node",
+    "cut-node",
+    "leave-node",
+    "kill-hub",
+    "stop-hub",
+    "kill-outpost",
 )
 """SIGKILL or SIGSTOP of a worker, an engine, the gateway, the checkpoint store; SIGKILL of the supervisor, and the
 service started again. `spoil`: bytes of the store's memory are changed, then the worker is killed. `error`, `gone`,
-`slow`, `leak`, `corrupt`: as `worker.faults` has it."""
+`slow`, `leak`, `corrupt`: as `worker.faults` has it. Of another machine: SIGKILL of its supervisor, or of its
+outpost; all its processes stand still, or nobody reaches it, until that is noticed; SIGTERM of its supervisor."""
+
+OF_MACHINES = ("kill-node", "stop-node", "cut-node", "leave-node", "kill-hub", "stop-hub", "kill-outpost")
+"""Those that a service on one machine cannot have."""
 
 OF_THE_STORE = ("kill-store", "kill-worker+store", "stop-store", "spoil-worker")
 """Those that a service without a checkpoint store cannot have."""
@@ -77,12 +88,21 @@ class FaultConfig:
     seed: int = option(0, "Of the draw: which fault, of which process, when; and of the requests.")
     pair_percent: int = option(10, "Of the faults, so many in 100 come with a second one at the same moment.")
 
+    machines: int = option(
+        0,
+        "Machines beside the first that share the --data-parallel-size copies of the service evenly with it: as many "
+        "more services on this one, over a network that can be cut.",
+    )
+
     def kinds(self, *, has_store: bool = True) -> list[str]:
         """`--faults`, parsed, for a service with a checkpoint store or without. Raises `ConfigError`."""
+        lacks = (() if has_store else OF_THE_STORE) + (() if self.machines else OF_MACHINES)
         if self.faults == ALL:
-            return [kind for kind in FAULTS if has_store or kind not in OF_THE_STORE]
+            return [kind for kind in FAULTS if kind not in lacks]
         found = _among(FAULTS, "--faults", self.faults)
         for kind in found:
+            if kind in OF_MACHINES and not self.machines:
+                raise ConfigError(f"--faults {self.faults}: {kind} needs --machines")
             if kind in OF_THE_STORE and not has_store:
                 raise ConfigError(
                     f"--faults {self.faults}: {kind} needs a checkpoint store, and this service has none "
@@ -154,6 +174,7 @@ class ChaosConfig:
         for flag, value, least, most in (
             ("--kills", self.fault.kills, 0, 1_000_000),
             ("--pair-percent", self.fault.pair_percent, 0, 100),
+            ("--machines", self.fault.machines, 0, 16),
             ("--streams", self.load.streams, 1, 1000),
             ("--requests", self.load.requests, 1, 10_000),
             ("--max-tokens", self.load.max_tokens, 1, 100_000),

@@ -17,6 +17,8 @@ import psutil
 from holdfast.chaos.service import SUPERVISOR, Held, Service
 from holdfast.core.errors import StartupError
 
+OF_OTHERS = ("node", "outpost", "hub")
+"""Beginnings of the names of processes whose loss is that of other machines' replicas."""
 PATIENCE = 240.0
 """Seconds that getting over a fault may take."""
 _LASTING_SECONDS = 1.0
@@ -45,6 +47,8 @@ class Fault:
     """Where the supervisor was killed: when no process of the service was left."""
     whole_again: float | None = None
     """When what it hit served again."""
+    replicas: list[int] = field(default_factory=list)
+    """Of other machines that it hit."""
 
     @property
     def members(self) -> set[str]:
@@ -52,10 +56,15 @@ class Fault:
         when the supervisor is lost nobody is left to tell of it."""
         if self.lasts or self.ends_service or self.was_late:
             return set()
-        return {
-            f"replica {victim.split(' ')[1].partition('.')[0]}" if " " in victim else victim
-            for victim in self.victims
+        here = [victim for victim in self.victims if not victim.startswith(OF_OTHERS)]
+        return {f"replica {number}" for number in self.replicas} | {
+            f"replica {victim.split(' ')[1].partition('.')[0]}" if " " in victim else victim for victim in here
         }
+
+    @property
+    def is_let_go(self) -> bool:
+        """Once it was noticed: a machine that stands still, or that nobody reaches, comes back."""
+        return self.kind in {"stop-node", "cut-node"}
 
     @property
     def lasts(self) -> bool:
@@ -88,7 +97,8 @@ class Fault:
         known = {incident["member"]: incident for incident in self.incidents}
         for incident in told:
             member, detected = key_of(incident)
-            is_ours = member in self.members and detected >= self.at - 0.001 and not _is_planned(incident)
+            is_ours = member in self.members and detected >= self.at - 0.001
+            is_ours &= self.kind == "leave-node" or not _is_planned(incident)
             if is_ours and detected <= key_of(known.setdefault(member, incident))[1]:
                 known[member] = incident
         self.incidents = list(known.values())
@@ -112,6 +122,8 @@ class Aim:
     kind: str
     victims: dict[str, psutil.Process]
     held: Held | None = None
+    replicas: list[int] = field(default_factory=list)
+    """Of other machines, that will be lost."""
 
 
 async def aim(  # noqa: PLR0917
@@ -119,6 +131,7 @@ async def aim(  # noqa: PLR0917
 ) -> Aim:
     """At whom is `held`, if it is such a process, else at processes that are drawn. `where`: those whose numbers
     begin so. Raises `StartupError` when there is none for long."""
+    await service.look()
     victims: dict[str, psutil.Process] = {}
     for role in kind.partition("-")[2].split("+"):
         if held is not None and held.name.startswith(role):
@@ -128,7 +141,8 @@ async def aim(  # noqa: PLR0917
         if dice.randrange(100) < pair_percent:
             others = {name: each for name, each in service.processes().items() if name.startswith(role + where)}
             victims |= dict([dice.choice(sorted(others.items(), key=lambda each: each[0]))] if others else [])
-    return Aim(kind, victims, held)
+    replicas = {number for name in victims if name.startswith(OF_OTHERS) for number in service.replicas_of(name)}
+    return Aim(kind, victims, held, sorted(replicas))
 
 
 async def _draw(service: Service, beginning: str, dice: random.Random) -> dict[str, psutil.Process]:
@@ -138,6 +152,7 @@ async def _draw(service: Service, beginning: str, dice: random.Random) -> dict[s
         if found:
             name = dice.choice(sorted(found))
             return {name: found[name]}
+        await service.look()
         await asyncio.sleep(_POLL_SECONDS)  # one that is just being started has no name yet
     raise StartupError(f"there is no {beginning}:\n{service.said()[-3000:]}")
 
@@ -148,9 +163,10 @@ def strike(service: Service, aimed: Aim, dice: random.Random) -> Fault:
     if action == "spoil":
         service.spoil(dice)
     fault = Fault(aimed.kind, list(aimed.victims), time.time(), held=None if held is None else held.name)
+    fault.replicas = aimed.replicas
     fault.was_late = not any(process.is_running() for process in aimed.victims.values())
     for name, process in aimed.victims.items():
-        if action not in _SIGNALS:
+        if action not in _SIGNALS or (action == "stop" and name.startswith("node")):
             service.afflict(name, action)
             continue
         with contextlib.suppress(psutil.NoSuchProcess):  # it died by itself, which is noticed as well
@@ -174,7 +190,13 @@ async def get_over(
             for each in faults[:number]:
                 each.whole_again = time.time()
             awaited = list(faults[number:])  # nobody tells of those before it any more
-    await _serves(service, client, awaited, whole=whole)
+    until_let_go = any(fault.is_let_go for fault in awaited)
+    await _serves(service, client, awaited, whole=whole and not until_let_go)
+    for fault in awaited if until_let_go else ():
+        for victim in fault.victims if fault.is_let_go else ():
+            service.relieve(victim)
+    if whole and until_let_go:
+        await _serves(service, client, awaited, whole=True)
     for fault in awaited:
         if fault.lasts:
             await asyncio.sleep(_LASTING_SECONDS)

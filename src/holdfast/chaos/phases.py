@@ -15,10 +15,12 @@ prefill, decode, sampled, logged
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 import httpx
 import psutil
@@ -193,11 +195,21 @@ class Moments:
         )
 
     async def _drained(self) -> Moment:
-        await self._restart(await self._busiest())
-        return Moment(held=await self._held("loading"))
+        holding = asyncio.create_task(self._held("loading"))
+        try:
+            while not holding.done():
+                await self._restart(await self._busiest())
+                await asyncio.wait([holding], timeout=_AGAIN_SECONDS)
+            return Moment(held=holding.result())
+        finally:
+            holding.cancel()
 
     async def _restart(self, number: int) -> None:
-        (await self.client.post(f"/cluster/replicas/{number}/restart")).raise_for_status()
+        """Unless it cannot be just now: whoever waits for what comes of it looks anew."""
+        with contextlib.suppress(httpx.TransportError):
+            reply = await self.client.post(f"/cluster/replicas/{number}/restart")
+            if reply.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
+                reply.raise_for_status()
 
     async def _busiest(self, least_ranks: int = 1) -> int:
         """Number of the replica that has most to do, and so many ranks; if all have fewer, one is made whole."""

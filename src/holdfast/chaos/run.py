@@ -18,10 +18,12 @@ from rich.console import Console
 
 from holdfast.chaos.config import ChaosConfig, kinds_at
 from holdfast.chaos.faults import PATIENCE, Fault, aim, get_over, strike
+from holdfast.chaos.flags import value_of
 from holdfast.chaos.load import Body, Choices, Load, Refused, Visit, bodies, with_stops
+from holdfast.chaos.machines import Node, machines_of
 from holdfast.chaos.phases import NEEDS_ALL, Moments
 from holdfast.chaos.report import Report, as_json, show
-from holdfast.chaos.service import Service, value_of
+from holdfast.chaos.service import Service
 from holdfast.core.errors import ConfigError, StartupError
 
 _UNLESS_GIVEN = {"--max-restarts": "1000000", "--leak-window": "2", "--regrow-interval": "20"}
@@ -56,7 +58,17 @@ async def _run(model: str, config: ChaosConfig, flags: Sequence[str]) -> Report:
         more = [
             word for flag, value in _UNLESS_GIVEN.items() if value_of(flag, flags) is None for word in (flag, value)
         ]
-        service = Service(model, [*flags, "--served-model-name", "chaos", *more], Path(folder))
+        nodes: list[Node] = []
+        if config.fault.machines:
+            replicas = int(value_of("--data-parallel-size", flags) or 1)
+            if replicas % (config.fault.machines + 1):
+                raise ConfigError(
+                    f"--machines {config.fault.machines}: they and the first cannot share {replicas} copies evenly "
+                    "(--data-parallel-size)"
+                )
+            here, nodes = machines_of(model, flags, config.fault.machines, replicas, Path(folder))
+            more += here
+        service = Service(model, [*flags, "--served-model-name", "chaos", *more], Path(folder), nodes)
         left: list[int] = []
         status = 1
         try:

@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
+import httpx
 import psutil
 
+from holdfast.chaos.flags import value_of
+from holdfast.chaos.machines import Node, members_of
 from holdfast.core.errors import StartupError
 from holdfast.core.points import VARIABLE
 
@@ -24,9 +26,10 @@ _START_SECONDS = 600.0
 _STOP_SECONDS = 60.0
 _ORPHAN_SECONDS = 60.0
 """Once the supervisor is gone, its children end at once; a loaded machine may need a while for it."""
+_LOOK_SECONDS = 5.0
 _SPOILT_EVERY = 100_000
 """Bytes."""
-_TITLE = re.compile(r"holdfast (worker [\d.]+|engine \d+|gateway|store)")
+_TITLE = re.compile(r"holdfast (worker [\d.]+|engine \d+|gateway|store|hub)")
 SUPERVISOR = "supervisor"
 
 
@@ -54,7 +57,11 @@ class Service:
     """Started with `flags` in `folder`, which holds what it says, its faults, and the token log unless the flags have
     it elsewhere. Started again, it has the port it had."""
 
-    def __init__(self, model: str, flags: Sequence[str], folder: Path) -> None:
+    def __init__(self, model: str, flags: Sequence[str], folder: Path, nodes: Sequence[Node] = ()) -> None:
+        """`nodes`: other machines, not started yet."""
+        self._nodes = {node.name: node for node in nodes}
+        self._joined: set[str] = set()
+        """Of them, when it was last looked."""
         self._faults, self._temporary = folder / "faults", folder / "tmp"
         self._faults.mkdir()
         self._temporary.mkdir()
@@ -83,6 +90,8 @@ class Service:
                 env={**os.environ, VARIABLE: str(self._faults), "TMPDIR": str(self._temporary)},
                 start_new_session=True,
             )
+        for node in self._nodes.values():
+            await node.start()
         for _ in range(int(_START_SECONDS / 0.1)):
             if self.process.returncode is not None:
                 raise StartupError(f"holdfast serve ended with {self.process.returncode}:\n{self.said()[-3000:]}")
@@ -104,7 +113,8 @@ class Service:
         return self._log.stat().st_size
 
     def processes(self) -> dict[str, psutil.Process]:
-        """Those that live, by their names: "supervisor", "worker 0.0.0", "engine 0", "gateway", "store"."""
+        """Those that live, by their names: "supervisor", "worker 0.0.0", "engine 0", "gateway", "store", "hub"; of
+        machines that have joined, too: "node 0", "outpost 0", "worker 1.0.0"."""
         supervisor = psutil.Process(self.process.pid)
         found = {SUPERVISOR: supervisor}
         for child in supervisor.children(recursive=True):
@@ -114,27 +124,46 @@ class Service:
                 continue
             if title is not None:
                 found[title[1]] = child
+        for name in self._joined:
+            found |= self._nodes[name].processes()
+        if self._nodes and not self._joined:
+            found.pop("hub", None)  # which nobody would miss
         return found
+
+    async def look(self) -> None:
+        """Which machines have joined."""
+        if not self._nodes:
+            return
+        self._joined = set()
+        with contextlib.suppress(httpx.HTTPError, ValueError):
+            async with httpx.AsyncClient(base_url=self.url, timeout=_LOOK_SECONDS, trust_env=False) as client:
+                machines = (await client.get("/cluster")).json()["machines"]
+            there = {int(each["name"].rpartition(":")[2]) for each in machines if each["status"] == "ready"}
+            self._joined = {name for name, node in self._nodes.items() if node.pid in there}
+
+    def replicas_of(self, name: str) -> list[int]:
+        """Numbers of those that are lost with a machine, its outpost, or the hub."""
+        number = name.partition(" ")[2]
+        lost = self._joined if name == "hub" else self._joined & {f"node {number}"}
+        processes = [process for node in lost for process in self._nodes[node].processes()]
+        return [int(process.partition(" ")[2]) for process in processes if process.startswith("engine")]
 
     def left(self) -> list[psutil.Process]:
         """Those that live, whoever is their parent by now: a session is theirs for life."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
-        return found
+        return members_of(self.process.pid)
 
     def afflict(self, worker: str, fault: str) -> None:
-        """Let a worker have a fault with its next step."""
+        """Let a worker have a fault with its next step, or a machine at once."""
+        if worker in self._nodes:
+            return self._nodes[worker].afflict(fault)
         new = self._faults / "new"
         new.write_text(fault)
         new.rename(self._faults / worker.removeprefix("worker "))  # with all that is in it
 
     def relieve(self, worker: str) -> None:
         """End a fault that lasts."""
+        if worker in self._nodes:
+            return self._nodes[worker].relieve()
         (self._faults / worker.removeprefix("worker ")).unlink(missing_ok=True)
 
     def hold(self, role: str, point: str) -> None:
@@ -161,21 +190,26 @@ class Service:
     def files_left(self) -> list[str]:
         """Of its private folders, once it has ended. The memory it shares has no names: it goes with the last process
         that has it."""
-        return sorted(str(path.relative_to(self._temporary)) for path in self._temporary.rglob("*"))
+        here = sorted(str(path.relative_to(self._temporary)) for path in self._temporary.rglob("*"))
+        return here + [file for node in self._nodes.values() for file in node.files_left()]
 
     def spoil(self, dice: random.Random) -> None:
         """Change bytes of the checkpoint store's memory, here and there where there is something."""
-        [path] = [  # the supervisor's, since the store's own process may just be dead
-            file
-            for file in Path(f"/proc/{self.process.pid}/fd").iterdir()
-            if str(file.readlink()).startswith("/memfd:holdfast-store")
-        ][:1]
+        path = self._store_memory()
         with path.open("r+b", buffering=0) as memory:
             for begin, end in extents(memory.fileno()):
                 for at in range(begin, end, _SPOILT_EVERY):
                     place = dice.randrange(at, min(at + _SPOILT_EVERY, end))
                     [byte] = os.pread(memory.fileno(), 1, place)
                     os.pwrite(memory.fileno(), bytes([byte ^ 0xFF]), place)
+
+    def _store_memory(self) -> Path:
+        """Of the supervisor's descriptors, since the store's own process may just be dead. Others come and go."""
+        for file in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if str(file.readlink()).startswith("/memfd:holdfast-store"):
+                    return file
+        raise StartupError("the service has no checkpoint store")
 
     async def ended(self) -> float:
         """Its supervisor was killed: when none of its processes was left, in seconds since 1970. Those that do not
@@ -208,17 +242,11 @@ class Service:
         left = self.left()
         for process in left:
             process.kill()
-        return status, self.orphans + [process.pid for process in left]
-
-
-def value_of(flag: str, flags: Sequence[str]) -> str | None:
-    """What `flags` say of one of them, the last time they do; None if they do not."""
-    found = None
-    for given, following in pairwise([*flags, ""]):
-        name, equals, value = given.partition("=")
-        if name == flag:
-            found = value if equals else following
-    return found
+        pids = self.orphans + [process.pid for process in left]
+        for node in self._nodes.values():
+            one, others = await node.stop()
+            status, pids = status or one, pids + others
+        return status, pids
 
 
 def extents(descriptor: int) -> Iterator[tuple[int, int]]:

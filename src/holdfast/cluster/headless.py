@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from holdfast.cluster import curve
 from holdfast.cluster.children import STOP_SIGNALS
@@ -48,7 +49,7 @@ OWN = {
         "checkpoint_disk_bytes",
     },
     "scheduler": set[str](),
-    "server": {"startup_timeout", "spare_workers", "leak_window", "log_level"},
+    "server": {"startup_timeout", "spare_workers", "log_level"},
     "machines": {field.name for field in fields(MachinesConfig)} - {"heartbeat_interval"},
 }
 """By section: what a node is told by its own flags; all else is the service's."""
@@ -125,10 +126,11 @@ class Node:
                 readable = dict(poller.poll(100))
                 if stopped.fileno() in readable:
                     return None
-                if refusals in readable:
-                    text = f"--node-key-file {self.config.machines.node_key_file}"
-                    raise ConfigError(f"{text}: the service at {network.hub} has another one")
                 now = f"{network.hub} does not answer" if time.monotonic() - heard > SILENT_SECONDS else said
+                while refusals.poll(0):
+                    recv_monitor_message(refusals)
+                    heard = time.monotonic()
+                    now = f"{network.hub} ends the connection; is its --node-key-file another one?"
                 if hub in readable:
                     heard = time.monotonic()
                     answer = wire.decoder(nodes.ToNode).decode(hub.recv())
@@ -147,7 +149,8 @@ class Node:
 def _reaching(
     context: zmq.Context[zmq.Socket[bytes]], network: Network
 ) -> Generator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]], None, None]:
-    """A way to the hub, and what is readable when it has another secret. Raises `ConfigError`."""
+    """A way to the hub, and what is readable when it ends the connection at once: it has another secret, or is just
+    ending. Raises `ConfigError`."""
     hub = context.socket(zmq.DEALER)
     curve.reach(hub, network.key)
     hub.setsockopt(zmq.LINGER, 0)

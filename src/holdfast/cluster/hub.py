@@ -37,7 +37,7 @@ _MOST_AT_ONCE = 100
 
 @dataclass(slots=True)
 class _Node:
-    """One that was assigned replicas. `route`: of its connection; None: it has not joined yet, or was lost."""
+    """One that was assigned replicas. `route`: of its connection; None: it has not joined yet."""
 
     name: str
     session: str
@@ -160,7 +160,6 @@ class Hub:
                     self._poller.unregister(self._engines[lost.replica])
             case nodes.Leave(reason, is_planned):
                 self._lose(node, reason, "planned" if is_planned else "machine")
-                del self._by_session[node.session]
 
     def _assign(self, ask: nodes.Ask) -> nodes.Assigned | nodes.Refused:
         if found := difference(self._identity, ask.identity, self._boot.config.device.device):
@@ -168,10 +167,9 @@ class Hub:
         if ask.count > len(self._engines):
             text = f"it has {ask.count} replicas, the service leaves {len(self._engines)} to other machines"
             return nodes.Refused(text, for_good=True)
-        self._by_session.pop(ask.session, None)
-        free = sorted(
-            self._engines.keys() - {number for node in self._by_session.values() for number in node.replicas}
-        )
+        self._leave(ask.session)
+        taken = {number for node in self._by_session.values() for number in node.replicas}
+        free = sorted(self._engines.keys() - taken)
         if len(free) < ask.count:
             rest = f" but {len(free)}" if free else ""
             return nodes.Refused(f"other machines have all its replicas{rest}", for_good=False)
@@ -189,14 +187,12 @@ class Hub:
         node = self._by_session.get(join.session)
         if node is not None and node.route == route and node.attempt == join.attempt:
             return nodes.Joined()  # it has said so twice
-        if node is not None and node.route is not None:
-            self._lose(node, "it has lost its connection", "machine")
-        taken = {number for each in self._by_session.values() if each is not node for number in each.replicas}
+        self._leave(join.session)
+        taken = {number for each in self._by_session.values() for number in each.replicas}
         if taken & set(join.replicas) or not set(join.replicas) <= self._engines.keys() or not join.replicas:
             return nodes.StartOver("others have its replicas by now")
-        self._by_session[join.session] = node = _Node(
-            join.node, join.session, join.replicas, time.monotonic(), join.attempt, route
-        )
+        node = _Node(join.node, join.session, join.replicas, time.monotonic(), join.attempt, route)
+        self._by_session[join.session] = node
         log.info("%s has joined with %s", node.name, _named(node.replicas))
         for number in node.replicas:
             self._poller.register(self._engines[number], zmq.POLLIN)
@@ -263,11 +259,20 @@ class Hub:
                 self._lose(node, f"it has not been heard for {most:g} s", "machine")
         for node in list(self._by_session.values()):
             if node.route is None and now - node.heard > max(RESERVED_SECONDS, most):
-                del self._by_session[node.session]  # its replicas are free for others
+                self._leave(node.session)
+
+    def _leave(self, session: str) -> None:
+        """It begins anew, if it was there before, or does not come."""
+        node = self._by_session.get(session)
+        if node is not None and node.route is not None:
+            self._lose(node, "it has lost its connection", "machine")
+        self._by_session.pop(session, None)
 
     def _lose(self, node: _Node, reason: str, kind: lifecycle.LossKind) -> None:
+        """Its replicas are free for others. If it comes back before one has them, it has them again."""
         log.error("%s is lost, with %s: %s", node.name, _named(node.replicas), reason)
-        node.route, node.heard = None, time.monotonic()
+        del self._by_session[node.session]
+        node.route = None
         for number in node.replicas:
             self._poller.unregister(self._engines[number])
         self._say(lifecycle.NodeLost(node.name, list(node.replicas), reason, kind, time.time()))
