@@ -21,7 +21,7 @@ from holdfast.cache import disk
 from holdfast.cache.disk import DiskFile
 from holdfast.cache.store import HASH_BYTES, StoreLayout, sums_of
 from holdfast.cluster import tier as tier_module
-from holdfast.cluster.store import Store
+from holdfast.cluster.slots import Store
 from holdfast.core.checkpoints import Find, Forget, Found, Keep
 from holdfast.core.errors import ConfigError
 from holdfast.parallel.segment import create

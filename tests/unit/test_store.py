@@ -13,9 +13,9 @@ import torch
 from holdfast.cache.pages import KVPages
 from holdfast.cache.store import HASH_BYTES, StoreIndex, StoreLayout, StoreMemory
 from holdfast.cluster import plans
-from holdfast.cluster import store as process
+from holdfast.cluster import slots as process
 from holdfast.cluster.plans import with_checkpoint_memory
-from holdfast.cluster.store import Store
+from holdfast.cluster.slots import Store
 from holdfast.core.checkpoints import Find, Forget, Found, Keep
 from holdfast.core.config import CacheConfig, ServeConfig
 from holdfast.core.errors import ConfigError

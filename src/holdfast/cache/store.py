@@ -133,6 +133,14 @@ class StoreMemory:
             return False
         return True
 
+    def is_sealed(self, prefix_hash: bytes, checksums: np.ndarray, cells: bytes) -> bool:
+        """Whether these, from elsewhere, are all cells of this block, and their checksums."""
+        size, numbers = 2 * self.layout.cell_bytes, range(self.layout.num_cells)
+        if len(cells) != self.layout.slot_bytes or checksums.shape != (len(numbers),) or not checksums.all():
+            return False
+        expected: list[int] = checksums.tolist()
+        return sums_of(memoryview(cells), range(0, len(cells), size), size, prefix_hash, numbers) == expected
+
     def _start(self, slot: int) -> int:
         return self.layout.slots_at + slot * self.layout.slot_bytes
 

@@ -87,7 +87,7 @@ class Recovery:
         match message:
             case lifecycle.Beat():
                 member.heard = time.monotonic()
-            case lifecycle.DiskTier() as state:
+            case lifecycle.DiskTier() | lifecycle.CopiesKept() as state:
                 self.children.send(GATEWAY, state)
             case lifecycle.Ready() as ready:
                 self.is_ready(name, ready)

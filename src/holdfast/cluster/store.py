@@ -1,264 +1,35 @@
 """The process of the checkpoint store: gives out slots of the shared memory, and knows which block is in which.
 
 Nobody waits for it: an engine that hears nothing goes on without. When it dies the next one reads from the memory
-what is there. It reads and writes slots for its disk tier alone (`cluster.tier`): a block is copied to disk when it
-is complete, behind everything else, and back when it is asked for and has had to make way in memory.
+what is there. It reads and writes slots for others alone: for its disk tier (`cluster.tier`), where a block is copied
+to when it is complete, behind everything else, and back when it is asked for and has had to make way in memory; and
+in the same way for the first machine of a service on several (`cluster.copies`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
-import select
 import time
-from collections.abc import Callable, Container
-from dataclasses import dataclass
 from functools import partial
-from itertools import islice, takewhile
 from pathlib import Path
 
 import zmq
 
 from holdfast.cache.disk import DiskFile
-from holdfast.cache.store import StoreIndex, StoreLayout, StoreMemory
+from holdfast.cache.store import StoreLayout
 from holdfast.cluster.child import Control, run_child
+from holdfast.cluster.copies import Partner, SecondCopies
 from holdfast.cluster.orders import Line, Order
 from holdfast.cluster.owner import owner_of
-from holdfast.cluster.tier import PART_BYTES, Tier
+from holdfast.cluster.slots import Store
 from holdfast.core import lifecycle, wire
 from holdfast.core.boot import Boot
-from holdfast.core.checkpoints import Find, Forget, Found, Keep, Kept, ToStore
-from holdfast.hardware.host import available_memory
+from holdfast.core.checkpoints import ToStore
 
 log = logging.getLogger(__name__)
 
-GROWTH = 64_000_000
-"""Bytes of slots that are opened at once, and given back at once."""
-RESERVE = 1_000_000_000
-"""Bytes of this machine's memory that are left free. Below half of it, some are given back."""
-FETCH_SECONDS = 0.15
-"""That an engine waits for blocks from disk; less than its patience. What came by then is its answer."""
-WRITTEN_SECONDS = 10.0
-"""By which a worker has written a block, or has died."""
-FLUSH_SECONDS = 3.0
-"""That writing the rest to disk may take at the end."""
 _LOOK_SECONDS = 1.0
-_SOON_SECONDS = 0.02
-_AT_ONCE = 64
-"""Blocks looked at in one go."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Fetch:
-    """An engine waits for blocks, some of which come from disk."""
-
-    engine: bytes
-    key: str
-    blocks: list[bytes]
-    deadline: float
-
-
-class Store:
-    """The slots, and the memory they have. `open_disk`: makes the file of the disk tier, if there is one."""
-
-    def __init__(
-        self, descriptor: int, layout: StoreLayout, open_disk: Callable[[bool], DiskFile] | None = None
-    ) -> None:
-        self.layout = layout
-        self._descriptor = descriptor
-        self.memory = StoreMemory(descriptor, layout)
-        self.index = StoreIndex(self.memory.names)
-        used = set(self.index.used())
-        self._grown = max(used, default=-1) + 1
-        """Slots that may have memory, from the first on."""
-        self._free = [slot for slot in range(self._grown) if slot not in used]
-        self._unfit = 0.0
-        """When there was no more memory (`time.monotonic()`)."""
-        self.tier = None if open_disk is None else Tier(open_disk, self.memory, self._holds)
-        self._fetches: list[_Fetch] = []
-        self._unsaved: dict[bytes, float] = {}
-        """Blocks that are not on disk yet, since when, the first to be written first."""
-        self._was_open = False
-
-    def answer(self, message: Keep | Find | Forget, engine: bytes = b"") -> Kept | Found | None:
-        """What an engine is told now; None: nothing, or later by `look`."""
-        match message:
-            case Keep(blocks):
-                return Kept([(block, self._keep(block, before)) for block, before in blocks])
-            case Find(key, blocks):
-                fetch = _Fetch(engine, key, blocks, time.monotonic() + FETCH_SECONDS)
-                if self._advance(fetch):
-                    return self._found(fetch)
-                self._fetches.append(fetch)
-                return None
-            case Forget(blocks):
-                for block in blocks:
-                    self._forget(block)
-                return None
-
-    def _holds(self, block: bytes, slot: int) -> bool:
-        return self.index.slot_of(block) == slot
-
-    def _forget(self, block: bytes) -> None:
-        if (slot := self.index.remove(block)) is not None:
-            self._free.append(slot)
-        if self.tier is not None:
-            self.tier.forget(block)
-
-    def forget_all(self) -> None:
-        """Nothing that is here is to be trusted."""
-        log.warning("all blocks are forgotten: %d", len(self.index))
-        self._free += [slot for block in list(self.index) if (slot := self.index.remove(block)) is not None]
-        self._unsaved.clear()
-        if self.tier is not None:
-            self.tier.forget_all()
-
-    def _keep(self, block: bytes, before: bytes) -> int:
-        """Where to write it. One that was begun, perhaps by somebody who has died, may be written again: it is the
-        same whoever writes it."""
-        if begun := self.index.find([block]):
-            slot = -1 if self.memory.is_complete(begun[0]) else begun[0]
-        else:
-            slot = self._take(block, before, self._busy)
-        if slot >= 0 and self.tier is not None and self.tier.is_open:
-            self._unsaved[block] = time.monotonic()
-        return slot
-
-    def _take(self, block: bytes, before: bytes, keep: Container[bytes]) -> int:
-        """A slot for a block, or -1; others make way but for those that are to be kept."""
-        slot = self._free.pop() if self._free or self._grow() else self.index.drop_last(keep)
-        if slot is None:
-            return -1
-        self.memory.clear(slot)
-        self.index.add(block, before, slot)
-        return slot
-
-    # --- the disk ---
-
-    @property
-    def _busy(self) -> set[bytes]:
-        return self.tier.reading | self.tier.writing if self.tier is not None else set()
-
-    def _complete(self, blocks: list[bytes]) -> list[int]:
-        return list(takewhile(self.memory.is_complete, self.index.find(blocks)))
-
-    def _found(self, fetch: _Fetch) -> Found:
-        slots = self._complete(fetch.blocks)
-        if self.tier is None or not slots:
-            return Found(fetch.key, slots)
-        self.tier.touch(fetch.blocks[len(slots) - 1])  # else what is used from memory would be the oldest on disk
-        rest = fetch.blocks[len(slots) : len(slots) + 1]
-        return Found(fetch.key, slots, bool(rest and rest[0] in self.tier))
-
-    def _advance(self, fetch: _Fetch) -> bool:
-        """Have the next of its blocks read; whether there is nothing to wait for."""
-        if self.tier is None:
-            return True
-        rest = fetch.blocks[len(self._complete(fetch.blocks)) :]
-        if not rest or rest[0] in self.tier.reading:
-            return not rest
-        keep, part = self._busy | set(fetch.blocks), []
-        for block in rest[: max(PART_BYTES // self.layout.slot_bytes, 1)]:
-            if block in self.index or block not in self.tier:
-                break
-            if (slot := self._take(block, self.tier.before(block), keep)) < 0:
-                break
-            part.append((block, slot))
-        if part:
-            self.tier.read(part)
-        return not part
-
-    def look(self) -> list[tuple[bytes, Found]]:
-        """What engines are told now that waited for the disk. What is new goes there."""
-        if self.tier is None:
-            return []
-        for block, slot, ok in self.tier.look():
-            if not ok and self._holds(block, slot):
-                self.index.remove(block)
-                self._free.append(slot)
-        if self.tier.is_open != self._was_open:
-            self._was_open = self.tier.is_open
-            self._unsaved = dict.fromkeys(self.index, time.monotonic()) if self._was_open else {}
-        now, told, waiting = time.monotonic(), [], []
-        for fetch in self._fetches:
-            if now >= fetch.deadline or self._advance(fetch):
-                told.append((fetch.engine, self._found(fetch)))
-            else:
-                waiting.append(fetch)
-        self._fetches = waiting
-        self._save(now, WRITTEN_SECONDS)
-        return told
-
-    def _save(self, now: float, patience: float) -> None:
-        """Have some of what is complete written to disk. What is not by then never will be."""
-        assert self.tier is not None
-        if not self.tier.can_write:
-            return
-        part: list[tuple[bytes, bytes, int]] = []
-        for block, since in list(islice(self._unsaved.items(), _AT_ONCE)):
-            slot = self.index.slot_of(block)
-            if slot is None or block in self.tier:
-                del self._unsaved[block]
-            elif self.memory.is_complete(slot):
-                part.append((block, self.index.before(block), slot))
-                if len(part) * self.layout.slot_bytes >= PART_BYTES:
-                    break
-            elif now - since > patience:
-                del self._unsaved[block]
-        for block, _, _ in part[: self.tier.write(part)]:
-            del self._unsaved[block]
-        if len(self._unsaved) > 2 * self.layout.num_slots:  # the disk takes none
-            self._unsaved = {block: since for block, since in self._unsaved.items() if block in self.index}
-
-    @property
-    def patience(self) -> float:
-        """Seconds until the next `look`, if the tier does not call for it sooner."""
-        soonest = min((fetch.deadline - time.monotonic() for fetch in self._fetches), default=_LOOK_SECONDS)
-        if self._unsaved and self.tier is not None and self.tier.can_write:
-            soonest = min(soonest, _SOON_SECONDS)
-        return max(soonest, 0.0)
-
-    def close(self) -> None:
-        """Write what is not on disk yet, within `FLUSH_SECONDS`."""
-        if self.tier is None:
-            return
-        deadline = time.monotonic() + FLUSH_SECONDS
-        while self.tier.is_open and (self._unsaved or self.tier.writing) and time.monotonic() < deadline:
-            self.look()
-            self._save(time.monotonic(), patience=0.0)
-            select.select([self.tier.fd], [], [], _SOON_SECONDS)
-        self.tier.close()
-
-    def _grow(self) -> bool:
-        """More slots, if there is memory for what will be written there."""
-        more = min(max(GROWTH // self.layout.slot_bytes, 1), self.layout.num_slots - self._grown)
-        if more == 0 or time.monotonic() - self._unfit < _LOOK_SECONDS:
-            return False
-        if available_memory() < RESERVE + more * self.layout.slot_bytes:
-            self._unfit = time.monotonic()
-            return False
-        self._free += range(self._grown + more - 1, self._grown - 1, -1)
-        self._grown += more
-        return True
-
-    @property
-    def _end(self) -> int:
-        return self.layout.slots_at + self._grown * self.layout.slot_bytes
-
-    def give_back(self) -> None:
-        """When others want memory: some of ours, and what is in it."""
-        if self._grown == 0 or available_memory() > RESERVE // 2:
-            return
-        end = self._end
-        self._grown -= min(max(GROWTH // self.layout.slot_bytes, 1), self._grown)
-        self._free = [slot for slot in self._free if slot < self._grown]
-        self.index.remove_from(self._grown)
-        start = self._end + -self._end % mmap.PAGESIZE
-        with mmap.mmap(self._descriptor, self.layout.num_bytes) as memory:
-            memory.madvise(mmap.MADV_REMOVE, start, max(end - start, 0) // mmap.PAGESIZE * mmap.PAGESIZE)
-        self._unfit = time.monotonic()
-        log.warning("memory is short: the checkpoint store has %d slots left", self._grown)
 
 
 def run(boot: Boot, control: Control, order: Order, _: Line) -> None:
@@ -269,7 +40,13 @@ def run(boot: Boot, control: Control, order: Order, _: Line) -> None:
     if cache.checkpoint_disk is not None:
         folder, size = Path(cache.checkpoint_disk), cache.checkpoint_disk_bytes or 0
         open_disk = partial(DiskFile, folder, owner_of(boot), layout, size)
-    store = Store(order.descriptors["store"], layout, open_disk)
+    network, context = boot.network, control.context
+    partner = copies = None
+    if network is not None and network.is_first:
+        copies = SecondCopies(context, network, layout.slot_bytes, Path(boot.endpoints.folder, "generation"))
+    elif network is not None:
+        partner = Partner(context, network, layout.slot_bytes)
+    store = Store(order.descriptors["store"], layout, open_disk, partner)
     if store.tier is not None and order.epoch == 0:
         store.tier.start()
     engines = control.context.socket(zmq.ROUTER)
@@ -278,19 +55,22 @@ def run(boot: Boot, control: Control, order: Order, _: Line) -> None:
     if len(store.index):
         log.warning("%d blocks of an earlier process are there", len(store.index))
     try:
-        serve(store, control, engines)
+        serve(store, control, engines, copies)
     finally:
         store.close()
+        if copies is not None:
+            copies.close()
 
 
-def serve(store: Store, control: Control, engines: zmq.Socket[bytes]) -> None:
+def serve(store: Store, control: Control, engines: zmq.Socket[bytes], copies: SecondCopies | None = None) -> None:
     """Until told to stop."""
     decode, told = wire.decoder(ToStore).decode, wire.decoder(lifecycle.ToChild).decode
     poller = zmq.Poller()
     poller.register(control, zmq.POLLIN)
     poller.register(engines, zmq.POLLIN)
-    if store.tier is not None:
-        poller.register(store.tier.fd, zmq.POLLIN)
+    others = [other for other in (store.partner, copies) if other is not None]
+    for source in (*(other.socket for other in others), *([store.tier.fd] if store.tier is not None else [])):
+        poller.register(source, zmq.POLLIN)
     looked = time.monotonic()
     store.look()  # which opens the disk, if that is to be done
     while True:
@@ -299,6 +79,11 @@ def serve(store: Store, control: Control, engines: zmq.Socket[bytes]) -> None:
             if isinstance(told(control.recv()), lifecycle.Stop):
                 return
             store.forget_all()
+            if copies is not None:
+                copies.renew()
+        for other in others:
+            if other.socket in readable:
+                other.hear(store)
         if engines in readable:
             engine, data = engines.recv_multipart()
             if (answer := store.answer(decode(data), engine)) is not None:
@@ -308,10 +93,10 @@ def serve(store: Store, control: Control, engines: zmq.Socket[bytes]) -> None:
         if time.monotonic() - looked >= _LOOK_SECONDS:
             looked = time.monotonic()
             store.give_back()
+            states = [other.state for other in (store.tier, copies) if other is not None]
             with contextlib.suppress(zmq.Again):
-                control.send(wire.encode(lifecycle.Beat()), zmq.NOBLOCK)
-                if store.tier is not None:
-                    control.send(wire.encode(store.tier.state), zmq.NOBLOCK)
+                for message in (lifecycle.Beat(), *states):
+                    control.send(wire.encode(message), zmq.NOBLOCK)
 
 
 if __name__ == "__main__":

@@ -49,3 +49,50 @@ class Found(Message, frozen=True):
 
 
 FromStore = Kept | Found
+
+# --- between the stores of machines: `cluster.copies` ----------------------------------------------
+
+
+class Offer(Message, frozen=True):
+    """A node has these blocks. Answered by `Want`. `generation`: the last that it heard of, None: of none yet."""
+
+    generation: str | None
+    number: int
+    blocks: list[bytes]
+
+
+class Seek(Message, frozen=True):
+    """A node lacks these, which follow each other. Answered by copies of the first, as many as there are,
+    or fit in one go, and by `Sought`."""
+
+    blocks: list[bytes]
+
+
+class Copy(Message, frozen=True):
+    """A block; two more frames have the checksums of its cells and these."""
+
+    generation: str
+    block: bytes
+    before: bytes
+
+
+ToFirstStore = Offer | Seek | Copy
+
+
+class Want(Message, frozen=True):
+    """Of what was offered, copies of these are wanted."""
+
+    generation: str
+    number: int
+    blocks: list[bytes]
+
+
+class Sought(Message, frozen=True):
+    """So many of what was sought, beginning with this block, have been sent."""
+
+    generation: str
+    first: bytes
+    count: int
+
+
+ToNodeStore = Want | Copy | Sought

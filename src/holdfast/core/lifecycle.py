@@ -87,6 +87,16 @@ class Distrust(Message, frozen=True):
     """To the checkpoint store: forget every block, on disk too. From the first machine to all others."""
 
 
+class CopiesKept(Message, frozen=True):
+    """From the first machine's checkpoint store with every beat, on to the gateway: blocks that other machines had it
+    keep, and that it gave them. Counters begin anew with the store's process."""
+
+    kept: int
+    given: int
+    broken: int
+    """That were not what they should be."""
+
+
 # --- from the supervisor ---------------------------------------------------------------------------
 
 
@@ -186,6 +196,7 @@ ToChild = (
     | StoreLost
     | StoreBack
     | DiskTier
+    | CopiesKept
     | Distrust
     | Replace
     | Machines
@@ -222,5 +233,16 @@ class Over(Message, frozen=True):
 
 
 ToSupervisor = (
-    Progress | Ready | Failed | Replace | Beat | DiskTier | Distrust | NodeJoined | NodeLost | NodeSays | Over
+    Progress
+    | Ready
+    | Failed
+    | Replace
+    | Beat
+    | DiskTier
+    | CopiesKept
+    | Distrust
+    | NodeJoined
+    | NodeLost
+    | NodeSays
+    | Over
 )

@@ -23,6 +23,7 @@ from holdfast.core.config import ServerConfig
 from holdfast.core.lifecycle import (
     BEAT_SECONDS,
     Beat,
+    CopiesKept,
     DiskTier,
     Drain,
     Machines,
@@ -213,6 +214,8 @@ def _learn(service: Service, news: object) -> None:
             service.router.incidents.spare_workers = ready
         case StoreLost(reason, loss):
             service.router.incidents.begin("store", reason, loss, "none")
+        case CopiesKept() as copies:
+            service.metrics.copies(copies)
         case Machines(machines):
             service.router.incidents.machines = machines
             service.metrics.machines.set(sum(machine.status == "ready" for machine in machines))

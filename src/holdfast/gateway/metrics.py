@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from holdfast.core.lifecycle import DiskTier
+from holdfast.core.lifecycle import CopiesKept, DiskTier
 from holdfast.core.wire import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -28,6 +28,11 @@ _DISK = {
     "written": ("checkpoint_disk_blocks_written", "Blocks copied from the checkpoint store to disk"),
     "read": ("checkpoint_disk_blocks_read", "Blocks copied back from disk"),
     "broken": ("checkpoint_disk_blocks_broken", "Blocks on disk that were not what was written"),
+}
+_COPIES = {
+    "kept": ("checkpoint_copies_kept", "Blocks of other machines that the first one's checkpoint store took"),
+    "given": ("checkpoint_copies_given", "Blocks that it gave to other machines"),
+    "broken": ("checkpoint_copies_broken", "Blocks of other machines that were not what they should be"),
 }
 _RANKS = {
     "steps": ("steps", "Steps of a rank that has others beside it"),
@@ -80,6 +85,8 @@ class Metrics:
         self.disk_blocks = self._new(Gauge, "checkpoint_disk_blocks", "Blocks of the checkpoint store on disk")
         self._disk = {field: self._new(Counter, *described) for field, described in _DISK.items()}
         self._last_disk: DiskTier | None = None
+        self._copies = {field: self._new(Counter, *described) for field, described in _COPIES.items()}
+        self._last_copies: CopiesKept | None = None
         self._losses = Counter(
             "holdfast:replica_losses",
             "Replicas lost, by what happened and what their requests did",
@@ -121,6 +128,12 @@ class Metrics:
         last, self._last_disk = self._last_disk, state
         self.disk_blocks.set(state.blocks)
         for field, counter in self._disk.items():
+            counter.inc(_grown(last, state, field))
+
+    def copies(self, state: CopiesKept) -> None:
+        """The same, of blocks of other machines."""
+        last, self._last_copies = self._last_copies, state
+        for field, counter in self._copies.items():
             counter.inc(_grown(last, state, field))
 
     def restoring(self) -> set[int]:
