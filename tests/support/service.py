@@ -40,6 +40,19 @@ def free_port() -> int:
         return port
 
 
+def free_ports() -> int:
+    """The first of two that nobody has."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                other.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return int(port)
+
+
 def wait_for(what: str, condition, seconds: float):
     """The first true value of `condition()`, or AssertionError after `seconds`: a deadline, not a sleep."""
     deadline = time.monotonic() + seconds

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zmq
-from test_machines import KEY, free_ports
 
 from holdfast.cache.store import StoreLayout, sums_of
 from holdfast.cluster import copies, slots
@@ -20,8 +19,10 @@ from holdfast.core.checkpoints import Copy, Find, Found, Keep, Kept
 from holdfast.core.errors import ConfigError
 from holdfast.core.machines import Network
 from holdfast.core.wire import encode
+from support.service import free_ports
 
 DEADLINE = 10.0
+KEY = b"sixteen bytes or more"
 LAYOUT = StoreLayout(num_slots=40, num_layers=2, num_kv_heads=2, cell_bytes=64)
 
 

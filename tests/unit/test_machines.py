@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -28,24 +27,12 @@ from holdfast.core.errors import ConfigError
 from holdfast.core.machines import MachinesConfig, Network
 from holdfast.models.inspect import fingerprint_of, inspect_model
 from holdfast.parallel.cuts import make_plan
+from support.service import free_ports
 from support.tiny import tiny_model
 
 DEADLINE = 10.0
 BEAT = 0.2
 KEY = b"sixteen bytes or more"
-
-
-def free_ports() -> int:
-    """The first of two that nobody has."""
-    while True:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                other.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return int(port)
 
 
 @pytest.fixture(scope="module")
