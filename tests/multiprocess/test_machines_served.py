@@ -220,7 +220,7 @@ def test_a_replica_elsewhere_is_restarted_on_demand(two: Two, calm: list[Any]) -
 
 
 def test_a_machine_leaves(two: Two, calm: list[Any]) -> None:
-    assert two.ask(lambda: two.node.end()) == calm
+    assert two.ask(two.node.end) == calm
     assert two.node.process.returncode == 0, two.node.log.read_text()[-2000:]
     assert two.last_incident()["loss"]["kind"] == "planned"
     two.join()
@@ -248,7 +248,7 @@ def test_machines_that_cannot_be_had_are_told_why(two: Two, tmp_path: Path) -> N
 
 
 def test_the_end_of_the_service_is_that_of_its_machines(model: str, tmp_path: Path) -> None:
-    """And a first machine that was killed is waited for: what it had accepted is finished by the next, with the node."""
+    """And a first machine that was killed is waited for: the next one finishes what it had accepted."""
     two = Two(model, tmp_path, "--token-log-dir", str(tmp_path / "tokens"))
     try:
         body = {"model": "m", "prompt": "boats", "max_tokens": 400, "ignore_eos": True, "seed": 1, "request_id": "x"}
