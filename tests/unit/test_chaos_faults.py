@@ -153,3 +153,8 @@ def test_stop_strings_are_some_that_occur():
 
 def test_a_choice_that_is_missing_is_lost():
     assert differences({0: {"text": "ab"}, 1: {"text": "abc"}}, {0: {"text": "ab"}}) == (3, 0, 0)
+
+
+def test_all_among_others_is_all():
+    assert FaultConfig(phase="drain,all").phases() == list(PHASES)
+    assert FaultConfig(faults="kill-worker,all").kinds() == FaultConfig().kinds()

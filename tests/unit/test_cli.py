@@ -96,7 +96,7 @@ SERVE_FLAGS = [
 ]
 
 CHAOS_FLAGS = [
-    *("--kills", "--faults", "--phase", "--seed", "--pair-percent"),
+    *("--kills", "--faults", "--phase", "--seed", "--pair-percent", "--machines"),
     *("--streams", "--requests", "--max-tokens", "--json", "--plot"),
 ]
 

@@ -439,3 +439,15 @@ def test_the_store_over_a_disk_against_a_plain_one(tmp_path: Path):
             assert store.tier.state.broken == 0
             assert on_disk(store) <= 5 * SEGMENT_SLOTS
     assert read > 100
+
+
+def test_a_file_that_was_removed_or_replaced_is_noticed(tmp_path: Path):
+    file = opened(tmp_path)
+    file.check()
+    file.path.unlink()
+    with pytest.raises(FileNotFoundError):
+        file.check()
+    file.path.write_bytes(b"another")
+    with pytest.raises(OSError, match="is another file by now"):
+        file.check()
+    file.close()

@@ -60,6 +60,10 @@ async def test_a_check_has_every_rank_of_those_that_live(tmp_path: Path) -> None
             (1, "corruption", None),
         ]
         assert not asking.done()
+        router.replica_lost(ReplicaLost(1, "it may have taken wrong blocks", 0, comes_back=True))
+        await gateway.send(encode(Outputs(2, 0, [], restored)))  # just before the store forgot all
+        late = await asyncio.wait_for(told.get(), DEADLINE)
+        assert (late.replica, late.kind) == (2, "corruption")
         router.replica_lost(ReplicaLost(2, "killed by SIGKILL", 0, comes_back=True))
         reports, lost = await asyncio.wait_for(asking, DEADLINE)
         assert [report.rank for report in reports] == ["0.0.0", "1.0.0", "1.0.1", "2.0.0"]

@@ -71,6 +71,12 @@ class DiskFile:
             self.close()
             raise
 
+    def check(self) -> None:
+        """Raises `OSError` when somebody has removed the file, or put another in its place."""
+        here, there = os.fstat(self._fd), self.path.stat()
+        if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+            raise OSError(f"{self.path} is another file by now")
+
     def _begin(self, folder: Path, is_distrusted: bool) -> None:
         self._lock(folder)
         os.fchmod(self._fd, 0o600)

@@ -97,7 +97,7 @@ class FaultConfig:
     def kinds(self, *, has_store: bool = True) -> list[str]:
         """`--faults`, parsed, for a service with a checkpoint store or without. Raises `ConfigError`."""
         lacks = (() if has_store else OF_THE_STORE) + (() if self.machines else OF_MACHINES)
-        if self.faults == ALL:
+        if ALL in self.faults.split(","):
             return [kind for kind in FAULTS if kind not in lacks]
         found = _among(FAULTS, "--faults", self.faults)
         for kind in found:
@@ -117,7 +117,7 @@ class FaultConfig:
         )
         if num_ranks < 2:
             lacks["reshape"] = "a replica of several ranks (--tensor-parallel-size, --pipeline-parallel-size)"
-        if self.phase == ALL:
+        if ALL in self.phase.split(","):
             return [phase for phase in PHASES if phase not in lacks]
         found = _among(PHASES, "--phase", self.phase)
         for phase in found:

@@ -55,10 +55,13 @@ class Member:
         if state == "starting":
             self.failure, self.failing = None, set()
 
+    def is_steady(self, now: float) -> bool:
+        """Whether it has served for long."""
+        return self.state == "serving" and now - self.since > STEADY_SECONDS
+
     def count_death(self) -> int:
         """How many there were in a row, this one included."""
-        steady = self.state == "serving" and time.monotonic() - self.since > STEADY_SECONDS
-        self.deaths = 1 if steady else self.deaths + 1
+        self.deaths = 1 if self.is_steady(time.monotonic()) else self.deaths + 1
         return self.deaths
 
     def due(self, startup_timeout: float) -> float:

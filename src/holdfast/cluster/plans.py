@@ -111,6 +111,8 @@ def check_flags(config: ServeConfig, model: ModelInfo, plan: Plan) -> None:
     `ConfigError`."""
     if config.server.check_weights_interval and plan.shard_weights:
         raise ConfigError("--check-weights-interval: weights that replicas hold together cannot be checked yet")
+    if config.device.attention_backend == "flashinfer" and config.device.device == "cpu":
+        raise ConfigError("--attention-backend flashinfer: needs a GPU, and --device is cpu")
     redundant = config.device.num_redundant_experts
     if config.device.enable_eplb and plan.shard_weights:
         raise ConfigError("--enable-eplb: experts that replicas hold together (--shard-weights) cannot move yet")

@@ -95,7 +95,7 @@ class Recovery:
             case lifecycle.Replace() as wanted:
                 self._replace(wanted)
             case lifecycle.Failed() as failed:  # others fail because of it, perhaps before it
-                log.error("%s failed: %s", name, failed.traceback)
+                log.error("%s failed: %s", name, failed.error if failed.hangs else failed.traceback)
                 member.failing.add(name)
                 if not failed.follows:
                     member.failure = member.failure or (name, failed)
@@ -131,6 +131,8 @@ class Recovery:
             if due and member.state == "serving" and now >= due:
                 self._regrows[member.name] = (0.0, waited)
                 self._start_anew(member, "it is to have all its ranks again", stay=True)
+            elif waited and not due and member.is_steady(now):  # it has them for good
+                del self._regrows[member.name]
         is_calm = self.drain_until is None and all(member.state != "starting" for member in self.members)
         if is_calm:  # else they would take the cores from those that start
             try:
@@ -237,7 +239,9 @@ class Recovery:
             raise ProcessDied(reason)
         after = f"; it is started again ({deaths} of --max-restarts {most})" if comes_back else ""
         if reshapes:
-            after = f"; it goes on with the {len(member.workers)} ranks that are left"
+            left = len(member.workers)
+            after = f"; it goes on with the {left} ranks left" if left > 1 else "; it goes on with the last rank"
+            after += "; when its device is mended: holdfast drain" if for_good else ""
         self._say_lost(member, reason, after)
         if member is self.gateway:
             self._untold = lifecycle.Replaces(reason, loss)

@@ -52,6 +52,7 @@ class Spares:
             self._here.remove(name)
             if self._children.is_alive(name) and not by_name[name].is_stopped():
                 return self._children.release(name)
+            log.error("%s stands still (SIGSTOP): it is killed, and replaced", name)
             self._children.kill([name])
         return None
 

@@ -62,7 +62,7 @@ class Tier:
         """Of those: what is not to be found again."""
         self._copied: list[Copied] = []
         self._failure = ""
-        self._retry_at = 0.0
+        self._retry_at = self._check_at = 0.0
         self._is_growing = self._is_full = self._is_distrusted = False
         self._num_written = self._num_read = self._num_broken = 0
 
@@ -187,6 +187,9 @@ class Tier:
             self._start_anew(now)
         if self._is_full and now >= self._retry_at:
             self._is_full = False
+        if self._file is not None and now >= self._check_at:
+            self._check_at = now + RETRY_SECONDS
+            self._submit(self._writer, self._file.check, lambda _: None)
         copied, self._copied = self._copied, []
         return copied
 

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 MOST_SECONDS = 540.0
 """That ranks have for an answer; less than `holdfast check` waits."""
+SETTLE_SECONDS = 1.0
+"""After which whoever took blocks from the store just before it forgot them has said so."""
 _LOOK_SECONDS = 0.5
 
 
@@ -47,6 +49,7 @@ class WeightChecks:
         self._tell = tell
         self._shared = shared
         self._keys = count()
+        self._settling: set[asyncio.Task[None]] = set()
         self._pending: dict[str, _Check] = {}
 
     async def run(self, interval: float) -> None:
@@ -61,8 +64,8 @@ class WeightChecks:
                     check.reports.append(report)
                     check.changed.set()
         finally:
-            if periodic is not None:
-                periodic.cancel()
+            for task in (*self._settling, *([periodic] if periodic is not None else [])):
+                task.cancel()
 
     async def _again(self, interval: float) -> None:
         while True:
@@ -102,9 +105,19 @@ class WeightChecks:
         number = report.replica
         reason = f"worker {report.rank}: weights have changed in memory ({', '.join(report.wrong[:3])})"
         logger.error("%s", reason)
-        others = self._metrics.restoring() - {number}
+        others, epochs = self._metrics.restoring() - {number}, self._router.epochs()
         await self._tell(Replace(number, reason, "corruption", f"worker {report.rank}"))
         for other in others:
+            await self._tell(Replace(other, f"it may have taken blocks of replica {number}: {reason}", "corruption"))
+        self._settling.add(settling := asyncio.create_task(self._replace_late(number, reason, epochs)))
+        settling.add_done_callback(self._settling.discard)
+
+    async def _replace_late(self, number: int, reason: str, epochs: dict[int, int]) -> None:
+        """By then the store has forgotten all, and replicas that lived before have said what they took until then."""
+        await asyncio.sleep(SETTLE_SECONDS)
+        now = self._router.epochs()
+        same = {replica for replica, epoch in epochs.items() if now.get(replica) == epoch}
+        for other in (self._metrics.restoring() & same) - {number}:
             await self._tell(Replace(other, f"it may have taken blocks of replica {number}: {reason}", "corruption"))
 
 
