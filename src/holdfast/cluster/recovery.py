@@ -239,8 +239,8 @@ class Recovery:
             raise ProcessDied(reason)
         after = f"; it is started again ({deaths} of --max-restarts {most})" if comes_back else ""
         if reshapes:
-            left = len(member.workers)
-            after = f"; it goes on with the {left} ranks left" if left > 1 else "; it goes on with the last rank"
+            ranks = len(member.workers)
+            after = f"; it goes on with the {ranks} ranks left" if ranks > 1 else "; it goes on with the last rank"
             after += "; when its device is mended: holdfast drain" if for_good else ""
         self._say_lost(member, reason, after)
         if member is self.gateway:
