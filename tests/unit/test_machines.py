@@ -327,7 +327,10 @@ def test_the_end_is_told(model: Path, tmp_path: Path) -> None:
     node.joins(1)
     around.tell(lifecycle.Stop())
     assert node.hear() == nodes.Farewell()
-    around.thread.join(DEADLINE)
+    assert around.thread.is_alive()  # it waits until that was heard
+    node.say(nodes.Leave("so be it", is_planned=True))
+    around.thread.join(1.0)
+    assert not around.thread.is_alive()
     around.context.destroy()
 
 

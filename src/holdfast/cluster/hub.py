@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 RESERVED_SECONDS = 30.0
 """That replicas are kept for a node that was assigned them, until it joins."""
+FAREWELL_SECONDS = 2.0
+"""That nodes may take to say that they have heard of the end."""
 _MOST_AT_ONCE = 100
 """Messages taken from one socket before the others are looked at."""
 
@@ -239,8 +241,13 @@ class Hub:
             self._control.send(wire.encode(message), zmq.NOBLOCK)
 
     def _farewell(self) -> None:
+        """Until all have heard it: what a node has not read when its connection ends is lost."""
         for node in self._joined:
-            self._answer(node.route or b"", nodes.Farewell())
+            self._tell(node, nodes.Farewell())
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while self._joined and time.monotonic() < deadline:
+            if self._nodes.poll(50):
+                self._hear()
 
     # --- who is there ---
 
@@ -270,7 +277,8 @@ class Hub:
 
     def _lose(self, node: _Node, reason: str, kind: lifecycle.LossKind) -> None:
         """Its replicas are free for others. If it comes back before one has them, it has them again."""
-        log.error("%s is lost, with %s: %s", node.name, _named(node.replicas), reason)
+        level = logging.INFO if kind == "planned" else logging.ERROR
+        log.log(level, "%s is lost, with %s: %s", node.name, _named(node.replicas), reason)
         del self._by_session[node.session]
         node.route = None
         for number in node.replicas:

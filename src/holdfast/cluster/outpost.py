@@ -147,6 +147,7 @@ class Outpost:
             case nodes.Refused(reason):
                 self._end(reason, again=True)
             case nodes.Farewell():
+                self._tell(nodes.Leave("the service was stopped", is_planned=True))
                 self._end("the service was stopped", again=False)
 
     def _notice(self, event: int) -> None:

@@ -104,7 +104,7 @@ class ForEngine(Message, frozen=True):
 
 
 class Farewell(Message, frozen=True):
-    """The service was stopped."""
+    """The service was stopped. Answered by `Leave`."""
 
 
 ToNode = Assigned | Refused | Joined | Unknown | StartOver | NodeBeat | ForEngine | Replace | Distrust | Farewell
