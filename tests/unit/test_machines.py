@@ -109,7 +109,8 @@ class Around:
 
 
 @pytest.fixture
-def hub(model: Path, tmp_path: Path) -> Generator[Around, None, None]:
+def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Around, None, None]:
+    monkeypatch.setattr("holdfast.cluster.hub.FAREWELL_SECONDS", 0.05)  # nobody answers
     around = Around(boot_of(model, tmp_path, is_first=True))
     around.run(lambda control: Hub(around.boot, around.network, control))
     yield around
