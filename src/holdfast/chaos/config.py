@@ -28,6 +28,7 @@ FAULTS = (
     "kill-node",
     "stop-node",
     "cut-node",
+    "drop-node",
     "leave-node",
     "kill-hub",
     "stop-hub",
@@ -36,9 +37,10 @@ FAULTS = (
 """SIGKILL or SIGSTOP of a worker, an engine, the gateway, the checkpoint store; SIGKILL of the supervisor, and the
 service started again. `spoil`: bytes of the store's memory are changed, then the worker is killed. `error`, `gone`,
 `slow`, `leak`, `corrupt`: as `worker.faults` has it. Of another machine: SIGKILL of its supervisor, or of its
-outpost; all its processes stand still, or nobody reaches it, until that is noticed; SIGTERM of its supervisor."""
+outpost; all its processes stand still, or nobody reaches it, until that is noticed; all its connections end, once;
+SIGTERM of its supervisor."""
 
-OF_MACHINES = ("kill-node", "stop-node", "cut-node", "leave-node", "kill-hub", "stop-hub", "kill-outpost")
+OF_MACHINES = FAULTS[FAULTS.index("kill-node") :]
 """Those that a service on one machine cannot have."""
 
 OF_THE_STORE = ("kill-store", "kill-worker+store", "stop-store", "spoil-worker")

@@ -43,6 +43,11 @@ class Wire:
     def cut(self) -> None:
         self._is_whole.clear()
 
+    def drop(self) -> None:
+        """End all connections that there are."""
+        for pump in self._pumps:
+            pump.cancel()
+
     def mend(self) -> None:
         self._is_whole.set()
 
@@ -127,8 +132,12 @@ class Node:
         return found
 
     def afflict(self, action: str) -> None:
-        """`stop`: all its processes at once, as when a machine stands still; `cut`: nobody reaches it; `leave`: it is
-        to stop."""
+        """`stop`: all its processes at once, as when a machine stands still; `cut`: nobody reaches it; `drop`: its
+        connections end, and it can make new ones at once; `leave`: it is to stop."""
+        if action == "drop":
+            for wire in self._wires:
+                wire.drop()
+            return
         if action == "cut":
             for wire in self._wires:
                 wire.cut()

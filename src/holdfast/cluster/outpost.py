@@ -2,8 +2,8 @@
 
     hub ──tcp──▶ outpost ──ipc──▶ engine         and back
 
-It joins, again whenever it has not heard the hub or its connection has ended; meanwhile what engines say is dropped:
-they will be greeted anew.
+It joins, again whenever it has not heard the hub or its connection has ended. What an engine says is passed on once
+it has been greeted since: by then the gateway knows that something was lost, and the engine begins anew.
 """
 
 from __future__ import annotations
@@ -47,9 +47,13 @@ class Outpost:
         self._incoming.bind(boot.endpoints.gateway)
         self._engines = {number: self._reach(number) for number in boot.plan.here}
         """Of replicas that are not lost for good."""
+        self._ungreeted: set[int] = set()
+        """Of them, since it has joined: what they say may follow upon something that was lost."""
         self._is_joined = self._is_over = False
         self._heard = self._looked = time.monotonic()
         self._decode = wire.decoder(nodes.ToNode).decode
+        self._decode_request = wire.decoder(wire.ToEngine).decode
+        self._decode_output = wire.decoder(wire.ToGateway).decode
 
     def run(self) -> None:
         """Until told to stop."""
@@ -100,7 +104,7 @@ class Outpost:
         with contextlib.suppress(zmq.Again):
             for _ in range(_MOST_AT_ONCE):
                 data = self._incoming.recv(zmq.NOBLOCK)
-                if self._is_joined:
+                if self._is_joined and not (self._ungreeted and self._decode_output(data).replica in self._ungreeted):
                     self._tell(nodes.FromEngine(data))
 
     def _leave(self) -> None:
@@ -131,10 +135,13 @@ class Outpost:
         match message:
             case nodes.ForEngine(number, data):
                 if self._is_joined and number in self._engines:
+                    if number in self._ungreeted and isinstance(self._decode_request(data), wire.Hello):
+                        self._ungreeted.remove(number)
                     self._engines[number].send(data)
             case nodes.Joined():
                 if not self._is_joined:
                     log.info("joined the service at %s", self._network.hub)
+                    self._ungreeted = set(self._engines)
                 self._is_joined = True
             case nodes.Unknown():
                 if self._is_joined:
