@@ -54,7 +54,7 @@ class Pair:
     """The first machine's store, and a node's."""
 
     def __init__(self, folder: Path, first_slots: int = 40) -> None:
-        self.context, self.node_context = zmq.Context(), zmq.Context()
+        self.node_context = zmq.Context()
         self.network = Network("127.0.0.1", free_ports(), KEY, True, 1.0, "service")
         self.folder = folder
         self.first = Store(memory_of(LAYOUT), LAYOUT)
@@ -65,7 +65,12 @@ class Pair:
         self.start_node()
 
     def start_first(self) -> None:
+        self.context = zmq.Context()
         self.copies = SecondCopies(self.context, self.network, LAYOUT.slot_bytes, self.folder / "generation")
+
+    def end_first(self) -> None:
+        self.copies.close()
+        self.context.destroy(linger=0)
 
     def start_node(self) -> None:
         self.partner = Partner(self.node_context, self.network, LAYOUT.slot_bytes)
@@ -103,8 +108,7 @@ class Pair:
 
     def close(self) -> None:
         self.partner.socket.close()
-        self.copies.close()
-        self.context.destroy(linger=0)
+        self.end_first()
         self.node_context.destroy(linger=0)
 
 
@@ -200,7 +204,7 @@ def test_all_is_offered_again_when_it_answers_again(pair: Pair, monkeypatch: pyt
     write(pair.node, 1, 2)
     pair.until(lambda: pair.first.has(block(2)))
     pair.first.forget_all()  # as if its memory had been needed
-    pair.copies.close()
+    pair.end_first()
     write(pair.node, 3)
     begun = time.monotonic()
     while time.monotonic() - begun < 1.2 * copies._ANSWER_SECONDS:
@@ -225,7 +229,7 @@ def test_what_is_not_trusted_any_more_does_not_come_back(pair: Pair) -> None:
     assert not len(pair.node.index)
     write(pair.node, 4)
     pair.until(lambda: pair.first.has(block(4)))
-    pair.copies.close()  # the next process knows
+    pair.end_first()  # the next process knows
     pair.start_first()
     assert pair.copies.generation == (pair.folder / "generation").read_text() != "first"
 

@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from holdfast.cluster import curve
-from holdfast.cluster.headless import Node, check_own
+from holdfast.cluster.headless import Node, check_own, first_network
 from holdfast.cluster.hub import Hub
 from holdfast.cluster.nodes import Nodes
 from holdfast.cluster.outpost import Outpost
@@ -640,6 +640,15 @@ def test_differences_are_named_both_ways() -> None:
     assert difference({"a": "1"}, {"a": "2"}, "cpu") == "a: 2 there, 1 here"
     assert difference({"GPUs": "H100"}, {"GPUs": "none"}, "cpu") == ""
     assert difference({"GPUs": "H100"}, {"GPUs": "none"}, "auto") == "GPUs: none there, H100 here"
+
+
+def test_the_first_machine_knows_its_address(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(KEY)
+    given = dict(node_key_file=str(tmp_path / "key"))
+    assert first_network(MachinesConfig(data_parallel_address="localhost", **given)).address in {"127.0.0.1", "::1"}
+    assert first_network(MachinesConfig(data_parallel_address="::1", **given)).hub == "tcp://[::1]:29550"
+    with pytest.raises(ConfigError, match="--data-parallel-address no-such-host: "):
+        first_network(MachinesConfig(data_parallel_address="no-such-host", **given))
 
 
 def test_a_secret_must_be_one(tmp_path: Path) -> None:

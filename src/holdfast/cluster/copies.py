@@ -77,6 +77,8 @@ class Partner:
         self._generation: str | None = None
         self._sought: dict[bytes, float] = {}
         """First blocks of what was asked for, since when."""
+        self._awaited: dict[bytes, bytes] = {}
+        """Blocks that were asked for, by the first of what they were asked for with."""
         self._absent: dict[bytes, float] = {}
         """Blocks that were not there: until when that is believed."""
         self._not_before = 0.0
@@ -94,13 +96,15 @@ class Partner:
     def seek(self, blocks: Sequence[bytes]) -> bool:
         """Ask for what comes next of them, unless that is done; whether it is worth waiting for."""
         first, now = blocks[0], time.monotonic()
-        if first in self._sought:
+        if first in self._awaited:
             return True
         if self._generation is None or now < self._not_before or self._absent.get(first, 0.0) > now:
             return False
-        if not self._send(Seek(list(blocks[:_MOST_NAMES]))):
+        names = list(blocks[:_MOST_NAMES])
+        if not self._send(Seek(names)):
             return False
         self._sought[first] = now
+        self._awaited |= dict.fromkeys(names, first)
         return True
 
     def hear(self, blocks: Blocks) -> None:
@@ -118,6 +122,7 @@ class Partner:
                         _put(blocks, block, before, data)
                     case Sought(generation, first, count):
                         self._sought.pop(first, None)
+                        self._awaited = {name: with_ for name, with_ in self._awaited.items() if with_ != first}
                         self._follow(generation, blocks)
                         if not count:
                             self._absent[first] = time.monotonic() + _ABSENT_SECONDS
@@ -131,6 +136,7 @@ class Partner:
                 log.warning("the first machine's checkpoint store does not answer: done without for now")
             self._not_before, self._offer = now + RETRY_SECONDS, None
             self._sought.clear()
+            self._awaited.clear()
             self._unsent = dict.fromkeys(all_blocks())
         if len(self._absent) > 10 * _MOST_NAMES:
             self._absent = {block: until for block, until in self._absent.items() if until > now}

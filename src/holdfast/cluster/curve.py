@@ -60,6 +60,7 @@ def admit_nodes(context: zmq.Context[zmq.Socket[bytes]], key: bytes) -> ThreadAu
 def listen(socket: zmq.Socket[bytes], key: bytes) -> None:
     """To be called before `bind`."""
     public, private = _keys(key, "first")
+    socket.setsockopt(zmq.IPV6, 1)  # IPv4 as well
     socket.curve_server = True
     socket.curve_publickey, socket.curve_secretkey = public, private
     socket.zap_domain = _DOMAIN.encode()
@@ -68,5 +69,6 @@ def listen(socket: zmq.Socket[bytes], key: bytes) -> None:
 def reach(socket: zmq.Socket[bytes], key: bytes) -> None:
     """To be called before `connect`."""
     server, _ = _keys(key, "first")
+    socket.setsockopt(zmq.IPV6, 1)
     socket.curve_serverkey = server
     socket.curve_publickey, socket.curve_secretkey = _keys(key, "node")

@@ -66,8 +66,13 @@ def check_own(config: ServeConfig) -> None:
 
 
 def first_network(machines: MachinesConfig) -> Network:
-    """Of the first machine of a service. Raises `ConfigError` when there is no secret to be read."""
+    """Of the first machine of a service. Raises `ConfigError` when there is no secret to be read, or nobody knows the
+    address."""
     key, address = curve.read_key(machines.node_key_file or ""), machines.data_parallel_address or ""
+    try:
+        address = str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])  # none is bound by name
+    except OSError as error:
+        raise ConfigError(f"--data-parallel-address {address}: {error.strerror}") from error
     port, interval = machines.data_parallel_rpc_port, machines.heartbeat_interval
     return Network(address, port, key, True, interval, uuid.uuid4().hex)
 
