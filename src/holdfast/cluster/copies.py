@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 PART_BYTES = 4_000_000
 """About what is sent in one go."""
+WRITTEN_SECONDS = 10.0
+"""By which a worker has written a block, or has died."""
 RETRY_SECONDS = 5.0
 """After which one that did not answer is asked again."""
 _ANSWER_SECONDS = 1.0
@@ -39,6 +41,8 @@ _ABSENT_SECONDS = 1.0
 """That a block which was not there is not asked for again."""
 _MOST_NAMES = 256
 """In one message."""
+_AT_ONCE = 64
+"""Blocks looked at in one go."""
 
 
 class Blocks(Protocol):
@@ -69,8 +73,8 @@ class Partner:
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for one that is not there
         self.socket.connect(network.store)
         self._at_once = max(PART_BYTES // slot_bytes, 1)
-        self._unsent: dict[bytes, None] = {}
-        """Blocks that it may not have, the oldest first."""
+        self._unsent: dict[bytes, float] = {}
+        """Blocks that it may not have, the oldest first: since when."""
         self._offer: tuple[int, float] | None = None
         """The one that is not answered yet: its number, since when."""
         self._num_offers = 0
@@ -86,7 +90,7 @@ class Partner:
 
     def note(self, block: bytes) -> None:
         """It will be written, and is to be copied then."""
-        self._unsent[block] = None
+        self._unsent[block] = time.monotonic()
 
     @property
     def is_busy(self) -> bool:
@@ -137,23 +141,23 @@ class Partner:
             self._not_before, self._offer = now + RETRY_SECONDS, None
             self._sought.clear()
             self._awaited.clear()
-            self._unsent = dict.fromkeys(all_blocks())
+            self._unsent = dict.fromkeys(all_blocks(), now)
         if len(self._absent) > 10 * _MOST_NAMES:
             self._absent = {block: until for block, until in self._absent.items() if until > now}
         if self._offer is None and now >= self._not_before:
-            part = self._complete(blocks) if self._generation is not None else []
+            part = self._complete(blocks, now) if self._generation is not None else []
             if part or self._generation is None:  # what is offered before that is known is not wanted
                 self._make_offer(part, now)
 
-    def _complete(self, blocks: Blocks) -> list[bytes]:
+    def _complete(self, blocks: Blocks, now: float) -> list[bytes]:
         """Some that can be sent."""
         part: list[bytes] = []
-        for block in list(islice(self._unsent, _MOST_NAMES)):
+        for block, since in list(islice(self._unsent.items(), _AT_ONCE)):
             if blocks.has(block):
                 part.append(block)
-            elif not blocks.is_here(block):
-                del self._unsent[block]  # it has had to make way
-            else:  # it is still being written, or never will be: others first
+            elif not blocks.is_here(block) or now - since > WRITTEN_SECONDS:
+                del self._unsent[block]  # it has had to make way, or its worker has died
+            else:  # it is still being written: others first
                 self._unsent[block] = self._unsent.pop(block)
             if len(part) == self._at_once:
                 break

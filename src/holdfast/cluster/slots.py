@@ -14,7 +14,7 @@ import numpy as np
 
 from holdfast.cache.disk import DiskFile
 from holdfast.cache.store import StoreIndex, StoreLayout, StoreMemory
-from holdfast.cluster.copies import Partner
+from holdfast.cluster.copies import WRITTEN_SECONDS, Partner
 from holdfast.cluster.tier import PART_BYTES, Tier
 from holdfast.core.checkpoints import Find, Forget, Found, Keep, Kept
 from holdfast.hardware.host import available_memory
@@ -27,8 +27,6 @@ RESERVE = 1_000_000_000
 """Bytes of this machine's memory that are left free. Below half of it, some are given back."""
 FETCH_SECONDS = 0.15
 """That an engine waits for blocks from disk; less than its patience. What came by then is its answer."""
-WRITTEN_SECONDS = 10.0
-"""By which a worker has written a block, or has died."""
 FLUSH_SECONDS = 3.0
 """That writing the rest to disk may take at the end."""
 _LOOK_SECONDS = 1.0
