@@ -17,10 +17,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from test_machines import free_ports
 
 from support.checkpoints import random_model, save
-from support.service import START_SECONDS, STOP_SECONDS, Service, wait_for
+from support.service import START_SECONDS, STOP_SECONDS, Service, free_ports, wait_for
 from support.tiny import tiny_model
 
 SERVED = ("--served-model-name", "m", "--max-model-len", "512", "--kv-cache-memory-bytes", "4M", "--cpu-threads", "1")
