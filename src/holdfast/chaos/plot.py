@@ -19,7 +19,7 @@ def timeline(report: Report, path: Path) -> None:
     figure = Figure(figsize=(12, 9), layout="constrained")
     FigureCanvasAgg(figure)
     served, delays, moments = figure.subplots(3, 1, sharex=True)
-    colours = {kind: colormaps["tab20"](index) for index, kind in enumerate(FAULTS)}
+    colours = {kind: colormaps["turbo"](index / len(FAULTS)) for index, kind in enumerate(FAULTS)}
     ends = [at for at, _ in report.load.tokens_at] + [fault.at for fault in report.faults]
     begin = min(ends, default=0.0)
     seconds = np.array([at - begin for at, _ in report.load.tokens_at])
