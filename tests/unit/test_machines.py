@@ -461,7 +461,10 @@ def test_what_a_lost_engine_had_not_read_goes_with_it(outpost: tuple[Around, Pla
     hub.hear(nodes.NodeBeat)
     hub.say(nodes.ForEngine(1, ABORT))
     lost = lifecycle.ReplicaLost(1, "died", comes_back=True)
-    hub.hear(nodes.NodeBeat)  # so the word before it has been taken
+    other = around.socket(zmq.PULL)
+    other.bind(around.boot.endpoints.engine(2))
+    hub.say(nodes.ForEngine(2, ABORT))
+    assert other.poll(1000 * DEADLINE)  # so the word before this one has been taken, too
     around.tell(lost)
     assert hub.hear(nodes.FromSupervisor) == nodes.FromSupervisor(lost)
     hub.say(nodes.ForEngine(1, wire.encode(wire.Hello(3))))
